@@ -1,0 +1,100 @@
+"""What crosses process borders beside `metasepia.rows`: frozen dataclasses of numpy arrays and plain values."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from metasepia.rows import Adapter, Executed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What answered a request: digests of everything executed. Filled from the shards' `Executed`, never from the request."""
+
+    request: str
+    """Digest of the request's body; together with the receipt enough to replay it."""
+    backbone: str | None = None
+    factors: str | None = None
+    adapter: Adapter = ()
+    context: str | None = None
+    module: str | None = None
+    encoder: str | None = None
+    path: str | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    tp_size: int | None = None
+    dispatch: str | None = None
+    """`auto` only: the stage that chose the expert."""
+    margin: float | None = None
+    """`auto` only: how clear that stage's choice was, in that stage's own unit."""
+
+    @classmethod
+    def of(cls, executed: Executed, *, request: str, seed: int | None = None) -> "Receipt":
+        return cls(
+            request=request,
+            backbone=executed.backbone,
+            factors=executed.factors,
+            adapter=executed.adapter,
+            path=executed.path,
+            dtype=executed.dtype,
+            tp_size=executed.tp_size,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Texts for an encoder; answered by one float32 array [texts, width] of unit-norm rows."""
+
+    encoder: str
+    """Digest of the encoder that must answer."""
+    texts: tuple[str, ...]
+    deadline_unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledVectors:
+    """A classification context by value: embedded examples and their labels, in the order given."""
+
+    vectors: np.ndarray
+    """float32 [examples, width]"""
+    labels: tuple[str, ...]
+    seed: int = 0
+    """Shuffles the examples before they are compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Queries against a context. The pool compiles a context that it has not got and keeps it by digest."""
+
+    module: str
+    """Digest of the reasoning module that must answer."""
+    context: LabelledVectors
+    queries: np.ndarray
+    """float32 [queries, width]"""
+    deadline_unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classified:
+    """Class probabilities of each query: float32 [queries, classes], rows sum to one; `classes` names the columns."""
+
+    classes: tuple[str, ...]
+    probabilities: np.ndarray
+    context: str
+    module: str
+    compiled: Literal["now", "before"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A registry entry: an immutable blob by digest and the name that points to it."""
+
+    kind: Literal["expert", "mixture", "context", "module", "factors", "embedding"]
+    digest: str
+    name: str
+    owner: str
+    created_unix_s: float
+    num_bytes: int
+    card: dict[str, object]

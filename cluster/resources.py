@@ -1,0 +1,47 @@
+"""What each kind of process needs, as data. Applied with `.options(...)` where the process is created."""
+
+from collections.abc import Iterable
+
+from cluster.settings import BackboneSettings, Settings
+from metasepia.errors import CannotPlace
+
+
+def gang_bundles(backbone: BackboneSettings) -> list[dict[str, float]]:
+    """The placement group of one backbone replica: bundle 0 the replica, then one a rank, then its spares."""
+    rank: dict[str, float] = {"CPU": backbone.rank_cpus}
+    if backbone.rank_gpus:
+        rank["GPU"] = backbone.rank_gpus
+    return [{"CPU": backbone.replica_cpus}, *[dict(rank) for _ in range(backbone.tp_size)]]
+
+
+def parts(settings: Settings) -> list[tuple[str, float, float]]:
+    """(part, CPUs, GPUs) of everything that the graph places."""
+    rows = [
+        ("gateway", settings.gateway.cpus, 0.0),
+        ("registry", settings.registry.cpus, 0.0),
+        ("expert mixing", settings.mixing.cpus, 0.0),
+        (
+            f"reasoning pool x {settings.reasoning.num_replicas}",
+            settings.reasoning.num_replicas * settings.reasoning.cpus,
+            0.0,
+        ),
+    ]
+    rows += [(f"encoder {e.id}", e.cpus, e.gpus) for e in settings.encoders]
+    for b in settings.backbones:
+        bundles = gang_bundles(b)
+        cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
+        rows.append((f"backbone {b.id} (tp_size {b.tp_size})", cpus, gpus))
+    return rows
+
+
+def check_fits(settings: Settings, available: dict[str, float]) -> None:
+    """Raises CannotPlace with the sum, part by part, when the cluster has less than the settings add up to."""
+    _check("CPU", [(part, cpus) for part, cpus, _ in parts(settings)], available.get("CPU", 0.0))
+    _check("GPU", [(part, gpus) for part, _, gpus in parts(settings)], available.get("GPU", 0.0))
+
+
+def _check(resource: str, needs: Iterable[tuple[str, float]], available: float) -> None:
+    needs = [(part, amount) for part, amount in needs if amount]
+    total = round(sum(amount for _, amount in needs), 6)
+    if total > available + 1e-6:
+        raise CannotPlace(resource, total, available, " + ".join(f"{part} {amount:g}" for part, amount in needs))

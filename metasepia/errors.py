@@ -1,0 +1,143 @@
+"""What can go wrong, as one tree. No torch here: errors cross process borders, and an import would delay them.
+
+    MetasepiaError
+    ├── InvalidSettings        (ValueError)      a setting outside its range; found at start
+    ├── InvalidRequest         (ValueError)      a request field outside its range
+    │   └── WindowExceeded                       more tokens than the backbone's window
+    ├── UnknownName            (LookupError)     a name nobody registered; lists those that exist
+    ├── NotSupported           (NotImplementedError)  a backbone, family or route lacks what was asked
+    ├── CorruptArtefact        (ValueError)      a file that is not what its digest or kind says
+    ├── CannotPlace            (RuntimeError)    the cluster has less than the settings add up to
+    ├── Overloaded             (RuntimeError)    a bounded queue is full; carries `retry_after_s`
+    ├── DeadlineExceeded       (TimeoutError)    a deadline passed before the answer was whole
+    ├── Unavailable            (ConnectionError) a part is down or being rebuilt; carries `retry_after_s`
+    └── Locked                 (RuntimeError)    another writer holds the registry
+
+Each class's `args` equal its constructor's parameters, so that Ray hands the caller the error itself.
+"""
+
+
+class MetasepiaError(Exception):
+    """Root of every error that this project raises on purpose."""
+
+
+class InvalidSettings(MetasepiaError, ValueError):
+    """A setting is outside its range, or two settings contradict each other."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(field, value, allowed)
+        self.field, self.value, self.allowed = field, value, allowed
+
+    def __str__(self) -> str:
+        return f"setting {self.field} = {self.value!r} is not allowed; it must be {self.allowed}"
+
+
+class InvalidRequest(MetasepiaError, ValueError):
+    """A request's field has a value that no answer can be given for."""
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(param, message)
+        self.param, self.message = param, message
+
+    def __str__(self) -> str:
+        return self.message if self.param is None else f"{self.param}: {self.message}"
+
+
+class WindowExceeded(InvalidRequest):
+    """The prompt, or prompt and `max_tokens` together, do not fit the backbone's window."""
+
+    def __init__(self, param: str, num_tokens: int, window: int) -> None:
+        MetasepiaError.__init__(self, param, num_tokens, window)
+        self.param, self.num_tokens, self.window = param, num_tokens, window
+        self.message = f"{num_tokens} tokens do not fit the window of {window} tokens; shorten it"
+
+
+class UnknownName(MetasepiaError, LookupError):
+    """No such model, expert, encoder, module, context or digest."""
+
+    def __init__(self, kind: str, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(kind, name, known)
+        self.kind, self.name, self.known = kind, name, known
+
+    def __str__(self) -> str:
+        return f"no {self.kind} named {self.name!r}; known: {', '.join(self.known) or 'none'}"
+
+
+class NotSupported(MetasepiaError, NotImplementedError):
+    """The chosen backbone, family or route cannot do what was asked; says what can."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(what, instead)
+        self.what, self.instead = what, instead
+
+    def __str__(self) -> str:
+        return f"{self.what} is not supported; {self.instead}"
+
+
+class CorruptArtefact(MetasepiaError, ValueError):
+    """A file or blob is not what its name, digest or kind promises."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be used: {self.problem}"
+
+
+class CannotPlace(MetasepiaError, RuntimeError):
+    """The deployment needs more than the cluster has; found before anything is started."""
+
+    def __init__(self, resource: str, needed: float, available: float, parts: str) -> None:
+        super().__init__(resource, needed, available, parts)
+        self.resource, self.needed, self.available, self.parts = resource, needed, available, parts
+
+    def __str__(self) -> str:
+        return (
+            f"the settings need {self.needed:g} {self.resource} ({self.parts}) and the cluster has {self.available:g}; "
+            "choose a smaller profile or add nodes"
+        )
+
+
+class Overloaded(MetasepiaError, RuntimeError):
+    """A bounded queue is full. Trying again after `retry_after_s` seconds is safe."""
+
+    def __init__(self, queue: str, retry_after_s: float) -> None:
+        super().__init__(queue, retry_after_s)
+        self.queue, self.retry_after_s = queue, retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.queue} is full; try again in {self.retry_after_s:.0f} s"
+
+
+class DeadlineExceeded(MetasepiaError, TimeoutError):
+    """The request's deadline passed before its answer was whole."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        super().__init__(what, timeout_s)
+        self.what, self.timeout_s = what, timeout_s
+
+    def __str__(self) -> str:
+        return f"{self.what} did not finish within {self.timeout_s:g} s"
+
+
+class Unavailable(MetasepiaError, ConnectionError):
+    """A part of the system is down or being rebuilt. Trying again after `retry_after_s` seconds is safe."""
+
+    def __init__(self, part: str, retry_after_s: float) -> None:
+        super().__init__(part, retry_after_s)
+        self.part, self.retry_after_s = part, retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.part} is not available now; try again in {self.retry_after_s:.0f} s"
+
+
+class Locked(MetasepiaError, RuntimeError):
+    """Another process writes this registry, or took it over since we opened it."""
+
+    def __init__(self, path: str, holder: str) -> None:
+        super().__init__(path, holder)
+        self.path, self.holder = path, holder
+
+    def __str__(self) -> str:
+        return f"{self.path} is held by {self.holder}; stop that process or choose another registry directory"

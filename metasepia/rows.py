@@ -1,0 +1,105 @@
+"""The values that a backbone is asked with and answers with. numpy only: they cross process borders.
+
+A row is a pure function of itself: the same row on the same backbone gives the same answer whatever shares its batch, so
+it may be run again after any failure.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Adapter = tuple[tuple[str, float], ...]
+"""Expert digests with their weights on the simplex; empty means the base weights."""
+
+Path = Literal["plain", "factors", "materialised"]
+"""The arithmetic a row went through: the stored weights, run-time factors, or one expert's rebuilt weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 1.0
+    """0 takes the largest logit; otherwise divides the logits. In [0, 2]."""
+    top_p: float = 1.0
+    """Smallest probability mass that the choice is limited to. In (0, 1]."""
+    max_tokens: int = 16
+    """At least 1; prompt and answer together fit the window."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ends the row; the stop token itself is not part of the answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStatesWanted:
+    """Which hidden states a row asks for."""
+
+    layers: tuple[int, ...] = (-1,)
+    """0 is the embedding, n the output of block n, negative counts from the end (-1: the last, after the final norm)."""
+    pooling: Literal["mean", "last", "none"] = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sequence for a backbone, whole: digests instead of names, its own sampling, seed and deadline."""
+
+    request_id: str
+    backbone: str
+    """Digest of the backbone that must answer; another one refuses."""
+    token_ids: tuple[int, ...]
+    adapter: Adapter = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    """Sampling noise is a function of (seed, position)."""
+    deadline_unix_s: float = float("inf")
+    priority: int = 0
+    """Larger goes first; rows of equal priority in order of arrival."""
+    want: Literal["tokens", "logprobs", "hidden_states"] = "tokens"
+    score_from: int = 1
+    """want = logprobs: the first position whose token is scored given those before it. In [1, number of tokens]."""
+    hidden: HiddenStatesWanted = field(default_factory=HiddenStatesWanted)
+    sent: tuple[int, ...] = ()
+    """Tokens of the answer that already left: a row run again prefills them and goes on after them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executed:
+    """What a shard really ran for a row; receipts are made from this and never from the request."""
+
+    backbone: str
+    factors: str | None
+    adapter: Adapter
+    path: Path
+    dtype: str
+    tp_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChunk:
+    """The next tokens of a row, in order."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Natural log-probability of each token under the untempered distribution."""
+    finish: Literal["stop", "length"] | None = None
+    """Set on the last chunk only, together with `executed`."""
+    executed: Executed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Teacher-forced natural log-probabilities of a row's tokens from `score_from` on."""
+
+    request_id: str
+    logprobs: np.ndarray
+    executed: Executed
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates:
+    """A row's hidden states: [layers, hidden] pooled, [layers, tokens, hidden] for pooling "none". float32."""
+
+    request_id: str
+    states: np.ndarray
+    executed: Executed
