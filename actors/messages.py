@@ -10,7 +10,7 @@ from metasepia.rows import Adapter, Executed
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What answered a request: digests of everything executed. Filled from the shards' `Executed`, never from the request."""
+    """What answered a request: digests of what was executed, from the shards' `Executed` and not from the request."""
 
     request: str
     """Digest of the request's body; together with the receipt enough to replay it."""

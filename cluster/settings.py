@@ -1,8 +1,8 @@
 """The settings tree, and the only reader of TOML and environment.
 
-A profile (`cluster/profiles/*.toml`, or a path) is read once, at start; `METASEPIA_<FIELD>__<FIELD>` overrides one value
-(`METASEPIA_HTTP__PORT=8001`, `METASEPIA_BACKBONES__0__TP_SIZE=2`). A default lives here and nowhere else. A wrong value
-raises InvalidSettings with the field, the value and the allowed range, before anything is started.
+A profile (`cluster/profiles/*.toml`, or a path) is read once, at start; `METASEPIA_<FIELD>__<FIELD>` overrides one
+value (`METASEPIA_HTTP__PORT=8001`, `METASEPIA_BACKBONES__0__TP_SIZE=2`). A default lives here and nowhere else. A
+wrong value raises InvalidSettings with the field, the value and the allowed range, before anything is started.
 """
 
 import dataclasses

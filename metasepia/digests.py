@@ -1,6 +1,7 @@
 """Content digests: sha256 over canonical JSON, then the tensors sorted by name (name, dtype, shape, bytes).
 
-Equal digests mean equal content; a name is only ever a pointer to one. No torch here: the gateway and the registry use it.
+Equal digests mean equal content; a name is only ever a pointer to one. No torch here: the gateway and the registry
+use it.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The values that a backbone is asked with and answers with. numpy only: they cross process borders.
 
-A row is a pure function of itself: the same row on the same backbone gives the same answer whatever shares its batch, so
-it may be run again after any failure.
+A row is a pure function of itself: the same row on the same backbone gives the same answer whatever shares its batch,
+so it may be run again after any failure.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class HiddenStatesWanted:
     """Which hidden states a row asks for."""
 
     layers: tuple[int, ...] = (-1,)
-    """0 is the embedding, n the output of block n, negative counts from the end (-1: the last, after the final norm)."""
+    """0 is the embedding, n the output of block n, negative counts from the end (-1: last, after the final norm)."""
     pooling: Literal["mean", "last", "none"] = "mean"
 
 

@@ -1,1 +1,1 @@
-"""The Ray Serve graph: `graph` builds it on one page, `gateway` is its one door, `schemas` and `failures` its manners."""
+"""The Ray Serve graph: `graph` builds it on one page, `gateway` is its one door, `failures` its manners."""
