@@ -1,0 +1,78 @@
+"""What a decoder is told and what it answers, step by step. numpy only: plans cross to each rank of a gang."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from metasepia.errors import MetasepiaError
+from metasepia.rows import Adapter, Executed, HiddenStatesWanted, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRow:
+    """A row on its way into the decoder: everything that a rank must know of it."""
+
+    key: int
+    """Names the row in plans and results; never used twice by a scheduler."""
+    token_ids: tuple[int, ...]
+    """Prompt, and the part of the answer that was sent before."""
+    adapter: Adapter
+    want: Literal["tokens", "logprobs", "hidden_states"]
+    sampling: Sampling
+    seed: int
+    score_from: int
+    hidden: HiddenStatesWanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Opens a group of new rows whose prompts are read together, `Advance` by `Advance`."""
+
+    group: int
+    rows: tuple[NewRow, ...]
+    """All want the same; hidden states: of the same layers and pooling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advance:
+    """Reads the next `num_columns` of a group's left-padded prompts."""
+
+    group: int
+    num_columns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One step of the decoder, in this order: drop, begin, advance, feed. The same value on each rank."""
+
+    step: int
+    drop: tuple[int, ...] = ()
+    """Keys of rows that leave, live or still being read."""
+    begin: tuple[Begin, ...] = ()
+    advance: tuple[Advance, ...] = ()
+    feed: tuple[tuple[int, int], ...] = ()
+    """(key, token) of every live row: the token chosen for it last. Empty: no decoding in this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The next token of a row and its natural log-probability under the untempered distribution."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step gave, by key. numpy and plain values only."""
+
+    step: int
+    chosen: dict[int, Chosen] = field(default_factory=dict)
+    """Each row fed, and each row whose prompt was read to its end (it is live from now on)."""
+    arrays: dict[int, np.ndarray] = field(default_factory=dict)
+    """Log-probabilities or hidden states of rows that wanted them; these have left."""
+    executed: dict[int, Executed] = field(default_factory=dict)
+    """What was run, for each key in `chosen` or `arrays`."""
+    failed: dict[int, MetasepiaError] = field(default_factory=dict)
+    """Rows refused at `begin` (an adapter that this shard does not hold); these have left."""
