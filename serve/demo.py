@@ -114,7 +114,8 @@ def main() -> None:
             )  # fmt: skip
     if "auto" in known:
         tour.ask(
-            "The request alone chooses", "POST", "/v1/chat/completions", {"model": "auto", "temperature": 0, **question},
+            "The request alone chooses", "POST", "/v1/chat/completions",
+            {"model": "auto", "temperature": 0, **question},
             "The dispatch chain compared the prompt's hidden states with each expert's centroid; where none is near, "
             "the base weights answer. The receipt names the stage and its margin.",
         )  # fmt: skip
