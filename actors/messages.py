@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from metasepia.registry import Artefact as Artefact
 from metasepia.rows import Adapter, Executed
 
 
@@ -85,16 +86,3 @@ class Classified:
     context: str
     module: str
     compiled: Literal["now", "before"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artefact:
-    """A registry entry: an immutable blob by digest and the name that points to it."""
-
-    kind: Literal["expert", "mixture", "context", "module", "factors", "embedding"]
-    digest: str
-    name: str
-    owner: str
-    created_unix_s: float
-    num_bytes: int
-    card: dict[str, object]

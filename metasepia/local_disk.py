@@ -1,0 +1,44 @@
+"""What durable storage needs of a disk: that it is of this machine, and that renames are on it before we say so."""
+
+import os
+import re
+from pathlib import Path
+
+from metasepia.errors import InvalidSettings
+
+_NETWORK_FILESYSTEMS = frozenset(
+    """nfs nfs4 cifs smb3 smbfs 9p ceph lustre glusterfs afs gpfs beegfs orangefs pvfs2 ocfs2 gfs2 ncpfs davfs
+    vboxsf""".split()  # noqa: SIM905
+)
+
+
+def check_local_disk(root: Path, mountinfo: str | None = None) -> None:
+    """Raises InvalidSettings when `root`, which need not exist, lies on a network filesystem.
+
+    `mountinfo` is the text of /proc/self/mountinfo (proc(5)), read when None; on systems without it nothing is refused.
+    """
+    if mountinfo is None:
+        try:
+            mountinfo = Path("/proc/self/mountinfo").read_text()
+        except OSError:  # not Linux: nothing to ask
+            return
+    path, found = os.path.realpath(root), ("", "")
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        mount_point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
+        inside = path == mount_point or path.startswith(mount_point.rstrip("/") + "/")
+        if inside and len(mount_point) >= len(found[0]):  # a later mount on the same point hides the earlier one
+            found = (mount_point, right.split()[0])
+    mount_point, filesystem = found
+    if filesystem in _NETWORK_FILESYSTEMS or (re.match(r"fuse(\.(?!fuse-overlayfs)|$)", filesystem)):
+        allowed = f"on a local disk for the registry's catalogue; {mount_point} is a network filesystem ({filesystem})"
+        raise InvalidSettings("home", str(root), allowed)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names inside a directory durable: a file's own fsync does not cover its name."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
