@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metasepia.rows import Adapter, Sampling
+from metasepia.steps import Chosen, StepPlan, StepResult
 
 
 class ExpertLayers(Protocol):

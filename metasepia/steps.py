@@ -44,15 +44,15 @@ class Advance:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step of the decoder, in this order: drop, begin, advance, feed. The same value on each rank."""
+    """One step of the decoder, in this order: drop, feed, begin, advance. The same value on each rank."""
 
     step: int
     drop: tuple[int, ...] = ()
-    """Keys of rows that leave, live or still being read."""
-    begin: tuple[Begin, ...] = ()
-    advance: tuple[Advance, ...] = ()
+    """Keys of rows that leave, live or still being read; one that left already is ignored."""
     feed: tuple[tuple[int, int], ...] = ()
     """(key, token) of every live row: the token chosen for it last. Empty: no decoding in this step."""
+    begin: tuple[Begin, ...] = ()
+    advance: tuple[Advance, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,4 +75,4 @@ class StepResult:
     executed: dict[int, Executed] = field(default_factory=dict)
     """What was run, for each key in `chosen` or `arrays`."""
     failed: dict[int, MetasepiaError] = field(default_factory=dict)
-    """Rows refused at `begin` (an adapter that this shard does not hold); these have left."""
+    """Rows that cannot go on: an adapter that this shard does not hold, logits that are not finite. Drop them next."""
