@@ -1,20 +1,29 @@
 """Decoding, scoring and hidden states of many rows at once, on one tensor-parallel rank.
 
-A `RowDecoder` holds the rows in flight and their key/value cache. It is driven by `StepPlan`s, small plain values
-that go to each rank alike; every rank runs the same forwards in the same order, and rank 0's `StepResult` goes back to
-the scheduler. It works for any causal model of transformers: rows are left-padded, so rotary, learned and ALiBi positions
-and sliding windows see the same distances as the row alone.
+A `RowDecoder` holds the rows in flight and their key/value cache. It is driven by `StepPlan`s, small plain values that
+go to each rank alike; every rank runs the same forwards in the same order, and rank 0's `StepResult` goes back to the
+scheduler. It works for any causal attention model of transformers: rows are left-padded, so rotary, learned and ALiBi
+positions and sliding windows see the same distances as the row alone.
 """
 
+import inspect
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from jaxtyping import Float
+import numpy as np
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metasepia.rows import Adapter, Sampling
-from metasepia.steps import Chosen, StepPlan, StepResult
+from metasepia.cache import RowCache
+from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported, UnknownName
+from metasepia.rows import Adapter, Executed, Path, Sampling
+from metasepia.steps import Advance, Begin, Chosen, NewRow, StepPlan, StepResult
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+PLAIN: tuple[Adapter, Path] = ((), "plain")
 
 
 class ExpertLayers(Protocol):
@@ -24,12 +33,50 @@ class ExpertLayers(Protocol):
 
     def holds(self, digest: str) -> bool: ...
 
+    @property
+    def held(self) -> tuple[str, ...]: ...
+
+    @property
+    def executed(self) -> Sequence[tuple[Adapter, Path]]: ...
+
+
+@dataclass
+class _Live:
+    """A row that decodes."""
+
+    new: NewRow
+    length: int
+    """Tokens whose keys are in the cache."""
+
+
+@dataclass
+class _Group:
+    """Rows whose prompts are being read, left-padded to `width`; columns [0, done) are read."""
+
+    rows: list[NewRow | None]
+    """None: dropped meanwhile; its arithmetic goes on unread."""
+    token_ids: Int[Tensor, "rows width"]
+    mask: Int[Tensor, "rows width"]
+    adapters: list[Adapter]
+    cache: RowCache | None
+    done: int = 0
+    parts: list[list[Tensor]] = field(default_factory=list)
+    """By row: log-probabilities or hidden states, piece by piece."""
+
+    @property
+    def width(self) -> int:
+        return self.token_ids.shape[1]
+
+    @property
+    def kind(self) -> NewRow:
+        return next(row for row in self.rows if row is not None)
+
 
 class RowDecoder:
     """The rows in flight on one rank, and their cache.
 
-    `run` is deterministic in the sequence of plans, so ranks given the same plans stay in lock-step. Anything that
-    `run` raises is a failure of the whole gang: the decoder's rows are then lost and must be submitted again.
+    `run` is deterministic in the sequence of plans, so ranks given the same plans (and experts) stay in lock-step.
+    Anything that `run` raises is a failure of the whole gang: the decoder's rows are lost and must be submitted again.
     """
 
     def __init__(
@@ -42,12 +89,273 @@ class RowDecoder:
         tp_size: int = 1,
         chooses: bool = True,
     ) -> None:
-        """`backbone` and `factors` are digests for `Executed`; `chooses` is False on ranks whose results are not read."""
-        raise NotImplementedError
+        """`backbone` and `factors` are digests for `Executed`; `chooses` is False on ranks whose results go unread.
 
+        Raises NotSupported for a model that keeps more of its past than keys and values (state space, linear attention).
+        """
+        accepts = inspect.signature(model.forward).parameters
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION
+        if kinds or "past_key_values" not in accepts:
+            what = f"{type(model).__name__} ({', '.join(sorted(kinds)) or 'no key/value cache'})"
+            raise NotSupported(what, "use a causal model whose layers all attend to keys and values")
+        self._model, self._experts, self._chooses = model, experts, chooses
+        self._positions, self._keeps = "position_ids" in accepts, "logits_to_keep" in accepts
+        self._device = model.device
+        self._executed = {"backbone": backbone, "factors": factors, "tp_size": tp_size}
+        self._dtype = str(model.dtype).removeprefix("torch.")
+        self._live: list[_Live] = []
+        self._cache = RowCache(0, 0)
+        self._groups: dict[int, _Group] = {}
+
+    @torch.no_grad()
     def run(self, plan: StepPlan) -> StepResult:
-        """Runs one step. The result's dicts are empty where `chooses` is False."""
-        raise NotImplementedError
+        """Runs one step. Where `chooses` is False the forwards are run and the result holds no answers."""
+        result = StepResult(step=plan.step)
+        if plan.drop:
+            self._drop(set(plan.drop))
+        if plan.feed:
+            self._feed(dict(plan.feed), result)
+        for begin in plan.begin:
+            self._begin(begin, result)
+        for advance in plan.advance:
+            self._advance(advance, result)
+        return result
+
+    # -- live rows -----------------------------------------------------------------------------------------------------
+
+    def _drop(self, keys: set[int]) -> None:
+        for index in reversed([i for i, row in enumerate(self._live) if row.new.key in keys]):
+            self._leave(index)
+        for name, group in list(self._groups.items()):
+            group.rows = [None if row is None or row.key in keys else row for row in group.rows]
+            if not any(group.rows):
+                del self._groups[name]
+
+    def _leave(self, index: int) -> None:
+        self._cache.leave(index)
+        last = self._live.pop()
+        if index < len(self._live):
+            self._live[index] = last
+        if not self._live:
+            self._cache = RowCache(0, 0)
+
+    def _feed(self, tokens: dict[int, int], result: StepResult) -> None:
+        for index in reversed(range(len(self._live))):
+            error = self._refusal(self._live[index].new.adapter)
+            if error is not None:
+                result.failed[self._live[index].new.key] = error
+                self._leave(index)
+        if not self._live:
+            return
+        longest = max(row.length for row in self._live)
+        self._cache.trim(longest)
+        self._cache.reserve(len(self._live), longest)
+        lengths = torch.tensor([row.length for row in self._live])
+        mask = (torch.arange(longest + 1) >= longest - lengths[:, None]).long()
+        logits, executed, _ = self._forward(
+            torch.tensor([[tokens[row.new.key]] for row in self._live]),
+            mask,
+            lengths[:, None],
+            [row.new.adapter for row in self._live],
+            cache=self._cache,
+        )
+        self._cache.extend(1)
+        for row in self._live:
+            row.length += 1
+        self._choose(
+            logits[:, -1], [row.new for row in self._live], [row.length for row in self._live], executed, result
+        )
+
+    def _choose(
+        self,
+        logits: Float[Tensor, "rows vocab"],
+        rows: Sequence[NewRow],
+        positions: Sequence[int],
+        executed: Sequence[Executed],
+        result: StepResult,
+    ) -> None:
+        if not self._chooses:
+            return
+        chosen = choose(logits, [row.sampling for row in rows], [row.seed for row in rows], positions)
+        for row, one, what in zip(rows, chosen, executed, strict=True):
+            if np.isfinite(one.logprob):
+                result.chosen[row.key], result.executed[row.key] = one, what
+            else:
+                result.failed[row.key] = _not_finite(row.adapter)
+
+    # -- rows being read -----------------------------------------------------------------------------------------------
+
+    def _refusal(self, adapter: Adapter) -> MetasepiaError | None:
+        """Why this shard cannot run an adapter; the same on each rank, because experts come and go in one order."""
+        for digest, _ in adapter:
+            if self._experts is None or not self._experts.holds(digest):
+                return UnknownName("expert", digest, () if self._experts is None else self._experts.held)
+        return None
+
+    def _begin(self, begin: Begin, result: StepResult) -> None:
+        rows: list[NewRow] = []
+        for row in begin.rows:
+            error = self._refusal(row.adapter)
+            if error is None and row.adapter and self._experts is not None:
+                try:
+                    self._experts.select([row.adapter])
+                except MetasepiaError as refused:
+                    error = refused
+            if error is None:
+                rows.append(row)
+            else:
+                result.failed[row.key] = error
+        if not rows:
+            return
+        width = max(len(row.token_ids) for row in rows)
+        token_ids, mask = (
+            torch.zeros(len(rows), width, dtype=torch.long),
+            torch.zeros(len(rows), width, dtype=torch.long),
+        )
+        for i, row in enumerate(rows):
+            token_ids[i, width - len(row.token_ids) :] = torch.tensor(row.token_ids)
+            mask[i, width - len(row.token_ids) :] = 1
+        self._groups[begin.group] = _Group(
+            rows=list(rows),
+            token_ids=token_ids,
+            mask=mask,
+            adapters=[row.adapter for row in rows],
+            cache=RowCache(len(rows), width),
+            parts=[[] for _ in rows],
+        )
+
+    def _advance(self, advance: Advance, result: StepResult) -> None:
+        group = self._groups.get(advance.group)
+        if group is None:  # all its rows failed or left
+            return
+        start, stop = group.done, min(group.done + advance.num_columns, group.width)
+        want = group.kind.want
+        if want != "tokens" and (start, stop) == (0, group.width):
+            group.cache = None  # read at once, and nothing follows
+        keep = 1
+        if want == "logprobs":  # from the first column that predicts a scored token of any row
+            lengths = group.mask.sum(1)
+            first = min(
+                group.width - int(lengths[i]) + row.score_from - 1
+                for i, row in enumerate(group.rows)
+                if row is not None
+            )
+            keep = max(1, stop - max(start, first))
+        logits, executed, hidden = self._forward(
+            group.token_ids[:, start:stop],
+            group.mask[:, :stop],
+            (group.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop],
+            group.adapters,
+            cache=group.cache,
+            keep=keep,
+            layers=group.kind.hidden.layers if want == "hidden_states" else None,
+        )
+        group.done = stop
+        if group.cache is not None:
+            group.cache.extend(stop - start)
+        if want == "logprobs":
+            self._score(group, logits, stop)
+        elif want == "hidden_states":
+            self._pool(group, hidden, start, stop)
+        if stop == group.width:
+            del self._groups[advance.group]
+            self._finish(group, logits, executed, result)
+
+    def _score(self, group: _Group, logits: Float[Tensor, "rows kept vocab"], stop: int) -> None:
+        """Log-probabilities of the tokens one column after each of the kept columns, which end at `stop`."""
+        start = stop - logits.shape[1]
+        last = min(stop, group.width - 1)
+        if start >= last or not self._chooses:
+            return
+        logits = logits[:, : last - start].float()
+        targets = group.token_ids[:, start + 1 : last + 1].to(logits.device)
+        logprobs = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).cpu()
+        for i, row in enumerate(group.rows):
+            if row is not None:
+                scored_from = group.width - len(row.token_ids) + row.score_from
+                group.parts[i].append(logprobs[i, max(0, scored_from - start - 1) :])
+
+    def _pool(
+        self, group: _Group, hidden: Float[Tensor, "layers rows new hidden"] | None, start: int, stop: int
+    ) -> None:
+        if hidden is None or not self._chooses:
+            return
+        for i, row in enumerate(group.rows):
+            if row is None:
+                continue
+            states = hidden[:, i, max(0, group.width - len(row.token_ids) - start) :].float().cpu()
+            if row.hidden.pooling == "mean":
+                group.parts[i].append(states.sum(1, dtype=torch.float64))
+            elif row.hidden.pooling == "none":
+                group.parts[i].append(states)
+            elif stop == group.width:
+                group.parts[i].append(states[:, -1])
+
+    def _finish(self, group: _Group, logits: Tensor, executed: Sequence[Executed], result: StepResult) -> None:
+        rows = [(i, row) for i, row in enumerate(group.rows) if row is not None]
+        if group.kind.want == "tokens":
+            assert group.cache is not None
+            longest = max([len(row.token_ids) for _, row in rows] + [live.length for live in self._live])
+            self._cache.reserve(len(self._live) + len(rows), longest)
+            for i, row in rows:
+                self._cache.join(group.cache, i, len(row.token_ids))
+                self._live.append(_Live(row, len(row.token_ids)))
+            indices = [i for i, _ in rows]
+            lengths = [len(row.token_ids) for _, row in rows]
+            self._choose(logits[indices, -1], [row for _, row in rows], lengths, [executed[i] for i in indices], result)
+        elif self._chooses:
+            for i, row in rows:
+                array = _joined(row, group.parts[i])
+                if np.isfinite(array).all():
+                    result.arrays[row.key], result.executed[row.key] = array, executed[i]
+                else:
+                    result.failed[row.key] = _not_finite(row.adapter)
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        token_ids: Int[Tensor, "rows new"],
+        mask: Int[Tensor, "rows columns"],
+        positions: Int[Tensor, "rows new"],
+        adapters: Sequence[Adapter],
+        *,
+        cache: RowCache | None,
+        keep: int = 1,
+        layers: tuple[int, ...] | None = None,
+    ) -> tuple[Tensor, list[Executed], Float[Tensor, "layers rows new hidden"] | None]:
+        """Logits of the last `keep` columns, what was executed for each row, and the hidden states of `layers`."""
+        if self._experts is not None:
+            self._experts.select(adapters)
+        options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+        if self._positions:
+            options["position_ids"] = positions.to(self._device)
+        if self._keeps:
+            options["logits_to_keep"] = keep
+        if layers is not None:
+            options["output_hidden_states"] = True
+        output = self._model(
+            input_ids=token_ids.to(self._device), attention_mask=mask.to(self._device), return_dict=True, **options
+        )
+        ran = [PLAIN] * len(adapters) if self._experts is None else self._experts.executed
+        executed = [Executed(adapter=adapter, path=path, dtype=self._dtype, **self._executed) for adapter, path in ran]
+        hidden = None if layers is None else torch.stack([output.hidden_states[layer] for layer in layers])
+        return output.logits[:, -keep:], executed, hidden
+
+
+def _joined(row: NewRow, parts: Sequence[Tensor]) -> np.ndarray:
+    """The pieces of a row's answer as one float32 array."""
+    if row.want == "logprobs":
+        return torch.cat([*parts, torch.empty(0)]).numpy()
+    if row.hidden.pooling == "none":
+        return torch.cat(list(parts), dim=1).numpy()
+    pooled = torch.stack(list(parts)).sum(0)
+    return (pooled / len(row.token_ids) if row.hidden.pooling == "mean" else pooled).float().numpy()
+
+
+def _not_finite(adapter: Adapter) -> MetasepiaError:
+    name = " + ".join(f"expert {digest[:12]}" for digest, _ in adapter) or "the backbone"
+    return CorruptArtefact(name, "its logits are not finite numbers")
 
 
 def choose(
@@ -55,7 +363,33 @@ def choose(
 ) -> list[Chosen]:
     """The next token of each row: the largest logit at temperature 0, else a draw from the tempered nucleus.
 
-    The noise is Gumbel, a function of (seed, position, vocabulary size) alone: Philox, counter-based, so a row
-    draws the same in any batch and after any restart. `positions` are those of the tokens chosen, in the whole sequence.
+    The noise is Gumbel, a function of (seed, position, vocabulary size) alone, so a row draws the same in any batch and
+    after any restart; `positions` are those of the tokens chosen, in the whole sequence. Logits that are not finite
+    give a logprob that is not.
     """
-    raise NotImplementedError
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1)
+    tokens = logits.argmax(-1)
+    for i, one in enumerate(sampling):
+        if one.temperature > 0:
+            tempered = (logits[i].double() / one.temperature).log_softmax(-1)
+            if one.top_p < 1:
+                tempered = _nucleus(tempered, one.top_p)
+            noise = gumbel(seeds[i], positions[i], len(tempered))
+            tokens[i] = (tempered + torch.from_numpy(noise).to(tempered.device)).argmax()
+    of_tokens = logprobs.gather(-1, tokens[:, None])[:, 0]
+    return [Chosen(token_id=t, logprob=p) for t, p in zip(tokens.tolist(), of_tokens.tolist(), strict=True)]
+
+
+def _nucleus(logprobs: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:
+    """The most probable tokens that together reach `top_p`; the others at minus infinity. Never empty."""
+    ordered, order = logprobs.sort(descending=True, stable=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    return logprobs.index_fill(-1, order[before >= top_p], -torch.inf)
+
+
+def gumbel(seed: int, position: int, num_values: int) -> np.ndarray:
+    """Gumbel noise, float64 [num_values], from Philox's raw stream: counter-based, and the same in every numpy."""
+    generator = np.random.Philox(key=seed % 2**128, counter=[0, position, 0, 0])
+    uniform = ((generator.random_raw(num_values) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))

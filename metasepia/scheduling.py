@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from metasepia.errors import MetasepiaError
+from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from metasepia.steps import StepPlan, StepResult
 
@@ -19,8 +20,6 @@ Answer = TokenChunk | Scores | HiddenStates | MetasepiaError
 class Limits:
     """Bounds of one scheduler."""
 
-    window: int
-    """Longest sequence of the backbone, in tokens."""
     max_rows: int
     """Rows that decode together."""
     max_batch_tokens: int
@@ -48,7 +47,7 @@ class Load:
 class Scheduler:
     """Continuous batching over one decoder. Methods may be called from any thread."""
 
-    def __init__(self, run: Callable[[StepPlan], StepResult], limits: Limits, *, backbone: str) -> None: ...
+    def __init__(self, run: Callable[[StepPlan], StepResult], limits: Limits, prepared: PreparedBackbone) -> None: ...
 
     def submit(self, row: Row, answer: Callable[[Answer], None]) -> None:
         """Queues a row. `answer` is called from the scheduler's thread and must not block.
