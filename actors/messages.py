@@ -55,6 +55,19 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """Which encoder a process holds."""
+
+    id: str
+    digest: str
+    width: int
+    window: int
+    """Tokens of the longest text that it takes, the special tokens included."""
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelledVectors:
     """A classification context by value: embedded examples and their labels, in the order given."""
 

@@ -152,16 +152,19 @@ class EncoderSettings:
     cpus: float = 0.3
     gpus: float = 0.0
     threads: int = 1
-    max_batch_tokens: int = 4096
-    """Padded tokens of one forward. From 64 to 10**7."""
+    max_batch_tokens: int = 1024
+    """Padded tokens of one forward; on a CPU more is slower. From 64 to 10**7."""
     max_queued_texts: int = 16_384
     """Beyond it requests are refused with 429. From 1 to 10**7."""
+    cache_mib: float = 32.0
+    """Vectors kept of texts seen before, the least recently used leave first; 0 keeps none. From 0 to 10**6."""
 
     def __post_init__(self) -> None:
         owner = f"encoders[{self.id}]"
         _between(owner, "cpus", self.cpus, 0.01, 1000)
         _between(owner, "threads", self.threads, 1, 1024)
         _between(owner, "max_batch_tokens", self.max_batch_tokens, 64, 10**7)
+        _between(owner, "cache_mib", self.cache_mib, 0, 10**6)
         _between(owner, "max_queued_texts", self.max_queued_texts, 1, 10**7)
         _check_name(f"{owner}.id", self.id)
 
