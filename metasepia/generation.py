@@ -91,7 +91,7 @@ class RowDecoder:
     ) -> None:
         """`backbone` and `factors` are digests for `Executed`; `chooses` is False on ranks whose results go unread.
 
-        Raises NotSupported for a model that keeps more of its past than keys and values (state space, linear attention).
+        Raises NotSupported for a model that keeps more of its past than keys and values (a state space, say).
         """
         accepts = inspect.signature(model.forward).parameters
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION
