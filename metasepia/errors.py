@@ -3,7 +3,8 @@
     MetasepiaError
     ├── InvalidSettings        (ValueError)      a setting outside its range; found at start
     ├── InvalidRequest         (ValueError)      a request field outside its range
-    │   └── WindowExceeded                       more tokens than the backbone's window
+    │   ├── WindowExceeded                       more tokens than the backbone's window
+    │   └── BodyTooLarge                         more bytes than a request may have
     ├── UnknownName            (LookupError)     a name nobody registered; lists those that exist
     ├── NotSupported           (NotImplementedError)  a backbone, family or route lacks what was asked
     ├── CorruptArtefact        (ValueError)      a file that is not what its digest or kind says
@@ -50,6 +51,15 @@ class WindowExceeded(InvalidRequest):
         MetasepiaError.__init__(self, param, num_tokens, window)
         self.param, self.num_tokens, self.window = param, num_tokens, window
         self.message = f"{num_tokens} tokens do not fit the window of {window} tokens; shorten it"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body is longer than this server reads."""
+
+    def __init__(self, max_mib: float) -> None:
+        MetasepiaError.__init__(self, max_mib)
+        self.param, self.max_mib = "body", max_mib
+        self.message = f"the body is longer than {max_mib:g} MiB; send fewer texts at a time"
 
 
 class UnknownName(MetasepiaError, LookupError):

@@ -11,6 +11,7 @@ CASES: list[errors.MetasepiaError] = [
     errors.InvalidSettings("http.port", 0, "from 1 to 65535"),
     errors.InvalidRequest("temperature", "must be from 0 to 2, got 3"),
     errors.WindowExceeded("messages", 9000, 8192),
+    errors.BodyTooLarge(8.0),
     errors.UnknownName("expert", "law", ("maths",)),
     errors.NotSupported("tp_size 2 for family t5", "use tp_size 1"),
     errors.CorruptArtefact("expert.safetensors", "it ends inside tensor z"),

@@ -1,0 +1,136 @@
+"""Vectors of texts: a text encoder's, or a backbone's mean-pooled last hidden states; unit norm either way."""
+
+import base64
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from actors.messages import Receipt, Texts
+from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
+from metasepia.rows import HiddenStatesWanted, Row
+from serve.deadlines import Deadline
+from serve.names import Names
+from serve.parts import Backbone, TextEncoder
+from serve.prompts import Prompts
+from serve.receipts import receipt_json
+from serve.schemas import EmbeddingsRequest
+
+Item = str | list[int]
+"""A text, or a text as token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Unit-norm vectors and what made them."""
+
+    vectors: np.ndarray
+    """float32 [texts, width]"""
+    num_tokens: int
+    receipt: Receipt
+    """Of the encoder (`encoder`), or of a backbone (`backbone`, `path`, `dtype`, `tp_size`)."""
+
+
+class Embedding:
+    """Embeds with whatever answers to a name."""
+
+    def __init__(self, names: Names, prompts: dict[str, Prompts]) -> None:
+        self._names, self._prompts = names, prompts
+
+    async def embed(
+        self, name: str, items: Sequence[Item], fields: Sequence[str], deadline: Deadline, request_digest: str
+    ) -> Embedded:
+        """The vectors of `items`; `fields` names each one for complaints.
+
+        Raises UnknownName with the known names, WindowExceeded and InvalidRequest naming the field.
+        """
+        if name in self._names.encoders:
+            return await self._by_encoder(self._names.encoders[name], items, fields, deadline, request_digest)
+        if name in self._names.backbones:
+            return await self._by_backbone(self._names.backbones[name], items, fields, deadline, request_digest)
+        raise UnknownName("encoder", name, (*self._names.encoders, *self._names.backbones))
+
+    async def _by_encoder(
+        self,
+        encoder: TextEncoder,
+        items: Sequence[Item],
+        fields: Sequence[str],
+        deadline: Deadline,
+        request_digest: str,
+    ) -> Embedded:
+        texts: list[str] = []
+        for item, field in zip(items, fields, strict=True):
+            if not isinstance(item, str):
+                raise NotSupported(f"{field} as token ids for the encoder {encoder.id}", "send texts")
+            texts.append(item)
+        info = await encoder.info()
+        counts = await encoder.count_tokens(texts)
+        for field, count in zip(fields, counts, strict=True):
+            if count > info.window:
+                raise WindowExceeded(field, count, info.window)
+        async with deadline.limit("the embedding"):
+            vectors = await encoder.embed(
+                Texts(encoder=info.digest, texts=tuple(texts), deadline_unix_s=deadline.unix_s)
+            )
+        receipt = Receipt(request=request_digest, encoder=info.digest)
+        return Embedded(vectors=vectors, num_tokens=sum(counts), receipt=receipt)
+
+    async def _by_backbone(
+        self,
+        backbone: Backbone,
+        items: Sequence[Item],
+        fields: Sequence[str],
+        deadline: Deadline,
+        request_digest: str,
+    ) -> Embedded:
+        prepared, prompts = backbone.prepared, self._prompts[backbone.id]
+        request_id = f"embd-{uuid.uuid4().hex}"
+        rows: list[Row] = []
+        for index, (item, field) in enumerate(zip(items, fields, strict=True)):
+            token_ids = prompts.plain(item) if isinstance(item, str) else tuple(item)
+            if not token_ids:
+                raise InvalidRequest(field, "the text has no tokens")
+            if len(token_ids) > prepared.window:
+                raise WindowExceeded(field, len(token_ids), prepared.window)
+            if not all(0 <= token < prepared.vocab_size for token in token_ids):
+                raise InvalidRequest(field, f"token ids must be from 0 to {prepared.vocab_size - 1}")
+            rows.append(
+                Row(
+                    request_id=f"{request_id}-{index}",
+                    backbone=prepared.digest,
+                    token_ids=token_ids,
+                    deadline_unix_s=deadline.unix_s,
+                    want="hidden_states",
+                    hidden=HiddenStatesWanted(layers=(-1,), pooling="mean"),
+                )
+            )
+        async with deadline.limit("the embedding"):
+            answers = await backbone.hidden_states(rows)
+        vectors = np.stack([one.states[0] for one in answers]).astype(np.float32)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return Embedded(
+            vectors=vectors,
+            num_tokens=sum(len(row.token_ids) for row in rows),
+            receipt=Receipt.of(answers[0].executed, request=request_digest),
+        )
+
+
+def embeddings_json(request: EmbeddingsRequest, embedded: Embedded) -> dict[str, Any]:
+    """OpenAI's answer, with our receipt beside it."""
+    vectors = np.ascontiguousarray(embedded.vectors, dtype="<f4")
+    spelt: list[Any] = (
+        [base64.b64encode(vector.tobytes()).decode("ascii") for vector in vectors]
+        if request.encoding_format == "base64"
+        else vectors.tolist()
+    )
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(spelt)],
+        "model": request.model,
+        "created": int(time.time()),
+        "usage": {"prompt_tokens": embedded.num_tokens, "total_tokens": embedded.num_tokens},
+        "receipt": receipt_json(embedded.receipt),
+    }

@@ -1,0 +1,212 @@
+"""The one door: HTTP routes, each a body checked, a name resolved, a part asked, an answer with its receipt.
+
+No torch is loaded here (a test looks). Serve sets `x-request-id` on every answer, the client's or one of its own.
+"""
+
+import asyncio
+import functools
+import importlib.metadata
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from cluster.settings import HttpSettings
+from metasepia.digests import digest_of
+from metasepia.errors import NotSupported, UnknownName
+from serve import bodies, completion, failures
+from serve.classification import Classification
+from serve.deadlines import Deadline
+from serve.embedding import Embedding, embeddings_json
+from serve.health import Health, probe_backbone, probe_encoder, probe_reasoning
+from serve.metrics import CONTENT_TYPE, Measured, Metrics
+from serve.names import Names
+from serve.parts import Backbone, Catalogue, Reasoning, TextEncoder
+from serve.prompts import Prompts
+from serve.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A body in plain values, its digest, and the time that it has."""
+
+    tree: dict[str, Any]
+    digest: str
+    deadline: Deadline
+
+
+class Door:
+    """Everything behind the routes. Plain: the parts come in, so tests give their own."""
+
+    def __init__(
+        self,
+        http: HttpSettings,
+        backbones: Sequence[Backbone],
+        encoders: Sequence[TextEncoder],
+        reasoning: Reasoning,
+        catalogue: Catalogue,
+    ) -> None:
+        self._http = http
+        self.names = Names(backbones, encoders, catalogue)
+        self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
+        embedding = Embedding(self.names, self.prompts)
+        self._embedding = embedding
+        self._classification = Classification(embedding, reasoning, encoders[0].id)
+        self.metrics = Metrics()
+        probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
+        probes |= {f"encoder {one.id}": probe_encoder(one) for one in encoders}
+        self.health_of_parts = Health(probes | {"reasoning pool": probe_reasoning(reasoning)})
+
+    async def asked(self, request: Request) -> Asked:
+        """The body, bounded in bytes, depth and time."""
+        deadline = Deadline.of(request.headers, self._http.request_timeout_s)
+        async with deadline.limit("reading the body"):
+            body = await bodies.read(_chunks(request), request.headers, self._http.max_body_mib)
+        tree = bodies.parse(body, self._http.max_json_depth)
+        return Asked(tree, digest_of(tree), deadline)
+
+    async def classify(self, request: Request) -> Response:
+        asked = await self.asked(request)
+        body = ClassifyRequest.of(asked.tree)
+        body.check(self._http)
+        return JSONResponse(await self._classification.classify(body, asked.digest, asked.deadline))
+
+    async def embeddings(self, request: Request) -> Response:
+        asked = await self.asked(request)
+        body = EmbeddingsRequest.of(asked.tree)
+        body.check(self._http)
+        many = isinstance(asked.tree["input"], list) and len(body.inputs) == len(asked.tree["input"])
+        fields = [f"input[{index}]" if many else "input" for index in range(len(body.inputs))]
+        if ":" in body.model:
+            await self.names.resolve(body.model)
+            raise NotSupported(f"embedding with the expert {body.model}", "use its backbone or an encoder")
+        embedded = await self._embedding.embed(body.model, body.inputs, fields, asked.deadline, asked.digest)
+        self.metrics.add_tokens(embedded.num_tokens, 0)
+        return JSONResponse(embeddings_json(body, embedded))
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatRequest)
+
+    async def complete(self, request: Request) -> Response:
+        return await self._complete(request, CompletionRequest)
+
+    async def _complete(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        asked = await self.asked(request)
+        body = kind.of(asked.tree)
+        body.check()
+        async with asked.deadline.limit("resolving the model"):
+            chosen = await self.names.resolve(body.model)
+        prompts = self.prompts[chosen.backbone.id]
+        plan = completion.plan(body, chosen, prompts, asked.digest, asked.deadline)
+        if not body.stream:
+            answer = await completion.whole(plan, prompts)
+            self.metrics.add_tokens(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
+            return JSONResponse(answer)
+        events = completion.events(plan, prompts)
+        # The first event decides the status: a refusal must not hide inside a 200.
+        first = await anext(events)
+        return StreamingResponse(
+            _server_sent(first, events), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
+
+    async def models(self, request: Request) -> Response:
+        deadline = Deadline.of(request.headers, self._http.request_timeout_s)
+        async with deadline.limit("listing the models"):
+            return JSONResponse({"object": "list", "data": await self.names.listing()})
+
+    async def model(self, request: Request) -> Response:
+        deadline = Deadline.of(request.headers, self._http.request_timeout_s)
+        async with deadline.limit("listing the models"):
+            listed = await self.names.listing()
+        wanted = request.path_params["model"]
+        for one in listed:
+            if one["id"] == wanted:
+                return JSONResponse(one)
+        raise UnknownName("model", wanted, tuple(one["id"] for one in listed))
+
+    async def health(self, _request: Request) -> Response:
+        report = await self.health_of_parts.report()
+        if report.ready:
+            return JSONResponse({"status": "ready", "parts": report.parts})
+        answer = failures.envelope(failures.TABLE[failures.errors.Unavailable], report.reason, None, 2.0)
+        return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
+
+    async def prometheus(self, _request: Request) -> Response:
+        return Response(await self.metrics.text(list(self.names.backbones.values())), media_type=CONTENT_TYPE)
+
+    async def version(self, _request: Request) -> Response:
+        return JSONResponse({"version": importlib.metadata.version("metasepia")})
+
+
+def create_app(door: Door) -> ASGIApp:
+    """The routes of a door, every error in the envelope, every request measured."""
+    app = FastAPI(title="Metasepia", openapi_url="/openapi.json", redoc_url=None)
+    routes: list[tuple[str, str, Handler]] = [
+        ("POST", "/v1/classify", door.classify),
+        ("POST", "/v1/chat/completions", door.chat),
+        ("POST", "/v1/completions", door.complete),
+        ("POST", "/v1/embeddings", door.embeddings),
+        ("GET", "/v1/models", door.models),
+        ("GET", "/v1/models/{model:path}", door.model),
+        ("GET", "/health", door.health),
+        ("GET", "/metrics", door.prometheus),
+        ("GET", "/version", door.version),
+    ]
+    for method, path, handler in routes:
+        app.add_api_route(path, _in_envelope(handler), methods=[method], response_model=None)
+    app.add_exception_handler(HTTPException, _no_route)
+    return Measured(app, door.metrics)
+
+
+def _in_envelope(handler: Handler) -> Handler:
+    """Turns whatever a handler raises into an answer. Only a cancellation goes on: the client has gone."""
+
+    @functools.wraps(handler)
+    async def answered(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            answer = failures.answer(error)
+            return JSONResponse(answer.body, answer.failure.status, headers=answer.headers)
+
+    return answered
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    failure = failures.Failure(error.status_code, "invalid_request_error", code, failures.grpc.StatusCode.UNIMPLEMENTED)
+    answer = failures.envelope(failure, f"{request.method} {request.url.path} is not served here", None)
+    return JSONResponse(answer.body, error.status_code, headers=dict(error.headers or {}))
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    async for chunk in request.stream():
+        yield chunk
+
+
+async def _server_sent(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events; an error after the first one is an event too, since the status has left."""
+    async with aclosing(events):
+        yield _event(first)
+        try:
+            async for event in events:
+                yield _event(event)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            yield _event(failures.answer(error).body)
+        yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,120 @@
+"""Whether the graph answers: a real forward through each part, bounded in time, shared by whoever asks at once."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from actors.messages import Classify, LabelledVectors, Texts
+from metasepia.errors import Overloaded
+from metasepia.rows import Row, Sampling
+from serve.failures import unwrap
+from serve.parts import Backbone, Reasoning, TextEncoder
+
+PROBE_TIMEOUT_S = 5.0
+FRESH_S = 2.0
+"""A report this young is given again without a probe."""
+PROBE_PRIORITY = 1000
+
+Probe = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What each part said when it was asked last."""
+
+    ready: bool
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        broken = [f"{name}: {one['reason']}" for name, one in self.parts.items() if not one["ready"]]
+        return "; ".join(broken)
+
+
+class Health:
+    """Asks every part, all at once, each within `timeout_s`."""
+
+    def __init__(self, probes: Mapping[str, Probe], timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        self._probes, self._timeout_s = dict(probes), timeout_s
+        self._answered: set[str] = set()
+        self._running: asyncio.Task[Report] | None = None
+        self._last: tuple[float, Report] | None = None
+
+    async def report(self) -> Report:
+        if self._last is not None and time.monotonic() - self._last[0] < FRESH_S and self._last[1].ready:
+            return self._last[1]
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._ask_all())
+        return await asyncio.shield(self._running)  # others may wait for the same report
+
+    async def _ask_all(self) -> Report:
+        answers = await asyncio.gather(*(self._ask(name, probe) for name, probe in self._probes.items()))
+        parts = dict(zip(self._probes, answers, strict=True))
+        report = Report(all(one["ready"] for one in answers), parts)
+        self._last = (time.monotonic(), report)
+        return report
+
+    async def _ask(self, name: str, probe: Probe) -> dict[str, Any]:
+        begin = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await probe()
+        except TimeoutError:
+            return {"ready": False, "reason": f"no answer within {self._timeout_s:g} s"}
+        except Exception as error:
+            error = unwrap(error)
+            if not (isinstance(error, Overloaded) and name in self._answered):  # a full queue is not a dead part
+                return {"ready": False, "reason": str(error) or type(error).__name__}
+        self._answered.add(name)
+        return {"ready": True, "seconds": round(time.monotonic() - begin, 4)}
+
+
+def probe_backbone(backbone: Backbone) -> Probe:
+    """One token from one token, through every rank."""
+
+    async def probe() -> None:
+        row = Row(
+            request_id=f"health-{time.monotonic_ns()}",
+            backbone=backbone.prepared.digest,
+            token_ids=(0,),
+            sampling=Sampling(temperature=0.0, max_tokens=1),
+            deadline_unix_s=time.time() + PROBE_TIMEOUT_S,
+            priority=PROBE_PRIORITY,
+        )
+        async for chunk in backbone.generate(row):
+            if chunk.finish is not None:
+                return
+        raise RuntimeError("the answer ended without its last chunk")
+
+    return probe
+
+
+def probe_encoder(encoder: TextEncoder) -> Probe:
+    """One short text."""
+
+    async def probe() -> None:
+        info = await encoder.info()
+        await encoder.embed(Texts(encoder=info.digest, texts=("ready",), deadline_unix_s=time.time() + PROBE_TIMEOUT_S))
+
+    return probe
+
+
+def probe_reasoning(reasoning: Reasoning, width: int = 16) -> Probe:
+    """One query against a context of four examples."""
+    vectors = np.eye(4, width, dtype=np.float32)
+
+    async def probe() -> None:
+        await reasoning.classify(
+            Classify(
+                module=reasoning.digest,
+                context=LabelledVectors(vectors=vectors, labels=("a", "b", "a", "b")),
+                queries=vectors[:1],
+                deadline_unix_s=time.time() + PROBE_TIMEOUT_S,
+            )
+        )
+
+    return probe

@@ -1,0 +1,86 @@
+"""Prometheus metrics of one gateway: requests by route and status, their latency, tokens, queues of the parts."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.parts import Backbone
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SCRAPE_TIMEOUT_S = 1.0
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """The gateway's own registry of metrics, so that several gateways in one process (tests) do not mix."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "metasepia_requests", "Requests answered.", ("route", "status"), registry=self._registry
+        )
+        self._latency = Histogram(
+            "metasepia_request_duration_seconds",
+            "From a request's arrival at the gateway to the end of its answer.",
+            ("route",),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._running = Gauge("metasepia_requests_running", "Requests inside the gateway now.", registry=self._registry)
+        self._tokens = Counter("metasepia_tokens", "Tokens read and written.", ("kind",), registry=self._registry)
+        self._queue = Gauge(
+            "metasepia_backbone_queue", "A backbone's scheduler, now.", ("backbone", "what"), registry=self._registry
+        )
+
+    def begin(self) -> None:
+        self._running.inc()
+
+    def end(self, route: str, status: int, duration_s: float) -> None:
+        self._running.dec()
+        self._requests.labels(route, str(status)).inc()
+        self._latency.labels(route).observe(duration_s)
+
+    def add_tokens(self, prompt: int, answer: int) -> None:
+        self._tokens.labels("prompt").inc(prompt)
+        self._tokens.labels("answer").inc(answer)
+
+    async def text(self, backbones: Sequence[Backbone]) -> bytes:
+        """Prometheus text. A backbone that does not answer within a second keeps no gauges."""
+        self._queue.clear()
+        loads = await asyncio.gather(
+            *(asyncio.wait_for(one.load(), _SCRAPE_TIMEOUT_S) for one in backbones), return_exceptions=True
+        )
+        for backbone, load in zip(backbones, loads, strict=True):
+            if not isinstance(load, BaseException):
+                for what, value in load.items():
+                    self._queue.labels(backbone.id, what).set(value)
+        return generate_latest(self._registry)
+
+
+class Measured:
+    """ASGI around the gateway's app: counts and times every request, streams to their end."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, begin = 499, time.perf_counter()  # 499 stays where the client left before an answer
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._metrics.begin()
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._metrics.end(route, status, time.perf_counter() - begin)

@@ -1,0 +1,102 @@
+"""The parts of the graph as the gateway sees them, and how they are reached through Serve's handles.
+
+A request that ends early, whatever ends it (deadline, stop string, client gone), cancels what it asked of other parts.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+from actors.messages import Classified, Classify, Texts
+from metasepia.prepared import PreparedBackbone
+from metasepia.registry import Artefact
+from metasepia.rows import HiddenStates, Row, TokenChunk
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """What the door knows of a text encoder."""
+
+    digest: str
+    width: int
+    window: int
+    """Tokens of one text."""
+
+
+class Backbone(Protocol):
+    """One frozen model, somewhere else."""
+
+    id: str
+    prepared: PreparedBackbone
+
+    def generate(self, row: Row) -> AsyncGenerator[TokenChunk]: ...
+    async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]: ...
+    async def load(self) -> dict[str, float]:
+        """Gauges of its queue by name."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """One text encoder, somewhere else."""
+
+    id: str
+
+    async def info(self) -> EncoderInfo: ...
+    async def embed(self, texts: Texts) -> np.ndarray: ...
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
+
+
+class Reasoning(Protocol):
+    """The pool of reasoning modules."""
+
+    name: str
+    digest: str
+
+    async def classify(self, classify: Classify) -> Classified: ...
+
+
+class Catalogue(Protocol):
+    """The registry, as far as the door asks it."""
+
+    async def resolve(self, kind: str, name: str, owner: str) -> Artefact: ...
+    async def list(self, kind: str, owner: str) -> list[Artefact]: ...
+    async def get(self, digest: str) -> bytes: ...
+
+
+async def answered(response: DeploymentResponse[T] | DeploymentResponseGenerator[T]) -> T:
+    """The answer; a caller that stops waiting cancels the call."""
+    assert isinstance(response, DeploymentResponse)
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+class ServedBackbone:
+    """A backbone behind a Serve handle."""
+
+    def __init__(self, id_: str, prepared: PreparedBackbone, handle: DeploymentHandle[Any]) -> None:
+        self.id, self.prepared, self._handle = id_, prepared, handle
+        self._streaming = handle.options(stream=True)
+
+    async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
+        chunks = self._streaming.generate.remote(row)
+        assert isinstance(chunks, DeploymentResponseGenerator)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            chunks.cancel()  # nothing happens where the row has ended by itself
+
+    async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
+        return await answered(self._handle.hidden_states.remote(list(rows)))
+
+    async def load(self) -> dict[str, float]:
+        return await answered(self._handle.load.remote())

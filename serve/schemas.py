@@ -1,0 +1,229 @@
+"""The bodies that clients send, checked field by field. OpenAI's shapes where they exist.
+
+Every complaint names its field (`examples[3].label`). Unknown fields are refused. A field of OpenAI's that we do not
+serve is accepted with a value that asks for nothing (`n: 1`, `tools: []`, any field null) and refused in words with any
+other: a client that asks for tools must not get an answer that ignored them.
+"""
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from cluster.settings import HttpSettings
+from metasepia.errors import InvalidRequest
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_SEED = 2**63 - 1
+DEFAULT_ANSWER_LEN = 256
+"""Tokens of an answer whose request names no limit, where the window leaves as many."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "dimensions": (),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_cache_key": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's that we do not serve, with the values that ask for nothing."""
+
+_IGNORED = ("user", "metadata")
+"""Fields that never change an answer."""
+
+Body = TypeVar("Body", bound="_Body")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> Self:
+        """The body. Raises InvalidRequest for a field that is not served, pydantic's ValidationError for the rest."""
+        kept: dict[str, Any] = {}
+        for name, value in tree.items():
+            if name in cls.model_fields:
+                if value is not None or cls.model_fields[name].is_required():
+                    kept[name] = value
+            elif name in _NEUTRAL:
+                if value is not None and not _is_among(value, _NEUTRAL[name]):
+                    raise InvalidRequest(name, "is not supported here; leave it out")
+            elif name not in _IGNORED:
+                kept[name] = value
+        return cls.model_validate(kept)
+
+
+def _is_among(value: object, neutral: tuple[Any, ...]) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _text_parts(value: object) -> object:
+    """`content` as plain text: a string, or a list of {"type": "text", "text": ...}."""
+    if not isinstance(value, list):
+        return value
+    texts: list[str] = []
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f'part {index} must be {{"type": "text", "text": "..."}}; only text is read here')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _not_blank(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("the text is empty")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_not_blank)]
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text_parts)]
+    name: str | None = None
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _Sampled(_Body):
+    model: Text
+    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    stop: Annotated[list[str], BeforeValidator(_one_or_many), Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    def check(self) -> None:
+        if "" in self.stop:
+            raise InvalidRequest("stop", "a stop string is empty")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options", "is for streams only; set stream to true or leave it out")
+
+
+class ChatRequest(_Sampled):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """OpenAI's newer name for `max_tokens`; the smaller one holds where both are given."""
+
+    def check(self) -> None:
+        super().check()
+        for index, message in enumerate(self.messages):
+            if message.role == "user" and not message.content.strip():
+                raise InvalidRequest(f"messages[{index}].content", "the text is empty")
+
+    @property
+    def answer_limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer, and its limit in tokens."""
+        given = {"max_tokens": self.max_tokens, "max_completion_tokens": self.max_completion_tokens}
+        limits = {name: limit for name, limit in given.items() if limit is not None}
+        name = min(limits, key=limits.__getitem__, default="max_tokens")
+        return name, limits.get(name)
+
+
+class CompletionRequest(_Sampled):
+    """POST /v1/completions, one prompt a request."""
+
+    prompt: Text
+
+    @property
+    def answer_limit(self) -> tuple[str, int | None]:
+        return "max_tokens", self.max_tokens
+
+
+class Example(_Body):
+    text: Text
+    label: Annotated[str, Field(min_length=1)]
+
+
+class ClassifyRequest(_Body):
+    """POST /v1/classify: labelled examples in, a label for each input out. Nothing is trained."""
+
+    examples: list[Example] = Field(min_length=1)
+    inputs: Annotated[list[Text], BeforeValidator(_one_or_many), Field(min_length=1)]
+    encoder: Text | None = None
+    """An encoder's id, or a backbone's, whose mean-pooled last hidden states are the embedding. None: the first."""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Shuffles the examples before the module reads them."""
+
+    def check(self, http: HttpSettings) -> None:
+        _at_most("examples", len(self.examples), http.max_examples)
+        _at_most("inputs", len(self.inputs), http.max_inputs)
+        labels = {one.label for one in self.examples}
+        if len(labels) < 2:
+            raise InvalidRequest(
+                "examples", f"every example carries the label {labels.pop()!r}; give examples of two labels or more"
+            )
+
+
+class EmbeddingsRequest(_Body):
+    """POST /v1/embeddings"""
+
+    model: Text
+    input: Annotated[list[Any], BeforeValidator(_one_or_many)] = Field(min_length=1)
+    """A text, texts, one list of token ids, or lists of token ids; `inputs` sorts them."""
+    encoding_format: Literal["float", "base64"] = "float"
+
+    def check(self, http: HttpSettings) -> None:
+        if not self._is_one_token_list:
+            _at_most("input", len(self.input), http.max_inputs)
+        for index, item in enumerate(self.inputs):
+            where = "input" if self._is_one_token_list else f"input[{index}]"
+            if isinstance(item, str):
+                if not item.strip():
+                    raise InvalidRequest(where, "the text is empty")
+            elif not isinstance(item, list) or not all(type(token) is int for token in item):
+                raise InvalidRequest(where, "must be a text or a list of token ids")
+            elif not item:
+                raise InvalidRequest(where, "the list of token ids is empty")
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return [self.input] if self._is_one_token_list else self.input
+
+    @property
+    def _is_one_token_list(self) -> bool:
+        return all(type(item) is int for item in self.input)
+
+
+class MixtureRequest(_Body):
+    """POST /v1/mixtures: weights on experts of one backbone, on the simplex."""
+
+    backbone: Text
+    weights: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = Field(min_length=1)
+
+
+def _at_most(param: str, num: int, limit: int) -> None:
+    if num > limit:
+        raise InvalidRequest(param, f"{num} are too many for one request; this server takes {limit}")
