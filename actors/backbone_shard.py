@@ -1,0 +1,505 @@
+"""One tensor-parallel rank of a gang: process group, DeepSpeed, expert layers, decoder. The only import of DeepSpeed.
+
+A process lives through `warm` (imports, weights, factors: all that is the same for any rank of any gang, so a spare
+may do it ahead) and `join` (process group, sharding, experts: once, because DeepSpeed's state belongs to the process).
+Rank 0 then schedules: its thread plans a step, sends the plan to its peers as a message, and runs it; a rank without a
+plan sits in no collective. torch and DeepSpeed are imported inside the methods, so a gang's owner needs neither.
+"""
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.actor import ActorClass
+
+from cluster.settings import BackboneSettings
+from metasepia.digests import short
+from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported
+from metasepia.prepared import PreparedBackbone
+from metasepia.rows import Row
+from metasepia.steps import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from metasepia.scheduling import Answer, Limits, Load
+    from metasepia.svf import FactorSet, LayerShard
+
+OWNER_CHECK_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """A process beyond doubt: a pid alone may be used again."""
+
+    pid: int
+    start_ticks: int
+    """When the process started, in clock ticks after boot (/proc/<pid>/stat)."""
+    node: str
+    """Ray's id of its node."""
+    address: str
+    """IP address of its node."""
+
+    @classmethod
+    def mine(cls) -> "Identity":
+        node = ray.get_runtime_context().get_node_id()
+        pid = os.getpid()
+        ticks = process_state(pid)[1]
+        return cls(pid=pid, start_ticks=ticks, node=node, address=ray.util.get_node_ip_address())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """What a rank says when it is asked whether it lives."""
+
+    progress: int
+    """Transformer blocks run since it joined."""
+    busy: bool
+    """Inside a step now."""
+    failed: str | None
+    """Why it can run no more steps; the gang must be replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """What a rank found itself to be after DeepSpeed cut the model."""
+
+    tp_rank: int
+    tp_world_size: int
+    """As every cut layer says; 1 where nothing was cut."""
+    group_timeout_s: float | None
+    shard_shapes: dict[str, tuple[int, ...]]
+    """Parameter name to local shape, cut layers only."""
+    partition_sizes: dict[str, tuple[int, ...]]
+    """Parameter name to the sizes over the ranks."""
+    all_reduce: str
+    factors: str | None
+    seconds: dict[str, float]
+
+
+def process_state(pid: int) -> tuple[str, int]:
+    """State letter and start time of a process of this machine; ("X", 0) when there is none."""
+    try:
+        # The name in brackets may hold spaces: fields are counted from the last bracket.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "X", 0
+    return fields[0], int(fields[19])
+
+
+class BackboneShard:
+    """One rank. Calls of one concurrency group run one after another; `pulse` answers while a step runs."""
+
+    def __init__(self, settings: BackboneSettings, prepared: PreparedBackbone, home: str, owner: Identity) -> None:
+        self._settings, self._prepared, self._home = settings, prepared, Path(home)
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()  # the decoder and the expert table: steps against put_expert
+        self._progress, self._busy = 0, False
+        self._failed: str | None = None
+        self._peers: list[Any] = []
+        self._answers: list[tuple[str, Answer]] = []
+        self._answered = threading.Condition()
+        self._store: Any = None
+        threading.Thread(target=self._die_with, args=(owner,), daemon=True).start()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="pulse")
+    def identity(self) -> Identity:
+        return Identity.mine()
+
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> Pulse:
+        return Pulse(progress=self._progress, busy=self._busy, failed=self._failed)
+
+    def _die_with(self, owner: Identity) -> None:
+        """Ray ends the actors of a dead owner too, in its own time; a rank without owner only holds memory."""
+        if owner.node != ray.get_runtime_context().get_node_id():
+            return
+        while process_state(owner.pid)[1] == owner.start_ticks and process_state(owner.pid)[0] not in "ZX":
+            time.sleep(OWNER_CHECK_S)
+        os._exit(1)
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """Imports, weights and factors. Calling it again does nothing."""
+        if "weights" in self._seconds:
+            return
+        begin = time.monotonic()
+        import deepspeed  # noqa: F401  # slow: part of what a spare has behind it
+        import torch
+
+        from metasepia import checkpoints, svf
+
+        torch.set_num_threads(self._settings.threads)
+        torch.set_grad_enabled(False)
+        self._seconds["imports"] = time.monotonic() - begin
+        # The whole model is read and then cut; it goes to the device when it is cut, so a spare holds no GPU memory.
+        self._model: PreTrainedModel = checkpoints.load(self._prepared, getattr(torch, self._settings.dtype), "cpu")
+        self._factors: FactorSet | None = None
+        if self._settings.expert_layers:
+            self._factors = svf.factors_of(
+                self._model, self._settings.expert_layers, self._prepared.digest, self._home, progress=False
+            )
+        self._seconds["weights"] = time.monotonic() - begin - self._seconds["imports"]
+
+    def open_store(self) -> int:
+        """Rank 0: opens the store at which the gang meets, on a port that the kernel chooses, and returns the port."""
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore(
+            "0.0.0.0",
+            0,
+            self._settings.tp_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self._settings.start_timeout_s),
+        )
+        return int(self._store.port)
+
+    def join(self, tp_rank: int, address: str, port: int, peers: list[Any], limits: "Limits") -> Joined:
+        """Becomes rank `tp_rank` of a new gang that meets at address:port. `peers`: rank 0 only, the other ranks."""
+        import torch
+
+        from metasepia.generation import RowDecoder
+        from metasepia.svf import attach
+
+        begin = time.monotonic()
+        settings, world = self._settings, self._settings.tp_size
+        device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
+        if world > 1:
+            timeout_s = settings.collective_timeout_s
+            join_process_group(tp_rank, world, address, port, timeout_s, settings.device, store=self._store)
+        self._seconds["group"] = time.monotonic() - begin
+        model = shard(self._model, world, getattr(torch, settings.dtype))
+        model.to(device)  # pyright: ignore[reportArgumentType]
+        del self._model
+        reduce, all_reduce = choose_all_reduce(tp_rank, world, settings.collective_timeout_s, settings.device)
+        shards = layer_shards(model)
+        shapes = {name: tuple(model.get_parameter(name).shape) for name in shards}
+        experts = None
+        if self._factors is not None:
+            experts = attach(model, self._factors, check_cuts(model, self._factors, shards), reduce)
+        for block in _blocks(model):
+            block.register_forward_hook(self._count)
+        self._experts = experts
+        self._decoder = RowDecoder(
+            model,
+            backbone=self._prepared.digest,
+            experts=experts,
+            factors=self._factors.digest if self._factors else None,
+            tp_size=world,
+            chooses=tp_rank == 0,
+        )
+        self._seconds["shard"] = time.monotonic() - begin - self._seconds["group"]
+        if tp_rank == 0:
+            self._schedule(peers, limits)
+        return Joined(
+            tp_rank=tp_rank,
+            tp_world_size=tp_world_size(model),
+            group_timeout_s=group_timeout_s(settings.device) if world > 1 else None,
+            shard_shapes=shapes,
+            partition_sizes={name: one.sizes for name, one in shards.items()},
+            all_reduce=all_reduce,
+            factors=self._factors.digest if self._factors else None,
+            seconds=dict(self._seconds),
+        )
+
+    def _count(self, *_: object) -> None:
+        self._progress += 1
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self, plan: StepPlan) -> None:
+        """Peers: runs a step that rank 0 planned. Steps arrive in the order in which rank 0 sent them."""
+        self._run(plan)
+
+    def put_expert(self, digest: str, blob: bytes) -> None:
+        """Holds an expert from now on. CorruptArtefact when the bytes are not this expert of this backbone."""
+        from metasepia.svf import ExpertVectors
+
+        if self._experts is None:
+            raise NotSupported(f"an expert on backbone {short(self._prepared.digest)}", "its settings name no layers")
+        expert = ExpertVectors.from_bytes(blob, f"expert {short(digest)}")
+        with self._lock:
+            self._experts.put(digest, expert)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        import torch
+
+        self._busy = True
+        try:
+            with self._lock, torch.inference_mode():
+                return self._decoder.run(plan)
+        except BaseException as error:
+            self._fail(f"step {plan.step}: {type(error).__name__}: {error}")
+            # Builtin on purpose: unpickling a class of torch would make the owner import torch first.
+            raise RuntimeError(self._failed) from None
+        finally:
+            self._busy = False
+
+    def _fail(self, reason: str) -> None:
+        with self._answered:
+            self._failed = self._failed or reason
+            self._answered.notify_all()
+
+    # -- rank 0 --------------------------------------------------------------------------------------------------------
+
+    def _schedule(self, peers: list[Any], limits: "Limits") -> None:
+        from metasepia.scheduling import Scheduler
+
+        self._peers = peers
+        self._scheduler = Scheduler(self._run_on_all, limits, self._prepared)
+        self._stop = threading.Event()
+        threading.Thread(target=self._schedule_forever, daemon=True, name="scheduler").start()
+
+    def _schedule_forever(self) -> None:
+        try:
+            self._scheduler.run_forever(self._stop)
+        except BaseException as error:
+            self._fail(f"scheduler: {type(error).__name__}: {error}")
+
+    def _run_on_all(self, plan: StepPlan) -> StepResult:
+        # Peers first: they wait for us in the first all-reduce, and never while there is nothing to do.
+        for peer in self._peers:
+            peer.step.remote(plan)
+        return self._run(plan)
+
+    @ray.method(concurrency_group="door")
+    def submit(self, row: Row) -> MetasepiaError | None:
+        """Rank 0: queues a row; its answers come out of `next_answers`. The error, if it is refused."""
+        try:
+            self._scheduler.submit(row, lambda answer: self._answer(row.request_id, answer))
+        except MetasepiaError as error:
+            return error
+        return None
+
+    @ray.method(concurrency_group="door")
+    def cancel(self, request_id: str) -> bool:
+        return self._scheduler.cancel(request_id)
+
+    @ray.method(concurrency_group="door")
+    def load(self) -> "Load":
+        return self._scheduler.load()
+
+    @ray.method(concurrency_group="answers")
+    def next_answers(self, wait_s: float) -> "list[tuple[str, Answer]]":
+        """Rank 0: all answers since the last call, as soon as there is one; after `wait_s` perhaps none.
+
+        RuntimeError when the gang can run no more steps.
+        """
+        with self._answered:
+            self._answered.wait_for(lambda: self._answers or self._failed, timeout=wait_s)
+            if self._failed:
+                raise RuntimeError(self._failed)
+            answers, self._answers = self._answers, []
+        return answers
+
+    def _answer(self, request_id: str, answer: "Answer") -> None:
+        with self._answered:
+            self._answers.append((request_id, answer))
+            self._answered.notify_all()
+
+
+BackboneShardActor: ActorClass[BackboneShard] = ray.remote(
+    concurrency_groups={"pulse": 1, "door": 1, "answers": 1}, max_restarts=0, max_task_retries=0
+)(BackboneShard)  # pyright: ignore[reportCallIssue]
+
+
+# -- DeepSpeed ---------------------------------------------------------------------------------------------------------
+
+
+def join_process_group(
+    rank: int, world: int, address: str, port: int, timeout_s: float, device: str, store: Any = None
+) -> None:
+    """The process group of this gang, with our own timeout, and DeepSpeed's communication over it.
+
+    `store` is rank 0's; the others connect to it. Once a process.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        # Ray shows each process its own GPU only, as number 0.
+        "LOCAL_RANK": "0" if device == "cuda" else str(rank),
+        "LOCAL_SIZE": str(world),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    if address == "127.0.0.1":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import deepspeed
+
+    # Its own shared-memory all-reduce spins for ever when a peer dies, and leaves 66 MiB a rank in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        store = dist.TCPStore(address, port, world, is_master=False, timeout=timedelta(seconds=60))
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    # Before DeepSpeed does it: an initialised group is taken over, and its own would wait for 30 minutes.
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False, timeout=timeout)
+
+
+class _WholeGroup:
+    """DeepSpeed's `mpu`: every rank of the process belongs to the one tensor-parallel group."""
+
+    def get_model_parallel_group(self) -> Any:
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
+
+def shard(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTrainedModel":
+    """This rank's part of `model`, cut in place by DeepSpeed along the tested policy of its family.
+
+    The families and what they may be cut into were checked by `families.check`, before any process was started.
+    """
+    import importlib
+    import logging
+
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from actors import families
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if world == 1:
+        return deepspeed.init_inference(model, dtype=dtype).module
+    config = model.config.to_dict()
+    families.check(config, world)
+    family = families.FAMILIES[config["model_type"]]
+    block = getattr(importlib.import_module(family.module), family.block)
+    cut = deepspeed.init_inference(
+        model,
+        dtype=dtype,
+        # mpu and tp_group both: mpu alone leaves every rank whole, without a word; tp_group alone is overwritten by a
+        # group of 30 minutes.
+        tensor_parallel={
+            "tp_size": world,
+            "mpu": _WholeGroup(),
+            "tp_group": dist.group.WORLD,
+            "tp_grain_size": families.grain(config, world),
+        },
+        injection_policy={block: family.row_parallel},
+    ).module
+    if config["model_type"] == "bloom":
+        # Without a mask BLOOM builds ALiBi for all its heads, around the method that DeepSpeed replaced.
+        def with_mask(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = torch.ones_like(args[0] if args else kwargs["input_ids"])
+            return args, kwargs
+
+        cut.transformer.register_forward_pre_hook(with_mask, with_kwargs=True)
+    assert tp_world_size(cut) == world, "DeepSpeed left this rank whole"
+    return cut
+
+
+def choose_all_reduce(
+    rank: int, world: int, timeout_s: float, device: str
+) -> "tuple[Callable[[torch.Tensor], torch.Tensor], str]":
+    """The gang's sum over ranks and its name; DeepSpeed's layers use it from now on."""
+    import torch.distributed as dist
+
+    from actors import allreduce
+
+    if world == 1:
+        return lambda tensor: tensor, "none"
+    shared = allreduce.connect(rank, world, timeout_s) if device == "cpu" else None
+
+    def reduce(tensor: "torch.Tensor") -> "torch.Tensor":
+        if shared is not None and shared.takes(tensor):
+            return shared(tensor)
+        dist.all_reduce(tensor)
+        return tensor
+
+    import deepspeed.comm.comm as comm
+
+    comm.cdb.inference_all_reduce = lambda tensor, op=None, group=None: reduce(tensor)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    return reduce, "shared memory" if shared is not None else dist.get_backend()
+
+
+def _cut_layers(model: "torch.nn.Module") -> "dict[str, Any]":
+    return {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "_partition_sizes")}
+
+
+def tp_world_size(model: "torch.nn.Module") -> int:
+    """The tensor-parallel size that every cut layer agrees on; 1 if none is cut."""
+    sizes = {layer.tp_world_size for layer in _cut_layers(model).values()}
+    assert len(sizes) <= 1, f"layers are cut over {sizes} ranks"
+    return sizes.pop() if sizes else 1
+
+
+def group_timeout_s(device: str) -> float:
+    """The deadline of a collective, as the default process group itself has it."""
+    import torch
+    import torch.distributed as dist
+
+    group = dist.distributed_c10d._get_default_group()
+    return group._get_backend(torch.device(device)).options._timeout.total_seconds()
+
+
+def layer_shards(model: "torch.nn.Module") -> "dict[str, LayerShard]":
+    """How DeepSpeed cut each layer, by parameter name, from the layer's own record."""
+    import deepspeed.module_inject.layers as layers
+
+    from metasepia.svf import LayerShard
+
+    return {
+        name: LayerShard(
+            kind="row" if isinstance(layer, layers.LinearAllreduce) else "column",
+            sizes=tuple(layer._partition_sizes),
+            rank=layer.tp_index,
+        )
+        for name, layer in _cut_layers(model).items()
+    }
+
+
+def check_cuts(
+    model: "torch.nn.Module", factors: "FactorSet", shards: "dict[str, LayerShard]"
+) -> "dict[str, LayerShard]":
+    """The shards of the factored layers, after their factors, cut the same way, gave back each rank's own weight.
+
+    Compared on one random vector: a wrong cut differs everywhere, and rebuilding every matrix would cost a restart
+    seconds. Raises CorruptArtefact when they differ.
+    """
+    import torch
+
+    noise = torch.Generator().manual_seed(0)
+    for name, one in factors.factors.items():
+        weight, cut = model.get_parameter(name), shards.get(name)
+        u = one.u[cut.span] if cut and cut.kind == "column" else one.u
+        vh = one.vh[:, cut.span] if cut and cut.kind == "row" else one.vh
+        x = torch.randn(vh.shape[1], generator=noise)
+        want, got = weight.detach().float().cpu() @ x, u @ (one.s * (vh @ x))
+        tolerance = (1e-4 if weight.dtype == torch.float32 else 3e-2) * float(want.norm())
+        if want.shape != got.shape or not float((want - got).norm()) <= tolerance:
+            raise CorruptArtefact(
+                f"factors {short(factors.digest)}", f"{name}, cut as {cut}, does not give back this rank's weight"
+            )
+    return {name: cut for name, cut in shards.items() if name in factors.factors}
+
+
+def _blocks(model: "torch.nn.Module") -> "list[torch.nn.Module]":
+    """The transformer blocks: the longest list of modules."""
+    import torch
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
