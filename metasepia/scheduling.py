@@ -1,33 +1,43 @@
 """Which rows run in the next step: bounded queue, priorities, deadlines, joins and leaves between steps.
 
-No torch and no Ray: the scheduler hands `StepPlan`s to a callable and reads `StepResult`s.
+No torch and no Ray: the scheduler hands `StepPlan`s to a callable and reads `StepResult`s. Waiting rows go by priority,
+then arrival; rows that generate and rows that are only read (scores, hidden states) take turns at equal priority.
+Prompts are read in pieces of about `step_target_s`, and a short prompt may overtake a long one that is being read.
 """
 
+import bisect
+import itertools
+import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from metasepia.errors import MetasepiaError
+import numpy as np
+
+from metasepia.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+from metasepia.inflight import Answer as Answer
+from metasepia.inflight import Entry, Group, Rates, State, check
+from metasepia.inflight import Limits as Limits
 from metasepia.prepared import PreparedBackbone
-from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
-from metasepia.steps import StepPlan, StepResult
+from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
+from metasepia.steps import Advance, Begin, Chosen, StepPlan, StepResult
 
-Answer = TokenChunk | Scores | HiddenStates | MetasepiaError
-"""What a row's callback receives: token chunks, the last with `finish`; or one Scores or HiddenStates; or one error."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds of one scheduler."""
-
-    max_rows: int
-    """Rows that decode together."""
-    max_batch_tokens: int
-    """Rows times the longest row (prompt and answer), over all rows that hold a cache."""
-    max_queued_tokens: int
-    """Waiting prompts and their answers."""
-    step_target_s: float = 0.25
-    """Prompts are read in pieces that take about this long, so that live rows keep streaming."""
+MAX_GROUPS = 3
+"""Groups of prompts being read at once; more only delay each other."""
+MIN_BUDGET = 64
+"""Tokens read in one step, whatever was measured."""
+MAX_BUDGET = 8192
+MAX_LOOKAHEAD = 512
+"""Waiting rows looked through for companions of the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,44 +45,275 @@ class Load:
     """What the scheduler holds now, for metrics and routing."""
 
     num_live: int
+    num_reading: int
     num_waiting: int
     num_waiting_tokens: int
     cache_tokens: int
-    """Reserved: rows times the longest row."""
+    """Reserved by rows that decode or will: rows times the longest row."""
     tokens_per_s: float
-    """Drain rate: prompt and answer tokens done a second, recently."""
+    """Prompt and answer tokens done a second, recently; 0 before the first step."""
     steps: int
 
 
 class Scheduler:
-    """Continuous batching over one decoder. Methods may be called from any thread."""
+    """Continuous batching over one decoder. Methods may be called from any thread; one thread steps."""
 
-    def __init__(self, run: Callable[[StepPlan], StepResult], limits: Limits, prepared: PreparedBackbone) -> None: ...
+    def __init__(
+        self,
+        run: Callable[[StepPlan], StepResult],
+        limits: Limits,
+        prepared: PreparedBackbone,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._run, self._limits, self._prepared, self._clock = run, limits, prepared, clock
+        self._state, self._rates = State(), Rates()
+        self._changed = threading.Condition()
+        self._keys = itertools.count()
+        self._last_generated = False
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
 
     def submit(self, row: Row, answer: Callable[[Answer], None]) -> None:
         """Queues a row. `answer` is called from the scheduler's thread and must not block.
 
         Raises, before anything is queued: UnknownName for another backbone's digest, InvalidRequest and WindowExceeded
         for a row that can never run, DeadlineExceeded for one that is late already, Overloaded when the queue is full,
-        with the seconds that it takes to drain at the measured rate.
+        with the seconds that it takes to drain at the measured rate, Unavailable once stepping has ended.
         """
-        raise NotImplementedError
+        now = self._clock()
+        entry = Entry(row, answer, next(self._keys), now)
+        check(row, self._prepared, self._limits)
+        if row.deadline_unix_s <= now:
+            raise DeadlineExceeded("the row", 0.0)
+        with self._changed:
+            if self._state.closed:
+                raise Unavailable("the backbone", 5.0)
+            if row.request_id in self._state.entries:
+                raise InvalidRequest("request_id", f"{row.request_id} is in flight already")
+            over = self._waiting_tokens() + entry.total_len - self._limits.max_queued_tokens
+            if over > 0 and self._state.waiting:
+                seconds = over / self._rates.tokens_per_s if self._rates.tokens_per_s else 1.0
+                raise Overloaded("the backbone's queue", min(max(seconds, 1.0), 600.0))
+            self._state.entries[row.request_id] = entry
+            bisect.insort(self._state.waiting, entry, key=lambda one: one.order)
+            self._changed.notify_all()
 
     def cancel(self, request_id: str) -> bool:
         """Drops a row without an answer, before the next step. False if it is not here (any more)."""
-        raise NotImplementedError
+        with self._changed:
+            entry = self._state.entries.get(request_id)
+            if entry is not None:
+                self._state.forget(entry)
+                self._changed.notify_all()
+            return entry is not None
 
     def load(self) -> Load:
-        raise NotImplementedError
+        with self._changed:
+            state = self._state
+            generating = self._generating()
+            return Load(
+                num_live=len(state.live),
+                num_reading=sum(1 for _ in state.reading()),
+                num_waiting=len(state.waiting),
+                num_waiting_tokens=self._waiting_tokens(),
+                cache_tokens=len(generating) * max((entry.total_len for entry in generating), default=0),
+                tokens_per_s=self._rates.tokens_per_s,
+                steps=state.steps,
+            )
 
-    def step(self) -> bool:
-        """Plans, runs and answers one step; False if there was nothing to do."""
-        raise NotImplementedError
+    # -- the stepping thread -------------------------------------------------------------------------------------------
 
     def run_forever(self, stop: threading.Event) -> None:
         """Steps until `stop` is set; sleeps while nothing waits.
 
-        Raises what `run` raises. No row is answered then: the owner has to submit them again to a new scheduler, with
-        `Row.sent` holding what had left. A row past its deadline is answered DeadlineExceeded, alone.
+        Raises what `run` raises. No row is answered then: the owner submits them again to a new scheduler, with
+        `Row.sent` holding what had left.
         """
-        raise NotImplementedError
+        try:
+            while not stop.is_set():
+                if not self.step():
+                    with self._changed:
+                        if not self._state.waiting and not self._state.drops:
+                            self._changed.wait(0.2)
+        finally:
+            with self._changed:
+                self._state.closed = True
+
+    def step(self) -> bool:
+        """Plans, runs and answers one step; False if there was nothing to do."""
+        with self._changed:
+            answers = self._expire(self._clock())
+            plan = self._plan()
+        self._deliver(answers)
+        if plan is None:
+            return False
+        started = self._clock()
+        result = self._run(plan)
+        with self._changed:
+            self._observe(plan, result, self._clock() - started)
+            answers = self._absorb(plan, result)
+        self._deliver(answers)
+        return True
+
+    def _deliver(self, answers: list[tuple[Entry, Answer]]) -> None:
+        for entry, answer in answers:
+            try:
+                entry.answer(answer)
+            except Exception:  # its reader is gone: that row alone ends
+                logger.warning("row %s: nobody takes its answer; dropped", entry.row.request_id, exc_info=True)
+                self.cancel(entry.row.request_id)
+
+    def _expire(self, now: float) -> list[tuple[Entry, Answer]]:
+        late = [entry for entry in self._state.entries.values() if entry.row.deadline_unix_s <= now]
+        for entry in late:
+            self._state.forget(entry)
+        return [
+            (entry, DeadlineExceeded("the row", round(entry.row.deadline_unix_s - entry.submitted_s, 3)))
+            for entry in late
+        ]
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> StepPlan | None:
+        state = self._state
+        begin: list[Begin] = []
+        while len(state.groups) < MAX_GROUPS:
+            entries = self._next_group()
+            if not entries:
+                break
+            name = state.steps * MAX_GROUPS + len(begin)
+            state.waiting = [entry for entry in state.waiting if entry not in entries]
+            state.groups[name] = Group(entries, max(entry.read_len for entry in entries), len(entries))
+            begin.append(Begin(group=name, rows=tuple(entry.new_row() for entry in entries)))
+        drop, state.drops = tuple(sorted(state.drops)), set()
+        feed = tuple((key, entry.token) for key, entry in state.live.items())
+        advance = tuple(self._advances())
+        if not (drop or feed or advance):
+            return None
+        state.steps += 1
+        return StepPlan(step=state.steps, drop=drop, feed=feed, begin=tuple(begin), advance=advance)
+
+    def _budget(self) -> int:
+        """Tokens to read in one step."""
+        wanted = int(self._rates.read_per_s * self._limits.step_target_s)
+        return min(max(wanted, MIN_BUDGET), MAX_BUDGET)
+
+    def _advances(self) -> Iterator[Advance]:
+        groups = list(self._state.groups.items())
+        # The oldest every fourth step, so that short prompts cannot keep a long one waiting for ever.
+        if self._state.steps % 4:
+            groups.sort(key=lambda item: (-item[1].entries[0].row.priority, item[1].remaining))
+        budget = self._budget()
+        for name, group in groups:
+            columns = min(group.remaining, max(budget // group.num_rows, 1))
+            budget -= columns * group.num_rows
+            group.done += columns
+            yield Advance(group=name, num_columns=columns)
+            if budget < MIN_BUDGET // 2:
+                return
+
+    def _next_group(self) -> list[Entry]:
+        """The rows that begin next: the first that has room, and others of its kind and about its length."""
+        state = self._state
+        heads: dict[bool, Entry] = {}
+        for entry in state.waiting:
+            if entry.generates not in heads:
+                heads[entry.generates] = entry  # in order: who has no room blocks those of his sort behind him
+                if len(heads) == 2:
+                    break
+        able = [entry for entry in heads.values() if self._fits([entry])]
+        if not able:
+            return []
+        head = min(able, key=lambda one: (-one.row.priority, one.generates == self._last_generated, one.key))
+        for group in state.groups.values():
+            overtakes = head.row.priority > group.entries[0].row.priority or 2 * head.read_len <= group.remaining
+            if not overtakes:
+                return []
+        self._last_generated = head.generates
+        chosen, budget = [head], max(self._budget(), head.read_len)
+        for entry in itertools.islice(state.waiting, MAX_LOOKAHEAD):
+            if entry is head or entry.kind != head.kind:
+                continue
+            lengths = [one.read_len for one in (*chosen, entry)]
+            if len(lengths) * max(lengths) <= budget and max(lengths) <= max(2 * min(lengths), 16):
+                if not self._fits([*chosen, entry]):
+                    break
+                chosen.append(entry)
+        return chosen
+
+    def _fits(self, new: list[Entry]) -> bool:
+        """Whether these rows keep the bounds; a row that is alone always does (checked on arrival)."""
+        groups = self._state.groups.values()
+        read = sum(group.num_rows * group.width for group in groups)
+        if groups and read + len(new) * max(entry.read_len for entry in new) > self._limits.max_batch_tokens:
+            return False
+        if not new[0].generates:
+            return True
+        rows = [*self._generating(), *new]
+        longest = max(entry.total_len for entry in rows)
+        return len(rows) <= self._limits.max_rows and len(rows) * longest <= self._limits.max_batch_tokens
+
+    def _generating(self) -> list[Entry]:
+        return [*self._state.live.values(), *(entry for entry in self._state.reading() if entry.generates)]
+
+    def _waiting_tokens(self) -> int:
+        return sum(entry.total_len for entry in self._state.waiting)
+
+    # -- what came back ------------------------------------------------------------------------------------------------
+
+    def _observe(self, plan: StepPlan, result: StepResult, elapsed_s: float) -> None:
+        rows = {name: group.num_rows for name, group in self._state.groups.items()}
+        num_read = sum(rows.get(one.group, 1) * one.num_columns for one in plan.advance)
+        self._rates.observe(elapsed_s, num_read, len(result.chosen), bool(plan.feed))
+
+    def _absorb(self, plan: StepPlan, result: StepResult) -> list[tuple[Entry, Answer]]:
+        state = self._state
+        flying = {**state.live, **{entry.key: entry for entry in state.reading()}}
+        answers: list[tuple[Entry, Answer]] = []
+        for key, error in result.failed.items():
+            if key in flying:
+                answers.append((flying[key], error))
+                state.forget(flying.pop(key))
+        for key, array in result.arrays.items():
+            if key in flying:
+                entry, executed = flying[key], result.executed[key]
+                answers.append((entry, _array_answer(entry.row, array, executed)))
+                state.forget(entry)
+        for key, chosen in result.chosen.items():
+            if key in flying:
+                answers.append((flying[key], self._token_answer(flying[key], chosen, result.executed[key])))
+        for name, group in list(state.groups.items()):
+            if group.remaining == 0:  # its rows went live above, or left
+                del state.groups[name]
+        return answers
+
+    def _token_answer(self, entry: Entry, chosen: Chosen, executed: Executed) -> TokenChunk:
+        sampling, before = entry.row.sampling, len(entry.row.sent) + entry.num_answered
+        finish: Literal["stop", "length"] | None = None
+        kept = True
+        if before >= sampling.max_tokens:  # a row run again whose last chunk was lost
+            finish, kept = "length", False
+        elif chosen.token_id in sampling.stop_token_ids:
+            finish, kept = "stop", False
+        elif before + 1 == sampling.max_tokens:
+            finish = "length"
+        if finish is None:
+            entry.token = chosen.token_id
+            entry.num_answered += 1
+            self._state.live[entry.key] = entry
+        else:
+            self._state.forget(entry)
+        return TokenChunk(
+            request_id=entry.row.request_id,
+            token_ids=(chosen.token_id,) if kept else (),
+            logprobs=(chosen.logprob,) if kept else (),
+            finish=finish,
+            executed=executed if finish else None,
+        )
+
+
+def _array_answer(row: Row, array: np.ndarray, executed: Executed) -> Scores | HiddenStates:
+    if row.want == "logprobs":
+        return Scores(request_id=row.request_id, logprobs=array, executed=executed)
+    return HiddenStates(request_id=row.request_id, states=array, executed=executed)

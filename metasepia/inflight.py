@@ -1,0 +1,166 @@
+"""What the scheduler knows of its rows: the bounds they must keep, where each of them is, how fast they go."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName, WindowExceeded
+from metasepia.prepared import PreparedBackbone
+from metasepia.rows import HiddenStates, HiddenStatesWanted, Row, Scores, TokenChunk
+from metasepia.steps import NewRow
+
+Answer = TokenChunk | Scores | HiddenStates | MetasepiaError
+"""What a row's callback receives: token chunks, the last with `finish`; or one Scores or HiddenStates; or one error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of one scheduler."""
+
+    max_rows: int
+    """Rows that decode together."""
+    max_batch_tokens: int
+    """Rows times the longest row, prompt and answer: once over the rows that decode, once over prompts being read."""
+    max_queued_tokens: int
+    """Waiting prompts and their answers."""
+    step_target_s: float = 0.25
+    """Prompts are read in pieces that take about this long, so that live rows keep streaming."""
+
+
+def check(row: Row, prepared: PreparedBackbone, limits: Limits) -> None:
+    """Refuses a row that this backbone can never run: UnknownName, InvalidRequest, WindowExceeded."""
+    if row.backbone != prepared.digest:
+        raise UnknownName("backbone", row.backbone, (prepared.digest,))
+    if not row.token_ids:
+        raise InvalidRequest("token_ids", "a row needs at least one token")
+    if not 0 <= min((*row.token_ids, *row.sent)) <= max((*row.token_ids, *row.sent)) < prepared.vocab_size:
+        raise InvalidRequest("token_ids", f"tokens must lie from 0 to {prepared.vocab_size - 1}")
+    total = len(row.token_ids)
+    if row.want == "tokens":
+        sampling = row.sampling
+        if not 0 <= sampling.temperature <= 2:  # written so that NaN fails too
+            raise InvalidRequest("temperature", f"must lie from 0 to 2, got {sampling.temperature}")
+        if not 0 < sampling.top_p <= 1:
+            raise InvalidRequest("top_p", f"must lie above 0 and at most at 1, got {sampling.top_p}")
+        if not max(1, len(row.sent)) <= sampling.max_tokens:
+            raise InvalidRequest("max_tokens", f"must be at least {max(1, len(row.sent))}, got {sampling.max_tokens}")
+        total += sampling.max_tokens
+    if row.want == "logprobs" and not 1 <= row.score_from <= total:
+        raise InvalidRequest("score_from", f"must lie from 1 to {total}, got {row.score_from}")
+    if row.want == "hidden_states":
+        num_layers = prepared.num_layers
+        if not row.hidden.layers or not all(-num_layers - 1 <= layer <= num_layers for layer in row.hidden.layers):
+            raise InvalidRequest("layers", f"must name layers from {-num_layers - 1} to {num_layers}")
+    bound = min(prepared.window, limits.max_batch_tokens)
+    if total > bound:
+        raise WindowExceeded("token_ids" if len(row.token_ids) > bound else "max_tokens", total, bound)
+
+
+@dataclass(eq=False)
+class Entry:
+    row: Row
+    answer: Callable[[Answer], None]
+    key: int
+    submitted_s: float
+    token: int = -1
+    """Live rows: the token chosen last, to be fed next."""
+    num_answered: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return -self.row.priority, self.key
+
+    @property
+    def generates(self) -> bool:
+        return self.row.want == "tokens"
+
+    @property
+    def kind(self) -> tuple[str, HiddenStatesWanted | None, int]:
+        """Rows of one kind can be read together."""
+        return self.row.want, self.row.hidden if self.row.want == "hidden_states" else None, self.row.priority
+
+    @property
+    def read_len(self) -> int:
+        return len(self.row.token_ids) + len(self.row.sent)
+
+    @property
+    def total_len(self) -> int:
+        return len(self.row.token_ids) + (self.row.sampling.max_tokens if self.generates else 0)
+
+    def new_row(self) -> NewRow:
+        row = self.row
+        return NewRow(
+            key=self.key,
+            token_ids=(*row.token_ids, *row.sent) if self.generates else row.token_ids,
+            adapter=row.adapter,
+            want=row.want,
+            sampling=row.sampling,
+            seed=row.seed,
+            score_from=row.score_from,
+            hidden=row.hidden,
+        )
+
+
+@dataclass
+class Group:
+    entries: list[Entry]
+    width: int
+    num_rows: int
+    """As begun: rows that leave meanwhile are still computed."""
+    done: int = 0
+
+    @property
+    def remaining(self) -> int:
+        return self.width - self.done
+
+
+@dataclass
+class Rates:
+    """Running means, for the size of the next piece and for `retry_after_s`."""
+
+    decode_s: float = 0.0
+    read_per_s: float = 0.0
+    tokens_per_s: float = 0.0
+
+    def observe(self, elapsed_s: float, num_read: int, num_chosen: int, fed: bool) -> None:
+        elapsed_s = max(elapsed_s, 1e-6)
+        self.tokens_per_s = _running(self.tokens_per_s, (num_read + num_chosen) / elapsed_s)
+        if num_read == 0:
+            self.decode_s = _running(self.decode_s, elapsed_s)
+        else:
+            reading_s = max(elapsed_s - (self.decode_s if fed else 0.0), 0.2 * elapsed_s)
+            self.read_per_s = _running(self.read_per_s, num_read / reading_s)
+
+
+def _running(mean: float, value: float) -> float:
+    return value if mean == 0 else 0.7 * mean + 0.3 * value
+
+
+@dataclass
+class State:
+    """Everything behind the lock. A row is in exactly one of waiting, a group, live."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    waiting: list[Entry] = field(default_factory=list)
+    groups: dict[int, Group] = field(default_factory=dict)
+    live: dict[int, Entry] = field(default_factory=dict)
+    drops: set[int] = field(default_factory=set)
+    """Keys that the decoder may still hold and must forget in the next step."""
+    steps: int = 0
+    closed: bool = False
+
+    def reading(self) -> Iterator[Entry]:
+        return itertools.chain.from_iterable(group.entries for group in self.groups.values())
+
+    def forget(self, entry: Entry) -> None:
+        """Takes a row out from wherever it is."""
+        del self.entries[entry.row.request_id]
+        if entry in self.waiting:
+            self.waiting.remove(entry)
+            return
+        self.drops.add(entry.key)
+        self.live.pop(entry.key, None)
+        for name, group in list(self.groups.items()):
+            group.entries = [one for one in group.entries if one is not entry]
+            if not group.entries:
+                del self.groups[name]
