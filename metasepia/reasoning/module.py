@@ -97,7 +97,7 @@ class ReasoningModule(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """GPT-2's: N(0, 0.02), residual projections 0.02 / sqrt(2 layers), biases zero; read_in, read_out as Linear's."""
+        """As GPT-2: N(0, 0.02), residual projections 0.02 / sqrt(2 layers), biases zero; read_in and read_out as Linear."""
         for name, parameter in self.named_parameters():
             fan_in = self.read_in.in_features if name.startswith("read_in") else self.read_out.in_features
             if name.startswith("read_"):

@@ -180,8 +180,9 @@ class TrainingRun:
             tensors[f"module.{name}"] = parameter.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = self._adam.state[parameter].get(moment, torch.zeros_like(parameter))
-        metadata = {"step": str(self.step), "recipe": json.dumps(self.recipe.to_json(), sort_keys=True)}
-        write_tensors(path, tensors, metadata)
+        # One key alone: safetensors writes several in any order, and equal runs leave equal bytes.
+        state = json.dumps({"step": self.step, "recipe": self.recipe.to_json()}, sort_keys=True)
+        write_tensors(path, tensors, {"state": state})
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint of the same recipe.
@@ -190,17 +191,17 @@ class TrainingRun:
         """
         try:
             with safe_open(path, framework="pt", device=str(self.device)) as file:
-                metadata = file.metadata()
+                state = json.loads(file.metadata()["state"])
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CorruptArtefact(path.name, str(error)) from error
         ours = json.loads(json.dumps(self.recipe.to_json(), sort_keys=True))
-        theirs = json.loads(metadata["recipe"])
+        theirs = state["recipe"]
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name) and name not in ("num_steps", "cooldown_steps"):
                 allowed = f"as in the checkpoint {path}: {theirs.get(name)!r}, or begin in another --out"
                 raise InvalidSettings(name, ours.get(name), allowed)
-        self.step = int(metadata["step"])
+        self.step = state["step"]
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(stored[f"module.{name}"])
