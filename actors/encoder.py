@@ -1,0 +1,294 @@
+"""A text encoder for many callers: requests that wait together share its forwards. A plain class; Serve wraps it.
+
+No torch until one is made, so that the gateway may import this module.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.messages import EncoderInfo, Texts
+from cluster.settings import EncoderSettings
+from metasepia.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MetasepiaError,
+    Overloaded,
+    Unavailable,
+    UnknownName,
+)
+
+if TYPE_CHECKING:
+    from metasepia.encoders import TextEncoder
+
+ROUND_BATCHES = 2
+"""Full forwards that one round plans ahead; a request that arrives meanwhile waits for them."""
+
+
+@dataclass
+class _Request:
+    """Texts that wait; all but `answer` belong to the worker."""
+
+    texts: tuple[str, ...]
+    deadline_unix_s: float
+    use_cache: bool = True
+    answer: "Future[np.ndarray]" = field(default_factory=Future)
+    token_ids: list[list[int]] | None = None
+    vectors: np.ndarray | None = None
+    pending: list[int] = field(default_factory=list)
+    """Texts without a vector, the longest last."""
+    num_left: int = 0
+
+    def fail(self, error: Exception) -> None:
+        with contextlib.suppress(InvalidStateError):  # the caller is gone
+            self.answer.set_exception(error)
+
+    def finish(self) -> None:
+        assert self.vectors is not None
+        with contextlib.suppress(InvalidStateError):
+            self.answer.set_result(self.vectors)
+
+
+class Encoder:
+    """Owns one `TextEncoder` and the thread that runs it.
+
+    Each round takes a share of every waiting request, in turn, and divides it into forwards of least padding: a long
+    request delays a short one by a round, not by itself. A request that fails, fails alone.
+    """
+
+    def __init__(self, settings: EncoderSettings, encoder: "TextEncoder | None" = None) -> None:
+        """`encoder` None loads that of the settings; raises as `TextEncoder.load` does."""
+        import torch
+
+        from metasepia.encoders import TextEncoder
+
+        torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._encoder = encoder or TextEncoder.load(
+            settings.source, settings.device, max_batch_tokens=settings.max_batch_tokens
+        )
+        self._cache = VectorCache(int(settings.cache_mib * 2**20))
+        self._arrived = threading.Condition()
+        self._inbox: list[_Request] = []
+        self._num_queued = 0
+        self._texts_per_s: float | None = None
+        self._num_texts = self._num_forwards = 0
+        self._stopping = False
+        self._worker = threading.Thread(target=self._work, name=f"encoder {settings.id}", daemon=True)
+        self._worker.start()
+
+    def info(self) -> EncoderInfo:
+        one = self._encoder
+        return EncoderInfo(
+            id=self._settings.id,
+            digest=one.digest,
+            width=one.width,
+            window=one.window,
+            dtype=one.dtype,
+            device=one.device,
+        )
+
+    def statistics(self) -> dict[str, float]:
+        """Texts and forwards so far, hits of the cache, texts waiting or running now, texts a second of late."""
+        return {
+            "texts": self._num_texts,
+            "forwards": self._num_forwards,
+            "cache_hits": self._cache.num_hits,
+            "cache_bytes": self._cache.num_bytes,
+            "queued_texts": self._num_queued,
+            "texts_per_s": self._texts_per_s or 0.0,
+        }
+
+    async def embed(self, message: Texts) -> np.ndarray:
+        """Unit-norm vectors, float32 [texts, width], in the order given.
+
+        Raises UnknownName for another encoder's digest, WindowExceeded or InvalidRequest naming `texts[i]`, Overloaded
+        when `max_queued_texts` wait, DeadlineExceeded.
+        """
+        if message.encoder != self._encoder.digest:
+            raise UnknownName("encoder", message.encoder, (self._encoder.digest,))
+        num_texts, limit = len(message.texts), self._settings.max_queued_texts
+        if num_texts > limit:
+            raise InvalidRequest("texts", f"{num_texts} texts; at most {limit} at once")
+        if self._num_queued + num_texts > limit:
+            raise Overloaded(f"the queue of encoder {self._settings.id}", self._retry_after_s())
+        return await self._ask(_Request(message.texts, message.deadline_unix_s))
+
+    async def check(self, timeout_s: float = 10.0) -> None:
+        """One real forward, past queue limit and cache. Raises Unavailable when none comes back."""
+        try:
+            vectors = await self._ask(_Request(("ready?",), time.time() + timeout_s, use_cache=False))
+        except DeadlineExceeded:
+            raise Unavailable(f"encoder {self._settings.id}", 1.0) from None
+        if not np.isfinite(vectors).all():
+            raise Unavailable(f"encoder {self._settings.id} (its vectors are not finite)", 60.0)
+
+    def stop(self) -> None:
+        """Ends the worker; what waits fails with Unavailable."""
+        with self._arrived:
+            self._stopping = True
+            self._arrived.notify()
+        self._worker.join()
+
+    async def _ask(self, request: _Request) -> np.ndarray:
+        if not self._worker.is_alive():
+            raise Unavailable(f"encoder {self._settings.id}", 1.0)
+        timeout_s = request.deadline_unix_s - time.time()
+        if not timeout_s > 0:
+            raise DeadlineExceeded(f"encoder {self._settings.id}", max(0.0, timeout_s))
+        self._num_queued += len(request.texts)
+        try:
+            with self._arrived:
+                self._inbox.append(request)
+                self._arrived.notify()
+            # wait_for cancels `answer` when time is up or the caller leaves: the worker then drops the request.
+            wait_s = None if timeout_s == float("inf") else timeout_s
+            return await asyncio.wait_for(asyncio.wrap_future(request.answer), wait_s)
+        except MetasepiaError:
+            raise
+        except TimeoutError:
+            raise DeadlineExceeded(f"encoder {self._settings.id}", round(timeout_s, 3)) from None
+        finally:
+            self._num_queued -= len(request.texts)
+
+    def _retry_after_s(self) -> float:
+        """How long the texts that wait now will take, at the speed last measured; from 1 to 60."""
+        return min(60.0, max(1.0, self._num_queued / self._texts_per_s)) if self._texts_per_s else 1.0
+
+    def _work(self) -> None:
+        import torch
+
+        torch.set_num_threads(self._settings.threads)  # OpenMP keeps this for each thread
+        waiting: deque[_Request] = deque()
+        while True:
+            with self._arrived:
+                while not (self._inbox or waiting or self._stopping):
+                    self._arrived.wait()
+                arrived, self._inbox = self._inbox, []
+                if self._stopping:
+                    for request in (*waiting, *arrived):
+                        request.fail(Unavailable(f"encoder {self._settings.id}", 1.0))
+                    return
+            waiting.extend(request for request in arrived if self._admit(request))
+            for request in waiting:
+                if request.deadline_unix_s <= time.time():
+                    request.fail(DeadlineExceeded(f"encoder {self._settings.id}", 0.0))
+            alive = [request for request in waiting if not request.answer.done()]
+            num_served = self._round(alive)
+            # Those served go behind those that the round's budget did not reach.
+            waiting = deque(r for r in (*alive[num_served:], *alive[:num_served]) if not r.answer.done())
+
+    def _admit(self, request: _Request) -> bool:
+        """Tokenises a request and answers what the cache holds; whether a forward is needed."""
+        try:
+            request.token_ids = self._encoder.tokenize(request.texts)
+        except MetasepiaError as error:
+            request.fail(error)
+            return False
+        except Exception as error:  # a tokenizer's own failure must not take the worker with it
+            request.fail(InvalidRequest("texts", f"the tokenizer refuses them ({error})"))
+            return False
+        request.vectors = np.empty((len(request.texts), self._encoder.width), np.float32)
+        for i, text in enumerate(request.texts):
+            known = self._cache.get(text) if request.use_cache else None
+            if known is None:
+                request.pending.append(i)
+            else:
+                request.vectors[i] = known
+        lengths = [len(ids) for ids in request.token_ids]
+        request.pending.sort(key=lambda i: lengths[i])
+        request.num_left = len(request.pending)
+        if not request.pending:
+            request.finish()
+        return bool(request.pending)
+
+    def _round(self, requests: Sequence[_Request]) -> int:
+        """Embeds a share of each request, as far as the round's tokens go; how many requests had one."""
+        budget = ROUND_BATCHES * self._encoder.max_batch_tokens
+        chosen: list[tuple[_Request, int, list[int]]] = []
+        num_served = 0
+        for request in requests:
+            assert request.token_ids is not None
+            share = budget // (len(requests) - num_served)  # what earlier requests did not use passes to later ones
+            num_served += 1
+            taken = 0
+            while request.pending and (taken == 0 or taken + len(request.token_ids[request.pending[-1]]) <= share):
+                i = request.pending.pop()
+                chosen.append((request, i, request.token_ids[i]))
+                taken += len(request.token_ids[i])
+            budget -= taken
+            if budget <= 0:
+                break
+        began_s = time.monotonic()
+        for group in self._encoder.plan([len(ids) for _, _, ids in chosen]):
+            self._forward([chosen[i] for i in group])
+        if chosen:
+            speed = len(chosen) / max(time.monotonic() - began_s, 1e-6)
+            self._texts_per_s = speed if self._texts_per_s is None else 0.8 * self._texts_per_s + 0.2 * speed
+        return num_served
+
+    def _forward(self, group: Sequence[tuple[_Request, int, list[int]]]) -> None:
+        try:
+            vectors = self._encoder.forward([ids for _, _, ids in group])
+        except Exception as error:
+            # Out of memory, most likely: halves may fit, and a text that fails alone fails nobody else.
+            if len(group) > 1:
+                self._forward(group[: len(group) // 2])
+                self._forward(group[len(group) // 2 :])
+            else:
+                group[0][0].fail(Unavailable(f"encoder {self._settings.id} ({error})", 1.0))
+            return
+        self._num_forwards += 1
+        self._num_texts += len(group)
+        for (request, i, _), vector in zip(group, vectors, strict=True):
+            assert request.vectors is not None
+            request.vectors[i] = vector
+            request.num_left -= 1
+            if request.use_cache:
+                self._cache.put(request.texts[i], vector)
+            if request.num_left == 0:
+                request.finish()
+
+
+def text_index(error: InvalidRequest) -> int | None:
+    """Which of the texts an error of `Encoder.embed` is about, so that the door can name its own field."""
+    match = re.fullmatch(r"texts\[(\d+)\]", error.param or "")
+    return int(match[1]) if match else None
+
+
+class VectorCache:
+    """Vectors of one encoder by the sha256 of their text; the least recently used leave when `max_bytes` are full."""
+
+    ENTRY_BYTES = 400
+    """What Python keeps for an entry beside its vector's numbers, about."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes, self.num_hits = max_bytes, 0, 0
+        self._vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def get(self, text: str) -> np.ndarray | None:
+        key = hashlib.sha256(text.encode()).digest()
+        vector = self._vectors.get(key)
+        if vector is not None:
+            self._vectors.move_to_end(key)
+            self.num_hits += 1
+        return vector
+
+    def put(self, text: str, vector: np.ndarray) -> None:
+        key = hashlib.sha256(text.encode()).digest()
+        if key not in self._vectors:
+            self._vectors[key] = vector.copy()  # a view would keep the whole batch
+            self.num_bytes += vector.nbytes + self.ENTRY_BYTES
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._vectors.popitem(last=False)
+            self.num_bytes -= dropped.nbytes + self.ENTRY_BYTES
