@@ -47,6 +47,7 @@ def read(directory: Path) -> PreparedBackbone:
     try:
         tree: dict[str, Any] = json.loads(card.read_text())
         tree["eos_token_ids"] = tuple(tree["eos_token_ids"])
+        tree |= {name: str((directory / tree[name]).resolve()) for name in ("path", "tokenizer_dir")}
         return PreparedBackbone(**tree)
     except FileNotFoundError as error:
         raise CorruptArtefact(str(card), "it does not exist; run metasepia.checkpoints.prepare first") from error
@@ -55,5 +56,5 @@ def read(directory: Path) -> PreparedBackbone:
 
 
 def write(prepared: PreparedBackbone, directory: Path) -> None:
-    """Writes metasepia.json into `directory`."""
+    """Writes metasepia.json into `directory`. Paths may be relative to it, so that `home` can be moved."""
     (directory / CARD).write_text(json.dumps(dataclasses.asdict(prepared), indent=1) + "\n")
