@@ -1,6 +1,7 @@
 """Vectors of texts: a text encoder's, or a backbone's mean-pooled last hidden states; unit norm either way."""
 
 import base64
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from actors.messages import Receipt, Texts
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
 from metasepia.rows import HiddenStatesWanted, Row
 from serve.deadlines import Deadline
+from serve.failures import unwrap
 from serve.names import Names
 from serve.parts import Backbone, TextEncoder
 from serve.prompts import Prompts
@@ -66,17 +68,16 @@ class Embedding:
             if not isinstance(item, str):
                 raise NotSupported(f"{field} as token ids for the encoder {encoder.id}", "send texts")
             texts.append(item)
-        info = await encoder.info()
-        counts = await encoder.count_tokens(texts)
-        for field, count in zip(fields, counts, strict=True):
-            if count > info.window:
-                raise WindowExceeded(field, count, info.window)
         async with deadline.limit("the embedding"):
-            vectors = await encoder.embed(
-                Texts(encoder=info.digest, texts=tuple(texts), deadline_unix_s=deadline.unix_s)
-            )
+            info = await encoder.info()
+            try:
+                vectors, num_tokens = await encoder.embed(
+                    Texts(encoder=info.digest, texts=tuple(texts), deadline_unix_s=deadline.unix_s)
+                )
+            except Exception as error:
+                raise _in_fields(unwrap(error), fields) from None
         receipt = Receipt(request=request_digest, encoder=info.digest)
-        return Embedded(vectors=vectors, num_tokens=sum(counts), receipt=receipt)
+        return Embedded(vectors=vectors, num_tokens=num_tokens, receipt=receipt)
 
     async def _by_backbone(
         self,
@@ -116,6 +117,18 @@ class Embedding:
             num_tokens=sum(len(row.token_ids) for row in rows),
             receipt=Receipt.of(answers[0].executed, request=request_digest),
         )
+
+
+def _in_fields(error: BaseException, fields: Sequence[str]) -> BaseException:
+    """An encoder's complaint about `texts[i]`, about the request's field instead."""
+    param = getattr(error, "param", None)
+    found = re.fullmatch(r"texts\[(\d+)\]", param) if isinstance(param, str) else None
+    if found is None or int(found[1]) >= len(fields):
+        return error
+    field = fields[int(found[1])]
+    if isinstance(error, WindowExceeded):
+        return WindowExceeded(field, error.num_tokens, error.window)
+    return InvalidRequest(field, error.message) if isinstance(error, InvalidRequest) else error
 
 
 def embeddings_json(request: EmbeddingsRequest, embedded: Embedded) -> dict[str, Any]:

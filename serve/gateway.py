@@ -4,7 +4,6 @@ No torch is loaded here (a test looks). Serve sets `x-request-id` on every answe
 """
 
 import asyncio
-import functools
 import importlib.metadata
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -13,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cluster.settings import HttpSettings
@@ -25,7 +26,7 @@ from serve import bodies, completion, failures
 from serve.classification import Classification
 from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
-from serve.health import Health, probe_backbone, probe_encoder, probe_reasoning
+from serve.health import Health, probe_backbone, probe_reasoning
 from serve.metrics import CONTENT_TYPE, Measured, Metrics
 from serve.names import Names
 from serve.parts import Backbone, Catalogue, Reasoning, TextEncoder
@@ -63,7 +64,7 @@ class Door:
         self._classification = Classification(embedding, reasoning, encoders[0].id)
         self.metrics = Metrics()
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
-        probes |= {f"encoder {one.id}": probe_encoder(one) for one in encoders}
+        probes |= {f"encoder {one.id}": one.check for one in encoders}
         self.health_of_parts = Health(probes | {"reasoning pool": probe_reasoning(reasoning)})
 
     async def asked(self, request: Request) -> Asked:
@@ -133,23 +134,22 @@ class Door:
                 return JSONResponse(one)
         raise UnknownName("model", wanted, tuple(one["id"] for one in listed))
 
-    async def health(self, _request: Request) -> Response:
+    async def health(self, request: Request) -> Response:
         report = await self.health_of_parts.report()
         if report.ready:
             return JSONResponse({"status": "ready", "parts": report.parts})
         answer = failures.envelope(failures.TABLE[failures.errors.Unavailable], report.reason, None, 2.0)
         return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
 
-    async def prometheus(self, _request: Request) -> Response:
+    async def prometheus(self, request: Request) -> Response:
         return Response(await self.metrics.text(list(self.names.backbones.values())), media_type=CONTENT_TYPE)
 
-    async def version(self, _request: Request) -> Response:
+    async def version(self, request: Request) -> Response:
         return JSONResponse({"version": importlib.metadata.version("metasepia")})
 
 
 def create_app(door: Door) -> ASGIApp:
     """The routes of a door, every error in the envelope, every request measured."""
-    app = FastAPI(title="Metasepia", openapi_url="/openapi.json", redoc_url=None)
     routes: list[tuple[str, str, Handler]] = [
         ("POST", "/v1/classify", door.classify),
         ("POST", "/v1/chat/completions", door.chat),
@@ -161,16 +161,17 @@ def create_app(door: Door) -> ASGIApp:
         ("GET", "/metrics", door.prometheus),
         ("GET", "/version", door.version),
     ]
-    for method, path, handler in routes:
-        app.add_api_route(path, _in_envelope(handler), methods=[method], response_model=None)
-    app.add_exception_handler(HTTPException, _no_route)
+    app = Starlette(
+        routes=[Route(path, _in_envelope(handler), methods=[method]) for method, path, handler in routes],
+        exception_handlers={HTTPException: _no_route},
+    )
+    app.router.redirect_slashes = False
     return Measured(app, door.metrics)
 
 
 def _in_envelope(handler: Handler) -> Handler:
     """Turns whatever a handler raises into an answer. Only a cancellation goes on: the client has gone."""
 
-    @functools.wraps(handler)
     async def answered(request: Request) -> Response:
         try:
             return await handler(request)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from actors.messages import Classify, LabelledVectors, Texts
+from actors.messages import Classify, LabelledVectors
 from metasepia.errors import Overloaded
 from metasepia.rows import Row, Sampling
 from serve.failures import unwrap
-from serve.parts import Backbone, Reasoning, TextEncoder
+from serve.parts import Backbone, Reasoning
 
 PROBE_TIMEOUT_S = 5.0
 FRESH_S = 2.0
@@ -89,16 +89,6 @@ def probe_backbone(backbone: Backbone) -> Probe:
             if chunk.finish is not None:
                 return
         raise RuntimeError("the answer ended without its last chunk")
-
-    return probe
-
-
-def probe_encoder(encoder: TextEncoder) -> Probe:
-    """One short text."""
-
-    async def probe() -> None:
-        info = await encoder.info()
-        await encoder.embed(Texts(encoder=info.digest, texts=("ready",), deadline_unix_s=time.time() + PROBE_TIMEOUT_S))
 
     return probe
 

@@ -5,28 +5,17 @@ A request that ends early, whatever ends it (deadline, stop string, client gone)
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
-from actors.messages import Classified, Classify, Texts
+from actors.messages import Classified, Classify, EncoderInfo, Texts
 from metasepia.prepared import PreparedBackbone
 from metasepia.registry import Artefact
 from metasepia.rows import HiddenStates, Row, TokenChunk
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderInfo:
-    """What the door knows of a text encoder."""
-
-    digest: str
-    width: int
-    window: int
-    """Tokens of one text."""
 
 
 class Backbone(Protocol):
@@ -48,8 +37,13 @@ class TextEncoder(Protocol):
     id: str
 
     async def info(self) -> EncoderInfo: ...
-    async def embed(self, texts: Texts) -> np.ndarray: ...
-    async def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
+    async def embed(self, texts: Texts) -> tuple[np.ndarray, int]:
+        """Unit-norm vectors, and the tokens read. Raises WindowExceeded and InvalidRequest naming `texts[i]`."""
+        ...
+
+    async def check(self) -> None:
+        """One real forward."""
+        ...
 
 
 class Reasoning(Protocol):
