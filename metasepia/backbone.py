@@ -56,7 +56,7 @@ class ReferenceBackbone:
     ) -> None:
         """`experts` by digest; they need `factors`."""
         self.model, self.digest = model, digest
-        self._factors, self._experts = factors, dict(experts or {})
+        self.factors, self._experts = factors, dict(experts or {})
 
     def put_expert(self, expert: ExpertVectors) -> None:
         self._experts[expert.digest] = expert
@@ -68,12 +68,12 @@ class ReferenceBackbone:
         """
         if not adapter:
             return {}
-        if self._factors is None:
+        if self.factors is None:
             raise UnknownName("expert", adapter[0][0], ())
         mixed = ExpertMixer(self._experts).mix(dict(adapter))
         like = self.model.get_parameter
         return {
-            name: self._factors[name].scaled(torch.tensor(z), mixed.renormalise).to(like(name).device, like(name).dtype)
+            name: self.factors[name].scaled(torch.tensor(z), mixed.renormalise).to(like(name).device, like(name).dtype)
             for name, z in mixed.z.items()
         }
 
@@ -145,7 +145,7 @@ class ReferenceBackbone:
     def _executed(self, row: Row) -> Executed:
         return Executed(
             backbone=self.digest,
-            factors=self._factors.digest if self._factors else None,
+            factors=self.factors.digest if self.factors else None,
             adapter=row.adapter,
             path="materialised" if row.adapter else "plain",
             dtype=str(self.model.dtype).removeprefix("torch."),

@@ -9,7 +9,7 @@ positions and sliding windows see the same distances as the row alone.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +21,10 @@ from metasepia.cache import RowCache
 from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported, UnknownName
 from metasepia.rows import Adapter, Executed, Path, Sampling
 from metasepia.steps import Advance, Begin, Chosen, NewRow, StepPlan, StepResult
+from metasepia.svf import ExpertLayers
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 PLAIN: tuple[Adapter, Path] = ((), "plain")
-
-
-class ExpertLayers(Protocol):
-    """What the decoder needs of `metasepia.svf.ExpertLayers`."""
-
-    def select(self, adapters: Sequence[Adapter]) -> None: ...
-
-    def holds(self, digest: str) -> bool: ...
-
-    @property
-    def held(self) -> tuple[str, ...]: ...
-
-    @property
-    def executed(self) -> Sequence[tuple[Adapter, Path]]: ...
 
 
 @dataclass
