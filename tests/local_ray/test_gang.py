@@ -1,0 +1,192 @@
+"""A real gang against the one-process reference: tokens, scores, hidden states, experts, refusals, placement."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.backbone import BackboneGroup
+from cluster import placement
+from cluster.settings import BackboneSettings
+from metasepia import checkpoints
+from metasepia.errors import CannotPlace, DeadlineExceeded, NotSupported, Overloaded, UnknownName
+from metasepia.prepared import PreparedBackbone
+from metasepia.rows import HiddenStatesWanted, Row, Sampling
+from tests import gangs
+
+Run = Callable[..., Any]
+
+
+@dataclasses.dataclass
+class Case:
+    group: BackboneGroup
+    oracle: gangs.Oracle
+    prepared: PreparedBackbone
+    run: Run
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp_size 1", "tp_size 2"])
+def case(
+    request: pytest.FixtureRequest,
+    cluster: dict[str, float],
+    run: Run,
+    home: Path,
+    tiny_checkpoint: Callable[[str], Path],
+) -> Iterator[Case]:
+    """A gang on the tiny Llama; its experts come by `fetch`."""
+    settings = BackboneSettings(
+        id="tiny", source=str(tiny_checkpoint("llama")), tp_size=request.param, max_rows=8, max_queued_tokens=600
+    )
+    prepared = checkpoints.prepare(settings.source, home)
+    oracle = gangs.Oracle.of(prepared, settings, home)
+    scope = gangs.started(settings, prepared, home, fetch=oracle.fetch)
+    group = run(scope.__aenter__())
+    try:
+        yield Case(group, oracle, prepared, run)
+    finally:
+        run(scope.__aexit__(None, None, None))
+
+
+def test_rows_with_different_experts_decode_together_as_each_would_alone(case: Case) -> None:
+    rows = gangs.rows(case.prepared, case.oracle.adapters, max_tokens=24)
+
+    async def all_tokens() -> list[list[int]]:
+        return await asyncio.gather(*(gangs.tokens_of(case.group, row) for row in rows))
+
+    answers = case.run(all_tokens())
+    for row, tokens in zip(rows, answers, strict=True):
+        assert len(tokens) == 24
+        assert case.oracle.regret(row, tokens) < gangs.TIGHT
+    assert case.oracle.regret(dataclasses.replace(rows[1], adapter=()), answers[1]) > gangs.TIGHT
+
+
+def test_scores_and_hidden_states_are_the_references(case: Case) -> None:
+    rows = gangs.rows(case.prepared, case.oracle.adapters, max_tokens=1)
+    wanted = HiddenStatesWanted(layers=(0, 1, -1), pooling="none")
+    rows = [dataclasses.replace(row, hidden=wanted, score_from=2) for row in rows]
+
+    async def ask(backbone: Any, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        return (await backbone.score(row)).logprobs, (await backbone.hidden_states(row)).states
+
+    async def together() -> list[tuple[np.ndarray, np.ndarray]]:
+        return await asyncio.gather(*(ask(case.group, row) for row in rows))
+
+    async def in_turn() -> list[tuple[np.ndarray, np.ndarray]]:
+        return [await ask(case.oracle.reference, row) for row in rows]
+
+    for got, want in zip(case.run(together()), case.run(in_turn()), strict=True):
+        for mine, its in zip(got, want, strict=True):
+            np.testing.assert_allclose(mine, its, atol=gangs.TIGHT * float(np.abs(its).max()), rtol=0)
+
+
+def test_a_sampled_row_is_the_same_alone_in_company_and_on_the_reference(case: Case) -> None:
+    rows = [
+        dataclasses.replace(row, sampling=Sampling(temperature=0.8, top_p=0.95, max_tokens=16), seed=index)
+        for index, row in enumerate(gangs.rows(case.prepared, case.oracle.adapters, max_tokens=16))
+    ]
+
+    async def one(backbone: Any, row: Row) -> list[int]:
+        return [token async for chunk in backbone.generate(row) for token in chunk.token_ids]
+
+    async def together() -> list[list[int]]:
+        return await asyncio.gather(*(one(case.group, row) for row in rows))
+
+    async def in_turn() -> list[list[int]]:
+        return [await one(case.oracle.reference, row) for row in rows]
+
+    answers = case.run(together())
+    assert answers == case.run(in_turn())
+    assert case.run(one(case.group, rows[2])) == answers[2]
+
+
+def test_the_gang_says_what_it_is(case: Case) -> None:
+    info = case.group.info
+    assert info.factors == case.oracle.factors.digest
+    assert len(info.pids) == info.tp_size
+    assert (info.tp_size, info.all_reduce) in ((1, "none"), (2, "shared memory"))
+    executed = case.run(case.group.check())
+    assert (executed.backbone, executed.tp_size, executed.path) == (case.prepared.digest, info.tp_size, "plain")
+
+
+def test_an_unknown_expert_and_another_backbone_are_refused(case: Case) -> None:
+    row = gangs.rows(case.prepared, [()], max_tokens=4)[0]
+    unknown = dataclasses.replace(row, adapter=(("0" * 64, 1.0),))
+    other = dataclasses.replace(row, backbone="1" * 64)
+    with pytest.raises(UnknownName, match="0000"):
+        case.run(gangs.tokens_of(case.group, unknown))
+    with pytest.raises(UnknownName, match="1111"):
+        case.run(gangs.tokens_of(case.group, other))
+
+
+def test_a_full_queue_and_a_late_row_are_refused_and_the_others_go_on(case: Case) -> None:
+    rows = gangs.rows(case.prepared, [()] * 12, max_tokens=150)
+    late = dataclasses.replace(rows[0], deadline_unix_s=time.time() + 0.01)
+
+    async def ask_all() -> list[list[int] | BaseException]:
+        asked = (gangs.tokens_of(case.group, row) for row in (*rows, late))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    *answers, last = case.run(ask_all())
+    assert isinstance(last, DeadlineExceeded | Overloaded)
+    refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+    assert refused and all(answer.retry_after_s > 0 for answer in refused)
+    assert all(isinstance(answer, Overloaded) or len(answer) == 150 for answer in answers)  # pyright: ignore[reportArgumentType]
+
+
+def test_closing_a_stream_frees_its_place(case: Case) -> None:
+    row = gangs.rows(case.prepared, [()], max_tokens=200)[0]
+
+    async def places_in_use() -> int:
+        load = await case.group.load()
+        return load.num_live + load.num_waiting
+
+    async def leave() -> tuple[int, int]:
+        async with contextlib.aclosing(case.group.generate(row)) as chunks:
+            await anext(chunks)
+            before = await places_in_use()
+        until = time.monotonic() + 2
+        while (after := await places_in_use()) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        return before, after
+
+    assert case.run(leave()) == (1, 0)
+
+
+def test_more_than_the_cluster_has_is_refused_with_the_sum(cluster: dict[str, float]) -> None:
+    begin = time.monotonic()
+    with pytest.raises(CannotPlace, match=r"need 12 CPU \(big: 5 \+ 7\) and the cluster has 8"):
+        placement.place([{"CPU": 5.0}, {"CPU": 7.0}], name="big")
+    assert time.monotonic() - begin < 2
+
+
+def test_a_family_that_cannot_be_cut_is_refused_before_a_process_is_started(
+    cluster: dict[str, float], run: Run, home: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    directory = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "mamba"'))
+    prepared = PreparedBackbone(
+        digest="2" * 64,
+        path=str(directory),
+        tokenizer_dir=str(directory),
+        source="other",
+        window=256,
+        eos_token_ids=(),
+        vocab_size=288,
+        hidden_size=48,
+        num_layers=2,
+        model_type="mamba",
+    )
+    settings = BackboneSettings(id="other", source="other", tp_size=2)
+    place = placement.place([{"CPU": 0.8}, {"CPU": 0.8}], name="other")
+    with pytest.raises(NotSupported, match="'mamba' is not supported; it runs at tp_size 1; families that are cut"):
+        run(BackboneGroup.start(settings, prepared, home, place, first_bundle=0))
