@@ -6,7 +6,6 @@ No torch until one is made, so that the gateway may import this module.
 import asyncio
 import contextlib
 import hashlib
-import re
 import threading
 import time
 from collections import OrderedDict, deque
@@ -115,6 +114,10 @@ class Encoder:
         Raises UnknownName for another encoder's digest, WindowExceeded or InvalidRequest naming `texts[i]`, Overloaded
         when `max_queued_texts` wait, DeadlineExceeded.
         """
+        return (await self.embed_counted(message))[0]
+
+    async def embed_counted(self, message: Texts) -> tuple[np.ndarray, int]:
+        """`embed`, and the tokens read, special tokens included."""
         if message.encoder != self._encoder.digest:
             raise UnknownName("encoder", message.encoder, (self._encoder.digest,))
         num_texts, limit = len(message.texts), self._settings.max_queued_texts
@@ -122,7 +125,9 @@ class Encoder:
             raise InvalidRequest("texts", f"{num_texts} texts; at most {limit} at once")
         if self._num_queued + num_texts > limit:
             raise Overloaded(f"the queue of encoder {self._settings.id}", self._retry_after_s())
-        return await self._ask(_Request(message.texts, message.deadline_unix_s))
+        request = _Request(message.texts, message.deadline_unix_s)
+        vectors = await self._ask(request)
+        return vectors, sum(map(len, request.token_ids or ()))
 
     async def check(self, timeout_s: float = 10.0) -> None:
         """One real forward, past queue limit and cache. Raises Unavailable when none comes back."""
@@ -258,12 +263,6 @@ class Encoder:
                 self._cache.put(request.texts[i], vector)
             if request.num_left == 0:
                 request.finish()
-
-
-def text_index(error: InvalidRequest) -> int | None:
-    """Which of the texts an error of `Encoder.embed` is about, so that the door can name its own field."""
-    match = re.fullmatch(r"texts\[(\d+)\]", error.param or "")
-    return int(match[1]) if match else None
 
 
 class VectorCache:

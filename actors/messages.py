@@ -99,3 +99,12 @@ class Classified:
     context: str
     module: str
     compiled: Literal["now", "before"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryInfo:
+    """The writer of the catalogue: its directory, the epoch that it began, its process."""
+
+    root: str
+    epoch: int
+    pid: int

@@ -1,8 +1,9 @@
 """What each kind of process needs, as data. Applied with `.options(...)` where the process is created."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from cluster.settings import BackboneSettings, Settings
+from cluster.settings import BackboneSettings, RegistrySettings, Settings
 from metasepia.errors import CannotPlace
 
 
@@ -12,6 +13,11 @@ def gang_bundles(backbone: BackboneSettings) -> list[dict[str, float]]:
     if backbone.rank_gpus:
         rank["GPU"] = backbone.rank_gpus
     return [{"CPU": backbone.replica_cpus}, *[dict(rank) for _ in range(backbone.tp_size)]]
+
+
+def registry(settings: RegistrySettings) -> dict[str, Any]:
+    """Outlives its creator and restarts for ever, as all it knows is on disk; reads do not wait for one another."""
+    return {"num_cpus": settings.cpus, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 4}
 
 
 def parts(settings: Settings) -> list[tuple[str, float, float]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.encoder import Encoder, VectorCache, text_index
+from actors.encoder import Encoder, VectorCache
 from actors.messages import Texts
 from cluster.settings import EncoderSettings
 from metasepia.encoders import plan_batches
@@ -102,6 +102,14 @@ def test_requests_that_wait_together_share_forwards_and_get_their_own_vectors(co
     assert [len(batch) for batch in counting.forwards] == [1, 6]
 
 
+def test_tokens_are_counted_whether_or_not_the_cache_answers(counting):
+    encoder = Encoder(replace(SETTINGS, cache_mib=1.0), counting)  # pyright: ignore[reportArgumentType]
+    for _ in range(2):
+        _, num_tokens = asyncio.run(encoder.embed_counted(texts("a b c", "d")))
+        assert num_tokens == 4
+    encoder.stop()
+
+
 def test_no_forward_exceeds_the_tokens_of_a_batch(counting, encoder):
     rng = np.random.default_rng(0)
     many = [" ".join(["w"] * n) for n in rng.integers(1, 20, size=90)]
@@ -148,7 +156,7 @@ def test_a_request_that_cannot_be_answered_fails_alone(counting, encoder):
         await asyncio.wait(waiting)
         too_long, breaks = waiting[1].exception(), waiting[2].exception()
         assert waiting[0].result().tolist() == expected("a") and waiting[3].result().tolist() == expected("c c")
-        assert isinstance(too_long, WindowExceeded) and text_index(too_long) == 1
+        assert isinstance(too_long, WindowExceeded) and too_long.param == "texts[1]"
         assert isinstance(breaks, Unavailable) and "out of memory" in str(breaks)
         assert (await first).tolist() == expected("first")
 

@@ -1,0 +1,230 @@
+"""The one writer of the catalogue, as a detached named actor on the node that has the volume, and the client for it."""
+
+import asyncio
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorClass, ActorProxy
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.messages import Artefact, RegistryInfo
+from cluster import resources
+from cluster.settings import RegistrySettings, Settings
+from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
+from metasepia.registry import Kind, Registry
+
+NAME, NAMESPACE = "registry", "metasepia"
+PURGE_EVERY_S = 3600.0
+
+
+class RegistryWriter:
+    """Serves `Registry` to other processes; all behaviour is in metasepia.registry.
+
+    The directory is opened by the first call and not by the constructor: a lock or a disk that refuses is then an error
+    for that caller, in our words, and the next call tries again.
+    """
+
+    def __init__(self, root: str, settings: RegistrySettings) -> None:
+        self._root, self._settings = Path(root), settings
+        self._opening = threading.Lock()
+        self._open: Registry | None = None
+        self._purged_s = float("-inf")
+
+    @ray.method
+    def put(self, kind: Kind, blob: bytes, digest: str, name: str | None, owner: str, card: dict[str, Any]) -> Artefact:
+        stored = self._registry().put(kind, blob, digest=digest, name=name, owner=owner, card=card)
+        if time.monotonic() > self._purged_s + PURGE_EVERY_S:
+            self._purged_s = time.monotonic()
+            self._registry().purge(self._settings.retention_days * 86400)
+        return stored
+
+    @ray.method
+    def resolve(self, kind: Kind, name: str, owner: str) -> Artefact:
+        return self._registry().resolve(kind, name, owner)
+
+    @ray.method
+    def get(self, digest: str, owner: str | None) -> bytes:
+        return self._registry().get(digest, owner)
+
+    @ray.method
+    def list(self, kind: Kind | None, owner: str, deleted: bool, after: str, limit: int) -> tuple[Artefact, ...]:
+        return self._registry().list(kind, owner, deleted=deleted, after=after, limit=limit)
+
+    @ray.method
+    def delete(self, kind: Kind, name: str, owner: str, digest: str) -> Artefact:
+        return self._registry().delete(kind, name, owner, digest=digest)
+
+    @ray.method
+    def info(self) -> RegistryInfo:
+        registry = self._registry()
+        return RegistryInfo(root=str(registry.root), epoch=registry.epoch, pid=os.getpid())
+
+    def _registry(self) -> Registry:
+        with self._opening:
+            if self._open is None:
+                # A predecessor that was killed may hold the lock until the kernel has taken it down.
+                self._open = Registry(self._root, lock_timeout_s=2.0)
+            return self._open
+
+
+RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(RegistryWriter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryPlace:
+    """Where the cluster's registry is, if it has to be created."""
+
+    root: str
+    node_id: str
+    """The node that has the volume."""
+    settings: RegistrySettings
+
+
+def start(settings: Settings, node_id: str | None = None, *, timeout_s: float = 60.0) -> "RegistryClient":
+    """Gets or creates the registry of this cluster and waits until it answers.
+
+    `node_id` is the node that has the volume of `settings.home`; None: this one. Raises Locked, InvalidSettings,
+    CorruptArtefact and Unavailable as `Registry` does; InvalidSettings also when the cluster's has another home.
+    """
+    place = RegistryPlace(
+        root=str((settings.home / "registry").expanduser().resolve()),
+        node_id=node_id or ray.get_runtime_context().get_node_id(),
+        settings=settings.registry,
+    )
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            info = ray.get(_find(place).info.remote(), timeout=max(0.01, give_up_s - time.monotonic()))
+            break
+        except RayTaskError as error:
+            raise _own(error) from None
+        except (RayActorError, GetTimeoutError) as error:  # an earlier writer, found while it was being ended
+            if time.monotonic() > give_up_s:
+                raise Unavailable(f"the registry ({error})", 5.0) from error
+            time.sleep(0.1)
+    if info.root != place.root:
+        allowed = f"{Path(info.root).parent}, which the registry of this cluster has open; stop it first to change home"
+        raise InvalidSettings("home", str(settings.home), allowed)
+    return RegistryClient(place)
+
+
+def stop() -> None:
+    """Ends the cluster's registry, if there is one; what it acknowledged is on disk."""
+    try:
+        ray.kill(ray.get_actor(NAME, namespace=NAMESPACE), no_restart=True)
+    except ValueError:
+        return
+
+
+class RegistryClient:
+    """Calls on the registry, each with a deadline. It may be sent to other processes.
+
+    Every operation may be repeated: a put of the same digest under the same name changes nothing, a delete says which
+    digest it means. So a call that met the writer's death is made again, on the restarted writer or a new one, until
+    its deadline; then Unavailable. So is a call whose writer does not answer by then: it may have been done.
+    """
+
+    def __init__(self, place: RegistryPlace | None = None, *, timeout_s: float = 15.0) -> None:
+        """`place` None: a registry that `start` has created is found, one that was ended is not created again."""
+        self._place, self._timeout_s = place, timeout_s
+        self._writer: ActorProxy[RegistryWriter] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _client, (self._place, self._timeout_s)
+
+    async def put(
+        self,
+        kind: Kind,
+        blob: bytes,
+        *,
+        digest: str,
+        name: str | None,
+        owner: str,
+        card: dict[str, object] | None = None,
+        timeout_s: float | None = None,
+    ) -> Artefact:
+        """See `Registry.put`; durable when this returns."""
+        return await self._call("put", kind, blob, digest, name, owner, card or {}, timeout_s=timeout_s)
+
+    async def resolve(self, kind: Kind, name: str, owner: str, *, timeout_s: float | None = None) -> Artefact:
+        """See `Registry.resolve`."""
+        return await self._call("resolve", kind, name, owner, timeout_s=timeout_s)
+
+    async def get(self, digest: str, owner: str | None = None, *, timeout_s: float | None = None) -> bytes:
+        """See `Registry.get`."""
+        return await self._call("get", digest, owner, timeout_s=timeout_s)
+
+    async def list(
+        self,
+        kind: Kind | None,
+        owner: str,
+        *,
+        deleted: bool = False,
+        after: str = "",
+        limit: int = 1000,
+        timeout_s: float | None = None,
+    ) -> tuple[Artefact, ...]:
+        """See `Registry.list`."""
+        return await self._call("list", kind, owner, deleted, after, limit, timeout_s=timeout_s)
+
+    async def delete(self, kind: Kind, name: str, owner: str, *, timeout_s: float | None = None) -> Artefact:
+        """See `Registry.delete`; takes away what the name points to now, and never what replaces it meanwhile."""
+        give_up_s = time.monotonic() + (timeout_s or self._timeout_s)
+        found = await self.resolve(kind, name, owner, timeout_s=timeout_s)
+        left_s = max(0.01, give_up_s - time.monotonic())
+        return await self._call("delete", kind, found.name, owner, found.digest, timeout_s=left_s)
+
+    async def info(self, *, timeout_s: float | None = None) -> RegistryInfo:
+        """Which directory, which epoch, which process; also the check that the registry answers."""
+        return await self._call("info", timeout_s=timeout_s)
+
+    async def _call(self, method: str, *args: object, timeout_s: float | None) -> Any:
+        give_up_s = time.monotonic() + (timeout_s or self._timeout_s)
+        pause_s = 0.05
+        while True:
+            try:
+                writer = self._writer or await asyncio.to_thread(_find, self._place)
+                self._writer = writer
+                answer = asyncio.wrap_future(getattr(writer, method).remote(*args).future())
+                return await asyncio.wait_for(answer, max(0.01, give_up_s - time.monotonic()))
+            except RayTaskError as error:
+                raise _own(error) from None
+            except ActorDiedError:
+                self._writer = None  # for good: the next attempt finds or creates another
+            except RayActorError:
+                pass  # Ray is restarting it
+            except TimeoutError:
+                raise Unavailable("the registry", 1.0) from None
+            if time.monotonic() + pause_s > give_up_s:
+                raise Unavailable("the registry", 1.0)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.5)
+
+
+def _client(place: RegistryPlace | None, timeout_s: float) -> RegistryClient:
+    return RegistryClient(place, timeout_s=timeout_s)
+
+
+def _find(place: RegistryPlace | None) -> "ActorProxy[RegistryWriter]":
+    """The cluster's registry writer, created if there is none and its place is known. Raises Unavailable."""
+    if place is None:
+        try:
+            return ray.get_actor(NAME, namespace=NAMESPACE)
+        except ValueError:
+            raise Unavailable("the registry (nobody has started it)", 5.0) from None
+    pinned = NodeAffinitySchedulingStrategy(place.node_id, soft=False)  # the catalogue is on that node's disk
+    options = {"name": NAME, "namespace": NAMESPACE, "get_if_exists": True, "scheduling_strategy": pinned}
+    return RegistryWriterActor.options(**options, **resources.registry(place.settings)).remote(
+        place.root, place.settings
+    )
+
+
+def _own(error: RayTaskError) -> Exception:
+    """Our error inside Ray's, which would print a traceback where a sentence is meant."""
+    return error.cause if isinstance(error.cause, MetasepiaError) else error
