@@ -1,10 +1,12 @@
-"""What durable storage needs of a disk: that it is of this machine, and that renames are on it before we say so."""
+"""What durable storage needs of a disk: that it is of this machine, that renames are on it, and that one writer is."""
 
+import fcntl
 import os
 import re
+import time
 from pathlib import Path
 
-from metasepia.errors import InvalidSettings
+from metasepia.errors import InvalidSettings, Locked
 
 _NETWORK_FILESYSTEMS = frozenset(
     """nfs nfs4 cifs smb3 smbfs 9p ceph lustre glusterfs afs gpfs beegfs orangefs pvfs2 ocfs2 gfs2 ncpfs davfs
@@ -42,3 +44,25 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def take_lock(path: Path, holder: str, timeout_s: float) -> int:
+    """Locks a file for this process and writes `holder` into it; closing the returned descriptor gives it free.
+
+    The kernel frees it when the process dies, however it dies. Raises Locked with the holder after `timeout_s`.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    give_up_at = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up_at:
+                other = os.pread(lock, 256, 0).decode(errors="replace").strip()
+                os.close(lock)
+                raise Locked(str(path.parent), other or "another process") from None
+            time.sleep(0.05)
+        else:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, holder.encode(), 0)
+            return lock

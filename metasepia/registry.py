@@ -10,7 +10,6 @@ On disk: `catalogue.sqlite` (WAL, synchronous FULL), `blobs/<sha256 of the bytes
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -32,7 +31,7 @@ from metasepia.errors import (
     Unavailable,
     UnknownName,
 )
-from metasepia.local_disk import check_local_disk, sync_directory
+from metasepia.local_disk import check_local_disk, sync_directory, take_lock
 
 Kind = Literal["expert", "mixture", "context", "module", "factors", "embedding"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -104,7 +103,7 @@ class Registry:
         with self._failures_in_words():
             self._blobs.mkdir(parents=True, exist_ok=True)
             sync_directory(root.parent)
-            self._lock = self._take_lock(lock_timeout_s)
+            self._lock = take_lock(root / "lock", self._holder, lock_timeout_s)
             try:
                 for unfinished in self._blobs.glob("*.part"):
                     unfinished.unlink()
@@ -276,24 +275,6 @@ class Registry:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _take_lock(self, timeout_s: float) -> int:
-        path = self.root / "lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        give_up_at = time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= give_up_at:
-                    holder = os.pread(lock, 256, 0).decode(errors="replace").strip()
-                    os.close(lock)
-                    raise Locked(str(self.root), holder or "another process") from None
-                time.sleep(0.05)
-            else:
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, self._holder.encode(), 0)
-                return lock
 
     def _open_catalogue(self) -> sqlite3.Connection:
         # Autocommit: transactions begin and end where `_write` says. SQLite plays back the write-ahead log by itself.

@@ -117,6 +117,16 @@ def test_purge_takes_old_tombstones_with_their_blobs_and_nothing_else(tmp_path: 
         assert [path.name for path in (tmp_path / "blobs").iterdir()] == [digest("live")]
 
 
+def test_a_blob_that_a_crash_left_without_an_entry_is_purged_at_the_same_age(registry: Registry):
+    orphan = registry.root / "blobs" / digest("orphan")
+    orphan.write_bytes(b"orphan")
+    registry.purge(older_than_s=500.0)
+    assert orphan.exists()
+    os.utime(orphan, (0, time.time() - 1000))
+    registry.purge(older_than_s=500.0)
+    assert not orphan.exists()
+
+
 def test_one_owner_cannot_see_another_owners_names_or_digests(registry: Registry):
     put(registry, "maths", "bob's", owner="bob")
     assert registry.list(None, "ann", deleted=True) == ()
