@@ -123,6 +123,8 @@ class Rates:
     tokens_per_s: float = 0.0
 
     def observe(self, elapsed_s: float, num_read: int, num_chosen: int, fed: bool) -> None:
+        if num_read + num_chosen == 0:
+            return  # rows only left
         elapsed_s = max(elapsed_s, 1e-6)
         self.tokens_per_s = _running(self.tokens_per_s, (num_read + num_chosen) / elapsed_s)
         if num_read == 0:

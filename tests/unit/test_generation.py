@@ -183,12 +183,13 @@ def test_logits_that_are_not_finite_fail_their_own_row_only(with_experts) -> Non
     )
     layers.put(huge.digest, huge)
     driver = Driver(RowDecoder(model, backbone=DIGEST, experts=layers))
-    result = driver.run(new(0, prompt(6), ((huge.digest, 1.0),)), new(1, prompt(5)))
-    assert isinstance(result.failed[0], CorruptArtefact) and "not finite" in str(result.failed[0])
-    driver.run(drop=(0,))
+    result = driver.run(new(0, prompt(7)), new(1, prompt(6), ((huge.digest, 1.0),)))
+    assert isinstance(result.failed[1], CorruptArtefact) and "not finite" in str(result.failed[1])
+    driver.run(drop=(1,))
     driver.run(new(2, prompt(3)))  # takes the place in the cache where the bad row was
     driver.run()
-    for key in (1, 2):
+    assert {key: len(tokens) for key, tokens in driver.emitted.items()} == {0: 4, 2: 2}
+    for key in (0, 2):
         driver.assert_emitted_what_the_oracle_finds_best(oracle, key)
 
 
