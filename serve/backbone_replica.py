@@ -21,14 +21,21 @@ from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 class BackboneReplica:
     """A `BackboneGroup` in the replica's own placement group: bundle 0 is the replica, then one a rank."""
 
-    async def __init__(self, settings: BackboneSettings, prepared: PreparedBackbone, home: str) -> None:
+    async def __init__(
+        self, settings: BackboneSettings, prepared: PreparedBackbone, home: str, registry: RegistryClient
+    ) -> None:
         group = ray.util.get_current_placement_group()
         assert group is not None  # graph.py gives every backbone one
         self._settings = settings
         self._group = await BackboneGroup.start(
-            settings, prepared, Path(home), group, first_bundle=1, fetch=RegistryClient().get
+            settings, prepared, Path(home), group, first_bundle=1, fetch=registry.get
         )
         self._served_unix_s = time.time()
+
+    async def __del__(self) -> None:
+        # Serve awaits this when it takes the replica down.
+        if hasattr(self, "_group"):
+            await self._group.stop()
 
     async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
         async with aclosing(self._group.generate(row)) as chunks:  # pyright: ignore[reportArgumentType]

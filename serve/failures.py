@@ -66,7 +66,8 @@ TABLE: dict[type[BaseException], Failure] = {
 
 UNEXPECTED = Failure(500, "server_error", "internal_error", grpc.StatusCode.INTERNAL)
 
-_PARAM_OF_KIND = {"encoder": "encoder", "module": "module", "context": "context"}
+_PARAM_OF_KIND = {"encoder": "encoder", "backbone": "backbone", "expert": "weights", "context": "context"}
+"""The field that held the name; `model` otherwise. Expert names by themselves are met in mixtures only."""
 
 
 @dataclass(frozen=True)

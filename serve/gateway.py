@@ -6,12 +6,13 @@ No torch is loaded here (a test looks). Serve sets `x-request-id` on every answe
 import asyncio
 import importlib.metadata
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,16 +23,28 @@ from starlette.types import ASGIApp
 from cluster.settings import HttpSettings
 from metasepia.digests import digest_of
 from metasepia.errors import NotSupported, UnknownName
+from metasepia.prepared import PreparedBackbone
 from serve import bodies, completion, failures
 from serve.classification import Classification
 from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
-from serve.health import Health, probe_backbone, probe_reasoning
+from serve.health import Health, probe_backbone
 from serve.metrics import CONTENT_TYPE, Measured, Metrics
-from serve.names import Names
-from serve.parts import Backbone, Catalogue, Reasoning, TextEncoder
+from serve.names import MIXTURE, Names
+from serve.parts import (
+    Backbone,
+    Catalogue,
+    Mixing,
+    Reasoning,
+    ServedBackbone,
+    ServedEncoder,
+    ServedMixing,
+    ServedReasoning,
+    TextEncoder,
+)
 from serve.prompts import Prompts
-from serve.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest
+from serve.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest, MixtureRequest
+from serve.shipped import ModuleCard
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -54,9 +67,10 @@ class Door:
         backbones: Sequence[Backbone],
         encoders: Sequence[TextEncoder],
         reasoning: Reasoning,
+        mixing: Mixing,
         catalogue: Catalogue,
     ) -> None:
-        self._http = http
+        self._http, self._mixing = http, mixing
         self.names = Names(backbones, encoders, catalogue)
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         embedding = Embedding(self.names, self.prompts)
@@ -65,7 +79,7 @@ class Door:
         self.metrics = Metrics()
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
-        self.health_of_parts = Health(probes | {"reasoning pool": probe_reasoning(reasoning)})
+        self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check})
 
     async def asked(self, request: Request) -> Asked:
         """The body, bounded in bytes, depth and time."""
@@ -119,6 +133,16 @@ class Door:
             _server_sent(first, events), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
 
+    async def mix(self, request: Request) -> Response:
+        asked = await self.asked(request)
+        body = MixtureRequest.of(asked.tree)
+        backbone = self.names.backbones.get(body.backbone)
+        if backbone is None:
+            raise UnknownName("backbone", body.backbone, tuple(self.names.backbones))
+        async with asked.deadline.limit("registering the mixture"):
+            digest = await self._mixing.register(backbone.prepared.digest, body.weights)
+        return JSONResponse({"model": f"{backbone.id}:{MIXTURE}{digest}", "digest": digest, "object": "mixture"})
+
     async def models(self, request: Request) -> Response:
         deadline = Deadline.of(request.headers, self._http.request_timeout_s)
         async with deadline.limit("listing the models"):
@@ -148,6 +172,33 @@ class Door:
         return JSONResponse({"version": importlib.metadata.version("metasepia")})
 
 
+class Gateway:
+    """A door over Serve's handles; `graph.py` makes it the ingress."""
+
+    def __init__(
+        self,
+        http: HttpSettings,
+        backbones: Mapping[str, DeploymentHandle[Any]],
+        prepared: Mapping[str, PreparedBackbone],
+        encoders: Mapping[str, DeploymentHandle[Any]],
+        reasoning: DeploymentHandle[Any],
+        mixing: DeploymentHandle[Any],
+        module: ModuleCard,
+        catalogue: Catalogue,
+    ) -> None:
+        self._door = Door(
+            http,
+            [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()],
+            [ServedEncoder(id_, handle) for id_, handle in encoders.items()],
+            ServedReasoning(module.name, module.digest, reasoning),
+            ServedMixing(mixing),
+            catalogue,
+        )
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return create_app(self._door)
+
+
 def create_app(door: Door) -> ASGIApp:
     """The routes of a door, every error in the envelope, every request measured."""
     routes: list[tuple[str, str, Handler]] = [
@@ -155,6 +206,7 @@ def create_app(door: Door) -> ASGIApp:
         ("POST", "/v1/chat/completions", door.chat),
         ("POST", "/v1/completions", door.complete),
         ("POST", "/v1/embeddings", door.embeddings),
+        ("POST", "/v1/mixtures", door.mix),
         ("GET", "/v1/models", door.models),
         ("GET", "/v1/models/{model:path}", door.model),
         ("GET", "/health", door.health),

@@ -6,13 +6,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from actors.messages import Classify, LabelledVectors
 from metasepia.errors import Overloaded
 from metasepia.rows import Row, Sampling
 from serve.failures import unwrap
-from serve.parts import Backbone, Reasoning
+from serve.parts import Backbone
 
 PROBE_TIMEOUT_S = 5.0
 FRESH_S = 2.0
@@ -89,22 +86,5 @@ def probe_backbone(backbone: Backbone) -> Probe:
             if chunk.finish is not None:
                 return
         raise RuntimeError("the answer ended without its last chunk")
-
-    return probe
-
-
-def probe_reasoning(reasoning: Reasoning, width: int = 16) -> Probe:
-    """One query against a context of four examples."""
-    vectors = np.eye(4, width, dtype=np.float32)
-
-    async def probe() -> None:
-        await reasoning.classify(
-            Classify(
-                module=reasoning.digest,
-                context=LabelledVectors(vectors=vectors, labels=("a", "b", "a", "b")),
-                queries=vectors[:1],
-                deadline_unix_s=time.time() + PROBE_TIMEOUT_S,
-            )
-        )
 
     return probe

@@ -4,7 +4,7 @@ A request that ends early, whatever ends it (deadline, stop string, client gone)
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from actors.messages import Classified, Classify, EncoderInfo, Texts
 from metasepia.prepared import PreparedBackbone
-from metasepia.registry import Artefact
+from metasepia.registry import Artefact, Kind
 from metasepia.rows import HiddenStates, Row, TokenChunk
 
 T = TypeVar("T")
@@ -53,13 +53,24 @@ class Reasoning(Protocol):
     digest: str
 
     async def classify(self, classify: Classify) -> Classified: ...
+    async def check(self) -> None:
+        """One real forward."""
+        ...
+
+
+class Mixing(Protocol):
+    """Registers mixtures of experts."""
+
+    async def register(self, backbone: str, weights: Mapping[str, float]) -> str:
+        """The mixture's digest. `backbone` is a digest too."""
+        ...
 
 
 class Catalogue(Protocol):
     """The registry, as far as the door asks it."""
 
-    async def resolve(self, kind: str, name: str, owner: str) -> Artefact: ...
-    async def list(self, kind: str, owner: str) -> list[Artefact]: ...
+    async def resolve(self, kind: Kind, name: str, owner: str) -> Artefact: ...
+    async def list(self, kind: Kind, owner: str) -> Sequence[Artefact]: ...
     async def get(self, digest: str) -> bytes: ...
 
 
@@ -94,3 +105,45 @@ class ServedBackbone:
 
     async def load(self) -> dict[str, float]:
         return await answered(self._handle.load.remote())
+
+
+class ServedEncoder:
+    """A text encoder behind a Serve handle."""
+
+    def __init__(self, id_: str, handle: DeploymentHandle[Any]) -> None:
+        self.id, self._handle = id_, handle
+        self._info: EncoderInfo | None = None
+
+    async def info(self) -> EncoderInfo:
+        info = self._info or await answered(self._handle.info.remote())
+        self._info = info
+        return info
+
+    async def embed(self, texts: Texts) -> tuple[np.ndarray, int]:
+        return await answered(self._handle.embed_counted.remote(texts))
+
+    async def check(self) -> None:
+        await answered(self._handle.check.remote())
+
+
+class ServedReasoning:
+    """The reasoning pool behind a Serve handle."""
+
+    def __init__(self, name: str, digest: str, handle: DeploymentHandle[Any]) -> None:
+        self.name, self.digest, self._handle = name, digest, handle
+
+    async def classify(self, classify: Classify) -> Classified:
+        return await answered(self._handle.classify.remote(classify))
+
+    async def check(self) -> None:
+        await answered(self._handle.check.remote())
+
+
+class ServedMixing:
+    """The expert-mixing part behind a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def register(self, backbone: str, weights: Mapping[str, float]) -> str:
+        return await answered(self._handle.register.remote(backbone, dict(weights)))

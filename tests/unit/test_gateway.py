@@ -5,7 +5,7 @@ import base64
 import json
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,18 @@ class FakeReasoning:
             classes=classes, probabilities=probabilities, context="c" * 64, module=self.digest, compiled="now"
         )
 
+    async def check(self) -> None: ...
+
+
+class FakeMixing:
+    """Every mixture of known experts is the one in the catalogue."""
+
+    async def register(self, backbone: str, weights: Mapping[str, float]) -> str:
+        for name in weights:
+            if name != "maths":
+                raise UnknownName("expert", name, ("maths",))
+        return "a" * 64
+
 
 class FakeCatalogue:
     """One expert of the tiny backbone, one of another, one mixture."""
@@ -137,7 +149,7 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
-        self.door = Door(HTTP, [self.backbone], [self.encoder], self.reasoning, FakeCatalogue())
+        self.door = Door(HTTP, [self.backbone], [self.encoder], self.reasoning, FakeMixing(), FakeCatalogue())
         self.app = create_app(self.door)
 
     def says(self, text: str) -> None:
@@ -300,6 +312,27 @@ def test_a_registered_mixture_is_a_row_with_its_weights(bench: Bench):
     bench.says("x")
     assert bench.chat(model="tiny:mix@" + "a" * 64).status_code == 200
     assert bench.backbone.rows[0].adapter == ((EXPERT, 0.25), (OTHER, 0.75))
+
+
+def test_a_mixture_is_registered_and_answers_by_the_name_given_back(bench: Bench):
+    bench.says("x")
+    made = bench.post("/v1/mixtures", {"backbone": "tiny", "weights": {"maths": 1.0}}).json()
+    assert bench.chat(model=made["model"]).json()["receipt"]["adapter"] == [[EXPERT, 0.25], [OTHER, 0.75]]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"backbone": "no"}, 404, "backbone"),
+        ({"weights": {"law": 1.0}}, 404, "weights"),
+        ({"weights": {"maths": 1.5}}, 400, "weights.maths"),
+        ({"weights": {}}, 400, "weights"),
+    ],
+    ids=str,
+)
+def test_a_mixture_that_cannot_be_is_refused_by_its_field(bench: Bench, change, status, param):
+    response = bench.post("/v1/mixtures", {"backbone": "tiny", "weights": {"maths": 1.0}} | change)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
 
 
 def test_a_prompt_beyond_the_window_names_the_messages_and_an_answer_beyond_it_its_limit(bench: Bench):

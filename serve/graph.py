@@ -1,0 +1,88 @@
+"""The Serve graph on one page: a gateway over backbones, encoders and the reasoning pool.
+
+    gateway --+-- backbone <id>: a replica that owns one gang, in a placement group of its own
+              +-- encoder <id>
+              +-- reasoning pool
+              +-- expert mixing
+              +-- registry: a detached actor beside Serve, since it outlives deployments
+
+Every class here is plain; only these lines make them remote. Queues are bounded where the work is (tokens, texts,
+queries), so Serve's own limits are wide: a request inside the gateway always reaches the queue that can refuse it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application, Deployment
+from ray.serve.config import BackpressureConfig
+
+from actors.encoder import Encoder
+from actors.expert_mixing import ExpertMixing
+from actors.reasoning_pool import ReasoningPool
+from actors.registry import RegistryClient
+from cluster.resources import gang_bundles
+from cluster.settings import Settings
+from metasepia.prepared import PreparedBackbone
+from serve.backbone_replica import BackboneReplica
+from serve.gateway import Gateway
+from serve.schemas import MAX_CHOICES
+from serve.shipped import ModuleCard
+
+NAME = "metasepia"
+_ALL: dict[str, Any] = {
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "graceful_shutdown_timeout_s": 5,
+    "health_check_period_s": 10,
+    "health_check_timeout_s": 30,
+}
+
+GatewayDeployment: Deployment = serve.deployment(**_ALL)(serve.ingress()(Gateway))
+BackboneDeployment: Deployment = serve.deployment(**_ALL)(BackboneReplica)
+EncoderDeployment: Deployment = serve.deployment(**_ALL)(Encoder)
+MixingDeployment: Deployment = serve.deployment(**_ALL)(ExpertMixing)
+ReasoningDeployment: Deployment = serve.deployment(**_ALL)(ReasoningPool)
+
+
+def build(
+    settings: Settings, prepared: Mapping[str, PreparedBackbone], module: ModuleCard, registry: RegistryClient
+) -> Application:
+    """The application for `serve.run`; `prepared` holds each backbone of the settings by its id."""
+    inside = settings.gateway.max_ongoing_requests
+    margin = 64  # probes, metrics, Serve's own checks
+    backbones = {
+        one.id: BackboneDeployment.options(
+            name=f"backbone-{one.id}",
+            max_ongoing_requests=inside * MAX_CHOICES + margin,
+            ray_actor_options={"num_cpus": one.replica_cpus},
+            placement_group_bundles=gang_bundles(one),
+            placement_group_strategy="STRICT_PACK",
+        ).bind(one, prepared[one.id], str(settings.home), registry)
+        for one in settings.backbones
+    }
+    encoders = {
+        one.id: EncoderDeployment.options(
+            name=f"encoder-{one.id}",
+            max_ongoing_requests=inside + margin,
+            ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus},
+        ).bind(one)
+        for one in settings.encoders
+    }
+    reasoning = ReasoningDeployment.options(
+        name="reasoning-pool",
+        num_replicas=settings.reasoning.num_replicas,
+        max_ongoing_requests=inside + margin,
+        ray_actor_options={"num_cpus": settings.reasoning.cpus},
+    ).bind(settings.reasoning)
+    mixing = MixingDeployment.options(
+        name="expert-mixing",
+        max_ongoing_requests=inside + margin,
+        ray_actor_options={"num_cpus": settings.mixing.cpus},
+    ).bind(registry)
+    return GatewayDeployment.options(
+        name="gateway",
+        max_ongoing_requests=inside,
+        max_queued_requests=inside,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        ray_actor_options={"num_cpus": settings.gateway.cpus},
+    ).bind(settings.http, backbones, dict(prepared), encoders, reasoning, mixing, module, registry)

@@ -1,0 +1,242 @@
+"""`python -m serve.main [--profile laptop]`: the whole graph in the foreground, until SIGINT or SIGTERM.
+
+Says "ready" only when a real forward through every part has answered, and prints three requests to paste. A first
+signal ends every process in order, within `END_S`; a second one kills them.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import psutil
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from rich.console import Console
+
+from actors import registry
+from cluster import connect, resources
+from cluster import settings as settings_of
+from cluster.settings import Settings
+from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
+from serve import graph, middleware, prepare, processes, shipped
+
+END_S = 45.0
+"""From the first signal until whatever is left is killed."""
+READY_TIMEOUT_S = 600.0
+ROOT = Path(__file__).parents[1]
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Foreground:
+    """One start of the graph, from settings to the last process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._run = uuid.uuid4().hex
+        self._ending = threading.Event()
+        os.environ[processes.MARK] = self._run
+        # Daemons of a cluster of our own inherit these: the proxy imports `serve.middleware` by name.
+        os.environ.update(middleware.ENVIRONMENT)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def run(self) -> int:
+        """Starts, waits, ends. The exit status: 0 after a signal, 1 when the start failed."""
+        self._catch_signals()
+        status = 0
+        try:
+            self._start()
+            self._catch_signals()  # Ray puts handlers of its own in their place
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            console.print("ending every process; once more to kill them")
+        except MetasepiaError as error:
+            console.print(f"[red]not started:[/] {error}")
+            status = 1
+        except Exception:
+            console.print_exception()
+            console.print("[red]not started:[/] see above; Ray's logs are in /tmp/ray/session_latest/logs")
+            status = 1
+        finally:
+            self._end()
+        return status
+
+    def _start(self) -> None:
+        begin, http = time.monotonic(), self._settings.http
+        check_port_is_free(http.host, http.port)
+        with _step("weights and factors"):
+            _run_prepare()
+            prepared = prepare.prepare(self._settings)
+            module = shipped.module_card(self._settings.reasoning.module)
+        with _step("Ray"):
+            available = connect.connect(self._settings.ray)
+            self._catch_signals()
+            resources.check_fits(self._settings, available)
+        with _step("registry"):
+            client = registry.start(self._settings)
+            asyncio.run(shipped.import_experts(client))
+        with _step("Serve graph"):
+            options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+            serve.run(graph.build(self._settings, prepared, module, client), name=graph.NAME)
+        with _step("first forward through every part"):
+            self._wait_until_ready()
+        self._write_card()
+        self._say_ready(time.monotonic() - begin)
+
+    @property
+    def _url(self) -> str:
+        return f"http://{self._settings.http.host}:{self._settings.http.port}"
+
+    @property
+    def _card(self) -> Path:
+        return self._settings.home / "serve.json"
+
+    def _wait_until_ready(self) -> None:
+        give_up, reason = time.monotonic() + READY_TIMEOUT_S, ""
+        while time.monotonic() < give_up:
+            try:
+                answer = httpx.get(f"{self._url}/health", timeout=15)
+                if answer.status_code == 200:
+                    return
+                reason = answer.json()["error"]["message"]
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                reason = str(error)
+            time.sleep(0.25)
+        raise Unavailable(f"the graph ({reason})", 0.0)
+
+    def _write_card(self) -> None:
+        me = psutil.Process()
+        card = {"pid": me.pid, "created_unix_s": me.create_time(), "url": self._url, "run": self._run}
+        self._card.parent.mkdir(parents=True, exist_ok=True)
+        self._card.write_text(json.dumps(card) + "\n")
+
+    def _say_ready(self, seconds: float) -> None:
+        models = [one["id"] for one in httpx.get(f"{self._url}/v1/models", timeout=30).json()["data"]]
+        console.print(
+            f"[bold green]ready[/] in {seconds:.0f} s on {self._url}; Ctrl-C ends it. Three requests to paste:\n"
+        )
+        for line in curl_lines(self._url, models, [one.id for one in self._settings.encoders]):
+            print("\n" + line, flush=True)
+
+    def _catch_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        if self._ending.is_set():
+            self._kill_all()
+        self._ending.set()
+        raise KeyboardInterrupt
+
+    def _end(self) -> None:
+        """Serve, then Ray, then whatever still carries our mark. A watchdog ends it when one of them hangs."""
+        self._ending.set()
+        self._catch_signals()
+        watchdog = threading.Timer(END_S, self._kill_all)
+        watchdog.daemon = True
+        watchdog.start()
+        with contextlib.suppress(OSError):
+            self._card.unlink()
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):  # whatever fails here, the processes are ended below
+                serve.shutdown()
+            if self._settings.ray.address == "local":
+                with contextlib.suppress(Exception):
+                    ray.shutdown()
+        left = processes.end(self._run, polite_s=5.0) if self._settings.ray.address == "local" else []
+        if left:
+            console.print(f"killed {len(left)} processes that were left")
+        watchdog.cancel()
+
+    def _kill_all(self) -> NoReturn:
+        with contextlib.suppress(OSError):
+            self._card.unlink()
+        processes.end(self._run, polite_s=0.0)
+        os._exit(1)
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises InvalidSettings, in words, when something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            allowed = f"a free port of {host} ({error.strerror}); end what listens there (make stop), or choose another"
+            raise InvalidSettings("http.port", port, f"{allowed} with METASEPIA_HTTP__PORT") from None
+
+
+def curl_lines(url: str, models: list[str], encoders: list[str]) -> list[str]:
+    """Three requests to paste: classify, chat with an expert if there is one, embed."""
+    chat = next((one for one in models if ":" in one and "mix@" not in one), models[0])
+    examples = [
+        {"text": "The lamp broke after two days", "label": "complaint"},
+        {"text": "Thank you for the kind and quick help", "label": "praise"},
+        {"text": "I was charged twice for one order", "label": "complaint"},
+        {"text": "Lovely packaging and fast delivery", "label": "praise"},
+    ]
+    bodies: list[tuple[str, object]] = [
+        ("classify", {"examples": examples, "inputs": ["The zip tore the first time I used it"]}),
+        (
+            "chat/completions",
+            {
+                "model": chat,
+                "messages": [{"role": "user", "content": "Name the capital of France."}],
+                "max_tokens": 24,
+                "temperature": 0,
+            },
+        ),
+        ("embeddings", {"model": encoders[0], "input": ["one body", "any colour"]}),
+    ]
+    return [
+        f"curl -s {url}/v1/{path} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+        for path, body in bodies
+    ]
+
+
+def _run_prepare() -> None:
+    """In a process of its own, which may load torch; its progress goes to our terminal."""
+    done = subprocess.run([sys.executable, "-m", "serve.prepare", *sys.argv[1:]], cwd=ROOT, check=False)
+    if done.returncode:
+        raise Unavailable("what `python -m serve.prepare` makes (see above)", 0.0)
+
+
+@contextlib.contextmanager
+def _step(what: str) -> Iterator[None]:
+    begin = time.monotonic()
+    console.print(f"{what} ...")
+    yield
+    console.print(f"{what}: {time.monotonic() - begin:.1f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", help="laptop, gpu, or a path to a .toml file; METASEPIA_PROFILE otherwise")
+    arguments = parser.parse_args()
+    try:
+        settings = settings_of.read(arguments.profile)
+    except InvalidSettings as error:
+        console.print(f"[red]not started:[/] {error}")
+        return 2
+    return Foreground(settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

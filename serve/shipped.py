@@ -1,0 +1,51 @@
+"""What comes with the package, by its cards, without torch: the reasoning module in force and the experts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.messages import Artefact
+from actors.registry import RegistryClient
+from metasepia.errors import CorruptArtefact, UnknownName
+from metasepia.experts import ExpertVectors
+from metasepia.registry import SHARED
+
+ASSETS = Path(__file__).parents[1] / "metasepia" / "assets"
+
+
+@dataclass(frozen=True)
+class ModuleCard:
+    """A trained reasoning module by name and digest."""
+
+    name: str
+    digest: str
+
+
+def module_card(name: str, folder: Path = ASSETS / "modules") -> ModuleCard:
+    """The card of `default`, of a shipped module, or of one by its path. Raises UnknownName, CorruptArtefact."""
+    if name == "default":
+        name = json.loads((folder / "default.json").read_text())["module"]
+    path = folder / name if (folder / name / "card.json").is_file() else Path(name)
+    path = path.parent if path.suffix == ".safetensors" else path
+    try:
+        card = json.loads((path / "card.json").read_text())
+    except FileNotFoundError:
+        known = tuple(sorted(one.parent.name for one in folder.glob("*/card.json")))
+        raise UnknownName("reasoning module", name, known) from None
+    if not isinstance(card.get("digest"), str):
+        raise CorruptArtefact(str(path / "card.json"), "it names no digest")
+    return ModuleCard(path.name, card["digest"])
+
+
+async def import_experts(registry: RegistryClient, folder: Path = ASSETS / "experts") -> list[Artefact]:
+    """Puts the shipped experts into the registry under their names, owner `shared`. Again: nothing changes.
+
+    An expert is a folder of `expert.safetensors` and `card.json`. Raises CorruptArtefact.
+    """
+    imported: list[Artefact] = []
+    for path in sorted(folder.glob("*/expert.safetensors")):
+        blob, name = path.read_bytes(), path.parent.name
+        expert = ExpertVectors.from_bytes(blob, name)
+        card = json.loads((path.parent / "card.json").read_text()) | {"backbone": expert.backbone}
+        imported.append(await registry.put("expert", blob, digest=expert.digest, name=name, owner=SHARED, card=card))
+    return imported
