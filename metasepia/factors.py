@@ -161,6 +161,7 @@ def _write(path: Path, computed: FactorSet, home: Path) -> None:
         tensors |= {f"{name}/u": f.u, f"{name}/s": f.s, f"{name}/vh": f.vh}
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
+    scratch.chmod(0o644)  # safetensors writes 0600, and other users of this home may serve from it
     with scratch.open("rb") as file:
         os.fsync(file.fileno())
     scratch.replace(path)

@@ -1,0 +1,72 @@
+import re
+from collections import Counter
+
+import pytest
+
+from jobs.tasks import TASKS, LabelTask
+from jobs.tasks.general import CALIBRATION, HELD_OUT
+from metasepia.errors import InvalidSettings
+
+each_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+
+
+@each_task
+def test_train_and_test_share_no_noun_no_stem_and_no_template(task: LabelTask) -> None:
+    assert not set(task.nouns["train"]) & set(task.nouns["test"])
+    assert not set(task.templates["train"]) & set(task.templates["test"])
+    stems = {split: {s for own in task.stems[split].values() for s in own} for split in ("train", "test")}
+    assert not stems["train"] & stems["test"]
+    held_out = {example.prompt for example in task.held_out(48, 0)}
+    trained = {example.prompt for step in range(50) for example in task.batch("train", 16, 0, step)}
+    assert not held_out & trained
+
+
+@each_task
+def test_every_stem_and_template_has_its_place_for_the_text_and_every_stem_one_label(task: LabelTask) -> None:
+    for split in ("train", "test"):
+        stems = [stem for own in task.stems[split].values() for stem in own]
+        assert all(stem.count("{}") == 1 for stem in stems)
+        assert len(set(stems)) == len(stems)
+        assert set(task.stems[split]) == set(task.labels)
+        assert all(template.count("{text}") == 1 for template in task.templates[split])
+
+
+@each_task
+def test_a_sentence_never_says_its_own_label(task: LabelTask) -> None:
+    for split in ("train", "test"):
+        for label in task.labels:
+            if len(label) > 1:
+                assert not any(re.search(rf"\b{label}", stem, re.I) for stem in task.stems[split][label])
+
+
+@each_task
+def test_a_batch_is_a_function_of_seed_and_step_with_the_labels_in_turn(task: LabelTask) -> None:
+    count = 4 * len(task.labels)
+    batch = task.batch("train", count, data_seed=1, step=7)
+    assert batch == task.batch("train", count, data_seed=1, step=7)
+    assert batch != task.batch("train", count, data_seed=1, step=8)
+    assert batch != task.batch("train", count, data_seed=2, step=7)
+    assert Counter(example.answer for example in batch) == dict.fromkeys(task.labels, 4)
+
+
+@each_task
+def test_held_out_texts_are_all_different_and_no_more_are_given_than_there_are(task: LabelTask) -> None:
+    most = len(task.labels) * min(len(task.sentences("test", label)) for label in task.labels)
+    texts = [example.text for example in task.held_out(most, 0)]
+    assert len(set(texts)) == most
+    with pytest.raises(InvalidSettings, match=f"at most {most}"):
+        task.held_out(most + 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("delivery", True), (" Delivery.\n", True), ("delivery team", False), ("account", False), ("", False)],
+)
+def test_an_answer_is_right_when_it_is_the_label_and_nothing_more(answer: str, right: bool) -> None:
+    task = TASKS["support"]
+    example = next(e for e in task.held_out(4, 0) if e.answer == "delivery")
+    assert task.verify(answer, example) == right
+
+
+def test_prompts_of_no_task_are_calibrated_on_and_checked_on_apart() -> None:
+    assert not set(CALIBRATION) & set(HELD_OUT)
