@@ -151,21 +151,25 @@ class BackboneShard:
             )
         self._seconds["weights"] = time.monotonic() - begin - self._seconds["imports"]
 
-    def open_store(self) -> int:
+    def open_store(self, address: str) -> int:
         """Rank 0: opens the store at which the gang meets, on a port that the kernel chooses, and returns the port."""
+        import socket
         from datetime import timedelta
 
         from torch.distributed import TCPStore
 
+        listening = socket.create_server((address, 0))  # left to itself the store would listen on every interface
+        port = listening.getsockname()[1]
         self._store = TCPStore(
-            "0.0.0.0",
-            0,
+            address,
+            port,
             self._settings.tp_size,
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=self._settings.start_timeout_s),
+            master_listen_fd=listening.detach(),
         )
-        return int(self._store.port)
+        return int(port)
 
     def join(self, tp_rank: int, address: str, port: int, peers: list[Any], limits: "Limits") -> Joined:
         """Becomes rank `tp_rank` of a new gang that meets at address:port. `peers`: rank 0 only, the other ranks."""

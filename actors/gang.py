@@ -185,9 +185,9 @@ class Gang:
         # Fail on the first that fails: the others may wait for it in vain.
         await asyncio.gather(*(process.warming for process in self.processes))
         first = self.processes[0]
-        port = await first.handle.open_store.remote() if len(self.processes) > 1 else 0
         one_node = len({process.identity.node for process in self.processes}) == 1
         address = "127.0.0.1" if one_node else first.identity.address
+        port = await first.handle.open_store.remote(address) if len(self.processes) > 1 else 0
         peers = [process.handle for process in self.processes[1:]]
         self.joined = tuple(
             await asyncio.gather(
