@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     layers.put(expert.digest, expert)
     held_out = compare(asker, task, ((expert.digest, 1.0),), options.held_out, f"Held-out {task.name}")
-    layer = options.dispatch_layer or max(1, round(prepared.num_layers * 2 / 3))
+    layer = options.dispatch_layer or max(1, prepared.num_layers // 2)
     centroid, checked = centroid_of(asker, task, prepared, layer, options.seed)
     example = task.held_out(1, HELD_OUT_SEED)[0]
     card = {
@@ -269,7 +269,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--first-block", type=int, default=0, help="transformer block from which on layers are trained")
     add("--seed", type=int, default=0)
     add("--held-out", type=int, default=96, help="held-out texts")
-    add("--dispatch-layer", type=int, default=0, help="hidden states for `auto`; 0: two thirds of the depth")
+    add("--dispatch-layer", type=int, default=0, help="hidden states for `auto`; 0: half the depth")
     add("--checkpoint-every", type=int, default=5, help="steps")
     add("--threads", type=int, default=1)
     return parser.parse_args(arguments)

@@ -19,7 +19,6 @@ from metasepia.digests import canonical_json, digest_of, is_digest, short
 from metasepia.errors import CorruptArtefact
 
 FORMAT = "metasepia.expert.1"
-SHIPPED = Path(__file__).parent / "assets" / "experts"
 MAX_EXPERT_BYTES = 64 << 20
 """A blob beyond this is refused unread. SmolLM2-135M's MLP experts take 0.2 MiB, those of a 70B model 8 MiB."""
 
@@ -158,29 +157,3 @@ class ExpertVectors:
                 raise CorruptArtefact(
                     name, f"{layer} has {len(vector)} multipliers and the layer {index.lengths[layer]} singular values"
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShippedExpert:
-    """An expert in the package, as the registry takes it."""
-
-    name: str
-    digest: str
-    blob: bytes
-    card: dict[str, object]
-
-
-def shipped(directory: Path = SHIPPED) -> tuple[ShippedExpert, ...]:
-    """The experts of the package, by name; each fits the one backbone whose digest its card gives.
-
-    Raises CorruptArtefact for a folder whose vectors are not those of its card.
-    """
-    found = []
-    for folder in sorted(path.parent for path in directory.glob("*/expert.safetensors")):
-        blob = (folder / "expert.safetensors").read_bytes()
-        expert = ExpertVectors.from_bytes(blob, f"shipped expert {folder.name}")
-        card = json.loads((folder / "card.json").read_text())
-        if (card.get("digest"), card.get("backbone")) != (expert.digest, expert.backbone):
-            raise CorruptArtefact(f"shipped expert {folder.name}", "its card is of other vectors")
-        found.append(ShippedExpert(name=folder.name, digest=expert.digest, blob=blob, card=card))
-    return tuple(found)

@@ -21,12 +21,12 @@ def check_simplex(adapter: Adapter) -> None:
     """Raises InvalidRequest unless the weights lie in [0, 1], sum to one, and name each expert once."""
     weights = [weight for _, weight in adapter]
     if not all(0 <= weight <= 1 for weight in weights):  # written so that NaN fails too
-        raise InvalidRequest("experts", f"weights must lie from 0 to 1, got {weights}")
+        raise InvalidRequest("weights", f"weights must lie from 0 to 1, got {weights}")
     total = math.fsum(weights)
     if not abs(total - 1) <= SIMPLEX_TOLERANCE:
-        raise InvalidRequest("experts", f"weights must sum to 1, got {weights}, which sum to {total:g}")
+        raise InvalidRequest("weights", f"weights must sum to 1, got {weights}, which sum to {total:g}")
     if len({digest for digest, _ in adapter}) != len(adapter):
-        raise InvalidRequest("experts", "an expert is named twice; add its weights up")
+        raise InvalidRequest("weights", "an expert is named twice; add its weights up")
 
 
 def adapter_of(weights: Mapping[str, float]) -> Adapter:
@@ -80,6 +80,6 @@ def check_same_kind(experts: list[ExpertVectors]) -> None:
     first = experts[0]
     for expert in experts[1:]:
         if (expert.backbone, expert.factors) != (first.backbone, first.factors):
-            raise InvalidRequest("experts", "experts of different backbones or factors cannot be mixed")
+            raise InvalidRequest("weights", "experts of different backbones or factors cannot be mixed")
         if expert.renormalise != first.renormalise:
-            raise InvalidRequest("experts", "renormalised experts cannot be mixed with others; choose one kind")
+            raise InvalidRequest("weights", "renormalised experts cannot be mixed with others; choose one kind")

@@ -251,7 +251,7 @@ class ExpertLayers:
                 raise UnknownName("expert", digest, self.held)
         kinds = {self._renormalise[digest] for digest, _ in adapter}
         if len(kinds) > 1:
-            raise InvalidRequest("experts", "renormalised experts cannot be mixed with others; choose one kind")
+            raise InvalidRequest("weights", "renormalised experts cannot be mixed with others; choose one kind")
         renormalise = kinds.pop()
         z = torch.zeros_like(self._s)
         for digest, weight in sorted(adapter):
