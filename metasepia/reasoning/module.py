@@ -85,7 +85,8 @@ class CompiledRow:
 class ReasoningModule(nn.Module):
     """Predicts the next label of a sequence of labelled vectors; weights are learned on synthetic tasks only."""
 
-    def __init__(self, shape: ModuleShape, *, seed: int = 0) -> None:
+    def __init__(self, shape: ModuleShape, *, seed: int = 0, wave_positions: bool = False) -> None:
+        """`wave_positions` begins the learned positions at waves over the pairs and a sign for x or y (`waves`)."""
         super().__init__()
         self.shape = shape
         self.read_in = nn.Linear(shape.dims, shape.width)
@@ -94,10 +95,12 @@ class ReasoningModule(nn.Module):
         self.norm = nn.LayerNorm(shape.width)
         self.read_out = nn.Linear(shape.width, 1)
         self._initialise(torch.Generator().manual_seed(seed))
+        if wave_positions:
+            self.positions = nn.Parameter(waves(2 * shape.pairs, shape.width))
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """As GPT-2: N(0, 0.02), residual projections 0.02 / sqrt(2 layers), biases zero; read_in and read_out as Linear."""
+        """As GPT-2: N(0, 0.02), residual projections 0.02 / sqrt(2 layers), biases 0; read_in, read_out as Linear."""
         for name, parameter in self.named_parameters():
             fan_in = self.read_in.in_features if name.startswith("read_in") else self.read_out.in_features
             if name.startswith("read_"):
@@ -188,3 +191,17 @@ class ReasoningModule(nn.Module):
         for i, piece in enumerate(cut):
             answers[owners[i]].append(logits[i, : len(piece)])
         return [torch.cat(one) for one in answers]
+
+
+def waves(tokens: int, width: int) -> Float[Tensor, "tokens width"]:
+    """Positions to begin from: sines and cosines of the pair's index, alike for its two tokens, and +-1 for y or x.
+
+    As large as the vectors' own part and shared between positions: "the x before this y" is then one linear map for all
+    of them, where GPT-2's small independent positions have it learned for each anew.
+    """
+    pair, is_y = torch.arange(tokens) // 2, torch.arange(tokens) % 2
+    num_waves = max(1, (width - 4) // 2)
+    frequencies = torch.exp(torch.linspace(math.log(math.pi / 2), math.log(math.pi / 100), num_waves))
+    angles = pair[:, None] * frequencies
+    signs = (2.0 * is_y - 1.0)[:, None].expand(-1, width - 2 * num_waves)
+    return 0.5 * torch.cat([angles.sin(), angles.cos(), signs], dim=1)
