@@ -23,6 +23,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors import families
 from actors.gang import Fault, Gang, GangParts, Placement, RankProcess, first_of, kill_all
+from actors.processes import Joined
 from cluster.settings import BackboneSettings
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable, UnknownName
 from metasepia.prepared import PreparedBackbone
@@ -181,6 +182,13 @@ class BackboneGroup:
     @property
     def digest(self) -> str:
         return self._parts.prepared.digest
+
+    @property
+    def ranks(self) -> tuple[Joined, ...]:
+        """How the model was cut, as each rank found it. Raises Unavailable while there is no gang."""
+        if self._gang is None:
+            raise self._unavailable()
+        return self._gang.joined
 
     async def check(self) -> Executed:
         """Runs two tokens through the gang, ahead of all other rows. Raises Unavailable when no answer comes."""

@@ -20,7 +20,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.backbone_shard import BackboneShardActor, Identity, Joined, Pulse, process_state
+from actors.backbone_shard import BackboneShardActor
+from actors.processes import Identity, Joined, Pulse, process_state
 from cluster import connect
 from cluster.settings import BackboneSettings
 from metasepia.prepared import PreparedBackbone

@@ -13,7 +13,7 @@ SETTLE_S = 10.0
 
 
 def place(bundles: list[dict[str, float]], *, name: str, wait_s: float = SETTLE_S) -> PlacementGroup:
-    """A placement group of `bundles`, reserved: on one node if one is large enough, else on few.
+    """A placement group of `bundles`, reserved: on one node if one is large enough, else on few. `name` is for people.
 
     Raises CannotPlace with the sum: at once when the cluster is too small, after `wait_s` when others hold it.
     """
@@ -24,7 +24,7 @@ def place(bundles: list[dict[str, float]], *, name: str, wait_s: float = SETTLE_
             needed[kind] = round(needed.get(kind, 0.0) + amount, 6)
     _check(needed, ray.cluster_resources(), bundles, name)
     one_node = any(_fits(needed, node["Resources"]) for node in ray.nodes() if node["Alive"])
-    group = placement_group(bundles, strategy="STRICT_PACK" if one_node else "PACK", name=name)
+    group = placement_group(bundles, strategy="STRICT_PACK" if one_node else "PACK")
     try:
         ray.get(group.ready(), timeout=wait_s)
     except GetTimeoutError:
@@ -42,7 +42,9 @@ def _fits(needed: dict[str, float], available: Mapping[str, float]) -> bool:
     return all(available.get(kind, 0.0) >= amount - 1e-6 for kind, amount in needed.items())
 
 
-def _check(needed: dict[str, float], available: Mapping[str, float], bundles: list[dict[str, float]], name: str) -> None:
+def _check(
+    needed: dict[str, float], available: Mapping[str, float], bundles: list[dict[str, float]], name: str
+) -> None:
     for kind, amount in needed.items():
         if not _fits({kind: amount}, available):
             raise CannotPlace(kind, amount, available.get(kind, 0.0), _parts(bundles, kind, name))

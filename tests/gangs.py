@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
+import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from actors.backbone import BackboneGroup
-from actors.backbone_shard import process_state
+from actors.processes import process_state
 from cluster import placement
 from cluster.resources import gang_bundles
 from cluster.settings import BackboneSettings
@@ -27,6 +30,12 @@ from metasepia.svf import FactorSet, factors_of
 
 TIGHT = 1e-4
 """Of the largest logit, in fp32."""
+
+NOTICED_S = 3.0
+REBUILT_S = 20.0
+REBUILT_FROM_SPARES_S = 5.0
+FAULTS = list(itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), ("idle", "under load")))
+NAMES = [f"{fault.name} rank {rank} {load}" for fault, rank, load in FAULTS]
 
 
 @dataclasses.dataclass
@@ -78,9 +87,11 @@ class Oracle:
         return float(((logits.max(-1).values - chosen) / logits.abs().max(-1).values).max())
 
 
-def rows(prepared: PreparedBackbone, adapters: Sequence[Adapter], *, max_tokens: int, seed: int = 0) -> list[Row]:
+def rows(
+    prepared: PreparedBackbone, adapters: Sequence[Adapter], *, max_tokens: int, within_s: float = 100.0
+) -> list[Row]:
     """One greedy row an adapter, prompts of different lengths."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     return [
         Row(
             request_id=f"row-{index}",
@@ -88,7 +99,7 @@ def rows(prepared: PreparedBackbone, adapters: Sequence[Adapter], *, max_tokens:
             token_ids=tuple(int(t) for t in draw.integers(0, 250, 5 + 4 * index)),
             adapter=adapter,
             sampling=Sampling(temperature=0.0, max_tokens=max_tokens),
-            deadline_unix_s=time.time() + 100,
+            deadline_unix_s=time.time() + within_s,
         )
         for index, adapter in enumerate(adapters)
     ]
@@ -129,6 +140,12 @@ def alive(pids: Sequence[int]) -> list[int]:
     return [pid for pid in pids if process_state(pid)[0] not in "XZ"]
 
 
+def rank_pids() -> list[int]:
+    """Processes of this machine that are, or will be, ranks: by the name that Ray gives an actor's process."""
+    found = (p for p in psutil.process_iter(["cmdline"]) if "BackboneShard" in " ".join(p.info["cmdline"] or ()))  # pyright: ignore[reportAttributeAccessIssue]
+    return alive([process.pid for process in found])
+
+
 async def gone(pids: Sequence[int], within_s: float) -> bool:
     until = time.monotonic() + within_s
     while alive(pids) and time.monotonic() < until:
@@ -139,3 +156,59 @@ async def gone(pids: Sequence[int], within_s: float) -> bool:
 def shared_memory_files() -> set[str]:
     """Names in /dev/shm, less Ray's own object store."""
     return {name for name in os.listdir("/dev/shm") if "plasma" not in name.lower()}
+
+
+@dataclasses.dataclass
+class Case:
+    group: BackboneGroup
+    oracle: Oracle
+    prepared: PreparedBackbone
+    run: Callable[..., Any]
+    files: set[str]
+    """In /dev/shm before the gang started."""
+
+
+def case_of(checkpoint: Path, home: Path, run: Callable[..., Any], **options: Any) -> Iterator[Case]:
+    settings = BackboneSettings(id="tiny", source=str(checkpoint), tp_size=2, max_rows=8, **options)
+    prepared = checkpoints.prepare(settings.source, home)
+    oracle = Oracle.of(prepared, settings, home)
+    files, others = shared_memory_files(), set(rank_pids())
+    scope = started(settings, prepared, home, fetch=oracle.fetch)
+    group = run(scope.__aenter__())
+    try:
+        yield Case(group, oracle, prepared, run, files)
+    finally:
+        run(scope.__aexit__(None, None, None))
+    assert set(rank_pids()) <= others
+    assert shared_memory_files() <= files
+
+
+async def survive(case: Case, fault: signal.Signals, rank: int, load: str, rebuilt_s: float) -> None:
+    """One fault, and all that has to hold after it."""
+    group, rebuilds = case.group, len(case.group.info.rebuilds)
+    pids = case.group.info.pids
+    asking = rows(case.prepared, case.oracle.adapters, max_tokens=180)
+    begun = [asyncio.Event() for _ in asking]
+
+    def ask() -> list[asyncio.Task[list[int]]]:
+        return [asyncio.create_task(tokens_of(group, row, event)) for row, event in zip(asking, begun, strict=True)]
+
+    asked = ask() if load == "under load" else []
+    if asked:
+        await asyncio.gather(*(event.wait() for event in begun))
+        assert not any(task.done() for task in asked)  # or there was no load
+    hit = time.time()
+    os.kill(pids[rank], fault)
+    # Idle: asked while the gang is dead and nobody has noticed.
+    answers = await asyncio.gather(*(asked or ask()))
+    for row, tokens in zip(asking, answers, strict=True):
+        assert len(tokens) == 180
+        assert case.oracle.regret(row, tokens) < TIGHT
+    rebuild = group.info.rebuilds[-1]
+    assert len(group.info.rebuilds) == rebuilds + 1
+    assert f"rank {rank} " in rebuild.reason
+    assert rebuild.noticed_unix_s - hit < NOTICED_S
+    assert rebuild.seconds < rebuilt_s
+    assert await gone(pids, 1.0)
+    assert not set(pids) & set(group.info.pids)
+    assert shared_memory_files() <= case.files
