@@ -59,7 +59,7 @@ class BodyTooLarge(InvalidRequest):
     def __init__(self, max_mib: float) -> None:
         MetasepiaError.__init__(self, max_mib)
         self.param, self.max_mib = "body", max_mib
-        self.message = f"the body is longer than {max_mib:g} MiB; send fewer texts at a time"
+        self.message = f"longer than {max_mib:g} MiB; send fewer texts at a time"
 
 
 class UnknownName(MetasepiaError, LookupError):

@@ -53,16 +53,16 @@ def parse(body: bytes, max_depth: int) -> dict[str, Any]:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest("body", f"the body is not UTF-8: byte {error.start} does not belong there") from None
+        raise InvalidRequest("body", f"not UTF-8: byte {error.start} does not belong there") from None
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise InvalidRequest("body", f"the body is not JSON: {error.msg} at {where}") from None
+        raise InvalidRequest("body", f"not JSON: {error.msg} at {where}") from None
     except ValueError:
-        raise InvalidRequest("body", "the body holds an integer of too many digits") from None
+        raise InvalidRequest("body", "it holds an integer of too many digits") from None
     if not isinstance(tree, dict):
-        raise InvalidRequest("body", f"the body must be a JSON object, not {_kind(tree)}")
+        raise InvalidRequest("body", f"must be a JSON object, not {_kind(tree)}")
     _check_values(tree, "")
     return tree
 
@@ -73,7 +73,7 @@ def _check_depth(body: bytes, max_depth: int) -> None:
     for bracket in _STRING.sub(b"", body).translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
         if depth > max_depth:
-            raise InvalidRequest("body", f"the body nests deeper than {max_depth} levels")
+            raise InvalidRequest("body", f"nests deeper than {max_depth} levels")
 
 
 def _check_values(value: Any, where: str) -> None:

@@ -10,6 +10,8 @@ from typing import TypeVar
 from metasepia.errors import DeadlineExceeded, InvalidRequest
 
 HEADER = "x-request-timeout-seconds"
+INNER_HEADER = "x-metasepia-timeout-seconds"
+"""The client's value on its way past Serve's proxy; see `serve.middleware`."""
 MAX_TIMEOUT_S = 86_400.0
 
 T = TypeVar("T")
@@ -25,7 +27,7 @@ class Deadline:
     @classmethod
     def of(cls, headers: Mapping[str, str], default_s: float) -> "Deadline":
         """Raises InvalidRequest for a header that is no number of seconds above 0 and up to a day."""
-        text = headers.get(HEADER)
+        text = headers.get(INNER_HEADER) or headers.get(HEADER)
         try:
             timeout_s = default_s if text is None else float(text)
         except ValueError:

@@ -7,7 +7,9 @@ signal ends every process in order, within `END_S`; a second one kills them.
 import argparse
 import asyncio
 import contextlib
+import io
 import json
+import logging
 import os
 import shlex
 import signal
@@ -18,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,7 +43,7 @@ END_S = 45.0
 READY_TIMEOUT_S = 600.0
 ROOT = Path(__file__).parents[1]
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
 class Foreground:
@@ -54,6 +57,8 @@ class Foreground:
         # Daemons of a cluster of our own inherit these: the proxy imports `serve.middleware` by name.
         os.environ.update(middleware.ENVIRONMENT)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps are not ours to tell
 
     def run(self) -> int:
         """Starts, waits, ends. The exit status: 0 after a signal, 1 when the start failed."""
@@ -155,11 +160,14 @@ class Foreground:
         with contextlib.suppress(OSError):
             self._card.unlink()
         if ray.is_initialized():
-            with contextlib.suppress(Exception):  # whatever fails here, the processes are ended below
-                serve.shutdown()
-            if self._settings.ray.address == "local":
+            # Ray tells of every process that it loses, to whatever sys.stdout is; here they are meant to end. What
+            # fails is ended below.
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 with contextlib.suppress(Exception):
-                    ray.shutdown()
+                    serve.shutdown()
+                if self._settings.ray.address == "local":
+                    with contextlib.suppress(Exception):
+                        ray.shutdown()
         left = processes.end(self._run, polite_s=5.0) if self._settings.ray.address == "local" else []
         if left:
             console.print(f"killed {len(left)} processes that were left")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.parts import Backbone
@@ -18,6 +18,7 @@ class Metrics:
     """The gateway's own registry of metrics, so that several gateways in one process (tests) do not mix."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each, of use to nobody here
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "metasepia_requests", "Requests answered.", ("route", "status"), registry=self._registry

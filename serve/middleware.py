@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.deadlines import HEADER, INNER_HEADER
+
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware.proxy_middlewares"}
+
+_HEADER = HEADER.encode()
+GRACE_S = 5.0
 
 _ERRORS: dict[int, tuple[int, str, str, str, int | None]] = {
     404: (404, "invalid_request_error", "not_found", "no such path here; is the graph still starting?", None),
@@ -37,6 +42,7 @@ class Envelope:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "headers": _give_the_gateway_time(scope["headers"])}
         started = replaced = False
 
         async def watched(message: Message) -> None:
@@ -59,6 +65,24 @@ class Envelope:
             await _answer(send, 500, ())
         if not started:
             await _answer(send, 500, ())
+
+
+def _give_the_gateway_time(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The proxy obeys the deadline's header too, and would cut a stream before the gateway can say why it ends.
+
+    So the gateway gets the client's value under a name of its own, and the proxy one that is a little later.
+    """
+    kept: list[tuple[bytes, bytes]] = []
+    for name, value in headers:
+        try:
+            seconds = float(value) if name == _HEADER else 0.0
+        except ValueError:
+            seconds = 0.0  # the gateway refuses it
+        if seconds > 0:
+            kept += [(INNER_HEADER.encode(), value), (_HEADER, str(seconds + GRACE_S).encode())]
+        else:
+            kept.append((name, value))
+    return kept
 
 
 def _is_plain_error(start: Message) -> bool:
