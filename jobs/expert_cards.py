@@ -31,9 +31,8 @@ def model_card(card: dict[str, Any]) -> str:
         f"| {held[m]['gain']:+.3f} | {held[m]['gain_95'][0]:+.3f} to {held[m]['gain_95'][1]:+.3f} |"
         for m in ("choice", "exact")
     ]
-    body = json.dumps(
-        {"model": f"<backbone>:{card['name']}", "messages": [{"role": "user", "content": card["example_prompt"]}]}
-    )
+    messages = [{"role": "user", "content": card["example_prompt"]}]
+    body = json.dumps({"model": card["asked_as"], "temperature": 0, "messages": messages}).replace("'", "\\u0027")
     dispatch = card["dispatch_checked"]
     return f"""# Expert `{card["name"]}`
 
@@ -44,8 +43,8 @@ def model_card(card: dict[str, Any]) -> str:
 
 ## Held out
 
-{held["texts"]} texts from {held["stems"]} sentence stems, with nouns and {held["templates"]} prompt templates; no stem,
-noun or template of them was trained on. The interval is a paired bootstrap over stems, 10,000 resamples.
+{held["texts"]} texts from {held["stems"]} sentence stems, in {held["templates"]} prompt templates; none of their
+stems, nouns and templates was trained on. The interval is a paired bootstrap over stems, 10,000 resamples.
 
 | accuracy | base | expert | gain | 95 % interval |
 | --- | --- | --- | --- | --- |
@@ -55,6 +54,8 @@ For `auto`: of unseen prompts of this task {dispatch["held_out_prompts_chosen"]:
 {dispatch["general_prompts_chosen"]:.0%} (stage `centroid`, this expert alone).
 
 ## Ask it
+
+Against `make serve`:
 
 ```
 curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'

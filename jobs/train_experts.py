@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster import settings
 from jobs.expert_cards import draw, model_card
 from jobs.tasks import TASKS, Example, LabelTask
 from jobs.tasks.general import CALIBRATION
@@ -47,6 +48,10 @@ class Asker:
     def __init__(self, model: Any, layers: ExpertLayers, tokenizer: Tokenizer, prepared: PreparedBackbone) -> None:
         self.model, self.layers, self.tokenizer = model, layers, tokenizer
         self.end_token_ids = prepared.eos_token_ids
+        if not self.end_token_ids:
+            raise InvalidSettings("backbone", prepared.source, "a chat model, whose answers end with a token")
+        ends_turn = getattr(tokenizer, "eos_token_id", None)
+        self._end = ends_turn if ends_turn in self.end_token_ids else self.end_token_ids[0]
 
     def prompt(self, message: str) -> tuple[int, ...]:
         chat = [{"role": "user", "content": message}]
@@ -57,7 +62,7 @@ class Asker:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def answered(self, example: Example) -> Answered:
-        return Answered(self.prompt(example.prompt), (*self.tokens(example.answer), self.end_token_ids[0]))
+        return Answered(self.prompt(example.prompt), (*self.tokens(example.answer), self._end))
 
     def check_labels(self, task: LabelTask) -> None:
         """Raises InvalidSettings unless the labels' first tokens differ: the choice is read off one step's logits."""
@@ -208,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     card = {
         "kind": "expert",
         "name": name,
+        "asked_as": f"{_backbone_id(options.backbone)}:{name}",
         "description": task.about,
         "task": task.name,
         "labels": list(task.labels),
@@ -242,6 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _block(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
+def _backbone_id(source: str) -> str:
+    """What the laptop profile calls this backbone."""
+    return next((one.id for one in settings.read("laptop", {}).backbones if one.source == source), "BACKBONE")
 
 
 def _command(options: argparse.Namespace) -> str:
