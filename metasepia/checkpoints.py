@@ -187,11 +187,14 @@ def _prepare(found: _Found, root: Path) -> PreparedBackbone:
     except CorruptArtefact:
         pass
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
-    if config is None:
-        with _said(f"Converting {found.path.name} to safetensors (once)"):
-            config = _convert(found, new)
-    card = _describe(found, new, config, digest)
-    cards.write(card, new)
+    try:
+        if config is None:
+            with _said(f"Converting {found.path.name} to safetensors (once)"):
+                config = _convert(found, new)
+        cards.write(_describe(found, new, config, digest), new)
+    except InvalidSettings:
+        shutil.rmtree(new)
+        raise
     new.chmod(0o755)  # mkdtemp's 0700 would hide it from other users of a shared volume
     for path in new.iterdir():
         path.chmod(0o644)
@@ -245,7 +248,7 @@ def _convert(found: _Found, new: Path) -> "PreTrainedConfig":
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(found.path.parent), gguf_file=found.path.name, dtype=torch.float32, local_files_only=True
             )
-    except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a broken file raises whatever its reader stumbles over
         raise InvalidSettings("source", found.source, f"a GGUF that transformers can read ({error})") from error
     # With its quantizer a model refuses save_pretrained; the weights are plain float32 by now.
     model.hf_quantizer = None
@@ -265,7 +268,7 @@ def _describe(found: _Found, new: Path, config: "PreTrainedConfig", digest: str)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **options)
         tokenizer.save_pretrained(new)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # a broken tokenizer raises whatever its reader stumbles over
         raise InvalidSettings("source", found.source, f"a checkpoint with a tokenizer ({error})") from error
     if not (new / "tokenizer.json").is_file():
         raise InvalidSettings("source", found.source, "a checkpoint whose tokenizer can be written as tokenizer.json")

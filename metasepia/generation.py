@@ -359,7 +359,7 @@ def choose(
     tokens = logits.argmax(-1)
     for i, one in enumerate(sampling):
         if one.temperature > 0:
-            tempered = (logits[i].double() / one.temperature).log_softmax(-1)
+            tempered = logits[i].double() / one.temperature
             if one.top_p < 1:
                 tempered = _nucleus(tempered, one.top_p)
             noise = gumbel(seeds[i], positions[i], len(tempered))
@@ -368,11 +368,11 @@ def choose(
     return [Chosen(token_id=t, logprob=p) for t, p in zip(tokens.tolist(), of_tokens.tolist(), strict=True)]
 
 
-def _nucleus(logprobs: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:
-    """The most probable tokens that together reach `top_p`; the others at minus infinity. Never empty."""
-    ordered, order = logprobs.sort(descending=True, stable=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    return logprobs.index_fill(-1, order[before >= top_p], -torch.inf)
+def _nucleus(logits: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:
+    """The logits of the most probable tokens that together reach `top_p`; the others -inf. Never empty."""
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    return logits.index_fill(-1, order[before >= top_p], -torch.inf)
 
 
 def gumbel(seed: int, position: int, num_values: int) -> np.ndarray:
