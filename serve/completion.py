@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import dataclasses
 import secrets
 import time
 import uuid
@@ -16,9 +17,10 @@ from actors.messages import Receipt
 from metasepia.errors import Unavailable, WindowExceeded
 from metasepia.rows import Executed, Row, Sampling
 from serve.deadlines import Deadline
-from serve.names import Chosen
+from serve.parts import Backbone
 from serve.prompts import Prompts, StopStrings, StreamedText
 from serve.receipts import receipt_json
+from serve.routing import Routed
 from serve.schemas import DEFAULT_ANSWER_LEN, MAX_SEED, ChatRequest, CompletionRequest
 
 
@@ -29,7 +31,7 @@ class Plan:
     id: str
     kind: Literal["chat", "text"]
     created: int
-    chosen: Chosen
+    routed: Routed
     rows: tuple[Row, ...]
     stops: tuple[str, ...]
     seed: int
@@ -54,22 +56,28 @@ class Piece:
     executed: Executed | None = None
 
 
+def tokens_of(request: ChatRequest | CompletionRequest, backbone: Backbone, prompts: Prompts) -> tuple[int, ...]:
+    """The prompt. Raises WindowExceeded, naming the field, when no answer would fit behind it."""
+    if isinstance(request, ChatRequest):
+        field = "messages"
+        token_ids = prompts.chat([{"role": _role(one.role), "content": one.content} for one in request.messages])
+    else:
+        field, token_ids = "prompt", prompts.plain(request.prompt)
+    if len(token_ids) >= backbone.prepared.window:
+        raise WindowExceeded(field, len(token_ids), backbone.prepared.window)
+    return token_ids
+
+
 def plan(
     request: ChatRequest | CompletionRequest,
-    chosen: Chosen,
-    prompts: Prompts,
+    token_ids: tuple[int, ...],
+    routed: Routed,
     request_digest: str,
     deadline: Deadline,
 ) -> Plan:
-    """Rows for a request. Raises WindowExceeded, naming the field, when prompt and answer cannot fit the window."""
-    chat = isinstance(request, ChatRequest)
-    if isinstance(request, ChatRequest):
-        token_ids = prompts.chat([{"role": _role(one.role), "content": one.content} for one in request.messages])
-    else:
-        token_ids = prompts.plain(request.prompt)
+    """Rows for a request. Raises WindowExceeded, naming the limit, when prompt and answer cannot fit the window."""
+    chat, chosen = isinstance(request, ChatRequest), routed.chosen
     window = chosen.backbone.prepared.window
-    if len(token_ids) >= window:
-        raise WindowExceeded("messages" if chat else "prompt", len(token_ids), window)
     limit_field, limit = request.answer_limit
     if limit is not None and len(token_ids) + limit > window:
         raise WindowExceeded(limit_field, len(token_ids) + limit, window)
@@ -97,7 +105,7 @@ def plan(
         id=id_,
         kind="chat" if chat else "text",
         created=int(time.time()),
-        chosen=chosen,
+        routed=routed,
         rows=rows,
         stops=tuple(request.stop),
         seed=seed,
@@ -109,7 +117,7 @@ def plan(
 
 async def pieces(plan: Plan, prompts: Prompts, index: int) -> AsyncGenerator[Piece]:
     """One choice's text as it comes; the last piece has `finish` and what was executed."""
-    backbone, row = plan.chosen.backbone, plan.rows[index]
+    backbone, row = plan.routed.chosen.backbone, plan.rows[index]
     streamed, stops = StreamedText(prompts), StopStrings(plan.stops)
     executed: Executed | None = None
     async with aclosing(backbone.generate(row)) as chunks:
@@ -193,7 +201,8 @@ class Answered:
 
     def receipt(self, plan: Plan) -> dict[str, Any]:
         assert self.executed is not None  # the last piece of every choice carries it
-        return receipt_json(Receipt.of(self.executed, request=plan.request_digest, seed=plan.seed))
+        receipt = Receipt.of(self.executed, request=plan.request_digest, seed=plan.seed)
+        return receipt_json(dataclasses.replace(receipt, dispatch=plan.routed.stage, margin=plan.routed.margin))
 
 
 async def whole(plan: Plan, prompts: Prompts) -> dict[str, Any]:
@@ -244,7 +253,7 @@ async def events(plan: Plan, prompts: Prompts) -> AsyncGenerator[dict[str, Any]]
 def _head(plan: Plan, *, streamed: bool) -> dict[str, Any]:
     chat = "chat.completion.chunk" if streamed else "chat.completion"
     kind = chat if plan.kind == "chat" else "text_completion"
-    return {"id": plan.id, "object": kind, "created": plan.created, "model": plan.chosen.name}
+    return {"id": plan.id, "object": kind, "created": plan.created, "model": plan.routed.chosen.name}
 
 
 def _event(plan: Plan, index: int, content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
 from serve.health import Health, probe_backbone
 from serve.metrics import CONTENT_TYPE, Measured, Metrics
-from serve.names import MIXTURE, Names
+from serve.names import AUTO, MIXTURE, Names
 from serve.parts import (
     Backbone,
     Catalogue,
@@ -43,6 +43,7 @@ from serve.parts import (
     TextEncoder,
 )
 from serve.prompts import Prompts
+from serve.routing import Routed, Routing
 from serve.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest, MixtureRequest
 from serve.shipped import ModuleCard
 
@@ -69,9 +70,11 @@ class Door:
         reasoning: Reasoning,
         mixing: Mixing,
         catalogue: Catalogue,
+        dispatch: Sequence[str],
     ) -> None:
         self._http, self._mixing = http, mixing
-        self.names = Names(backbones, encoders, catalogue)
+        self._routing = Routing(backbones[0], catalogue, dispatch)
+        self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding
@@ -99,11 +102,11 @@ class Door:
         asked = await self.asked(request)
         body = EmbeddingsRequest.of(asked.tree)
         body.check(self._http)
-        many = isinstance(asked.tree["input"], list) and len(body.inputs) == len(asked.tree["input"])
-        fields = [f"input[{index}]" if many else "input" for index in range(len(body.inputs))]
-        if ":" in body.model:
-            await self.names.resolve(body.model)
-            raise NotSupported(f"embedding with the expert {body.model}", "use its backbone or an encoder")
+        single = isinstance(asked.tree["input"], str) or body.is_one_token_list
+        fields = ["input"] if single else [f"input[{index}]" for index in range(len(body.inputs))]
+        if body.model not in self.names.encoders and body.model not in self.names.backbones:
+            await self.names.resolve(body.model)  # says what is known, unless it is an expert
+            raise NotSupported(f"embedding with {body.model}", "use its backbone or an encoder")
         embedded = await self._embedding.embed(body.model, body.inputs, fields, asked.deadline, asked.digest)
         self.metrics.add_tokens(embedded.num_tokens, 0)
         return JSONResponse(embeddings_json(body, embedded))
@@ -119,9 +122,17 @@ class Door:
         body = kind.of(asked.tree)
         body.check()
         async with asked.deadline.limit("resolving the model"):
-            chosen = await self.names.resolve(body.model)
-        prompts = self.prompts[chosen.backbone.id]
-        plan = completion.plan(body, chosen, prompts, asked.digest, asked.deadline)
+            if body.model == AUTO and await self._routing.is_served():
+                backbone = self._routing.backbone
+                prompts = self.prompts[backbone.id]
+                token_ids = completion.tokens_of(body, backbone, prompts)
+                routed = await self._routing.route(token_ids, body.dispatch, asked.deadline)
+            else:
+                routed = Routed(await self.names.resolve(body.model))
+                backbone = routed.chosen.backbone
+                prompts = self.prompts[backbone.id]
+                token_ids = completion.tokens_of(body, backbone, prompts)
+        plan = completion.plan(body, token_ids, routed, asked.digest, asked.deadline)
         if not body.stream:
             answer = await completion.whole(plan, prompts)
             self.metrics.add_tokens(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
@@ -185,6 +196,7 @@ class Gateway:
         mixing: DeploymentHandle[Any],
         module: ModuleCard,
         catalogue: Catalogue,
+        dispatch: Sequence[str],
     ) -> None:
         self._door = Door(
             http,
@@ -193,6 +205,7 @@ class Gateway:
             ServedReasoning(module.name, module.digest, reasoning),
             ServedMixing(mixing),
             catalogue,
+            dispatch,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

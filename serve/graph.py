@@ -26,6 +26,7 @@ from cluster.settings import Settings
 from metasepia.prepared import PreparedBackbone
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
+from serve.routing import check_stages
 from serve.schemas import MAX_CHOICES
 from serve.shipped import ModuleCard
 
@@ -48,6 +49,7 @@ def build(
     settings: Settings, prepared: Mapping[str, PreparedBackbone], module: ModuleCard, registry: RegistryClient
 ) -> Application:
     """The application for `serve.run`; `prepared` holds each backbone of the settings by its id."""
+    check_stages(settings.dispatch)
     inside = settings.gateway.max_ongoing_requests
     margin = 64  # probes, metrics, Serve's own checks
     backbones = {
@@ -85,4 +87,4 @@ def build(
         max_queued_requests=inside,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         ray_actor_options={"num_cpus": settings.gateway.cpus},
-    ).bind(settings.http, backbones, dict(prepared), encoders, reasoning, mixing, module, registry)
+    ).bind(settings.http, backbones, dict(prepared), encoders, reasoning, mixing, module, registry, settings.dispatch)

@@ -8,7 +8,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from metasepia.rows import Adapter
 from serve.parts import Backbone, Catalogue, TextEncoder
 
 MIXTURE = "mix@"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Names:
         backbones: Sequence[Backbone],
         encoders: Sequence[TextEncoder],
         catalogue: Catalogue,
+        auto_is_served: Callable[[], Awaitable[bool]],
     ) -> None:
         self.backbones: Mapping[str, Backbone] = {one.id: one for one in backbones}
         self.encoders: Mapping[str, TextEncoder] = {one.id: one for one in encoders}
-        self._catalogue = catalogue
+        self._catalogue, self._auto_is_served = catalogue, auto_is_served
         self._created = int(time.time())
 
     async def resolve(self, model: str) -> Chosen:
@@ -74,7 +76,7 @@ class Names:
         return tuple(one["id"] for one in await self.listing() if one["id"] not in self.encoders)
 
     async def listing(self) -> list[dict[str, Any]]:
-        """Everything served, as GET /v1/models has it: backbones, encoders, experts, mixtures."""
+        """Everything served, as GET /v1/models has it: backbones, encoders, experts, mixtures, `auto`."""
         experts, mixtures, infos = await asyncio.gather(
             self._catalogue.list("expert", SHARED),
             self._catalogue.list("mixture", SHARED),
@@ -93,8 +95,11 @@ class Names:
             if parent is not None:
                 prefix = MIXTURE if artefact.kind == "mixture" else ""
                 name = f"{parent}:{prefix}{artefact.digest if prefix else artefact.name}"
-                facts = {"kind": artefact.kind, "digest": artefact.digest, "card": artefact.card}
+                facts = {"kind": artefact.kind, "digest": artefact.digest, "card": _short_card(artefact.card)}
                 models.append(self._entry(name, artefact.digest, parent, int(artefact.created_unix_s), facts))
+        if await self._auto_is_served():
+            facts = {"kind": "auto", "backbone": next(iter(self.backbones))}
+            models.append(self._entry(AUTO, AUTO, None, self._created, facts))
         return models
 
     def _entry(self, id_: str, root: str, parent: str | None, created: int, info: dict[str, Any]) -> dict[str, Any]:
@@ -136,3 +141,8 @@ def _backbone_info(backbone: Backbone) -> dict[str, Any]:
         "window": prepared.window,
         "width": prepared.hidden_size,
     }
+
+
+def _short_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the dispatch centroid: two vectors of the hidden size that nobody reads in a list."""
+    return {key: value for key, value in card.items() if key != "dispatch"}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from cluster.settings import HttpSettings
+from cluster.settings import DispatchStage, HttpSettings
 from metasepia.errors import InvalidRequest
 
 MAX_CHOICES = 16
@@ -122,8 +122,12 @@ class _Sampled(_Body):
     stop: Annotated[list[str], BeforeValidator(_one_or_many), Field(max_length=MAX_STOPS)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    dispatch: list[DispatchStage] | None = None
+    """For the model `auto`: these stages in place of the settings'."""
 
     def check(self) -> None:
+        if self.dispatch is not None and self.model != "auto":
+            raise InvalidRequest("dispatch", "is for the model auto only; leave it out")
         if "" in self.stop:
             raise InvalidRequest("stop", "a stop string is empty")
         if self.stream_options is not None and not self.stream:
@@ -196,10 +200,10 @@ class EmbeddingsRequest(_Body):
     encoding_format: Literal["float", "base64"] = "float"
 
     def check(self, http: HttpSettings) -> None:
-        if not self._is_one_token_list:
+        if not self.is_one_token_list:
             _at_most("input", len(self.input), http.max_inputs)
         for index, item in enumerate(self.inputs):
-            where = "input" if self._is_one_token_list else f"input[{index}]"
+            where = "input" if self.is_one_token_list else f"input[{index}]"
             if isinstance(item, str):
                 if not item.strip():
                     raise InvalidRequest(where, "the text is empty")
@@ -210,10 +214,10 @@ class EmbeddingsRequest(_Body):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        return [self.input] if self._is_one_token_list else self.input
+        return [self.input] if self.is_one_token_list else self.input
 
     @property
-    def _is_one_token_list(self) -> bool:
+    def is_one_token_list(self) -> bool:
         return all(type(item) is int for item in self.input)
 
 

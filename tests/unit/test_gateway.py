@@ -15,6 +15,7 @@ import pytest
 
 from actors.messages import Classified, Classify, EncoderInfo, Texts
 from cluster.settings import HttpSettings
+from metasepia.dispatch import TaskCentroid
 from metasepia.errors import Overloaded, Unavailable, UnknownName, WindowExceeded
 from metasepia.prepared import PreparedBackbone
 from metasepia.registry import Artefact
@@ -122,7 +123,8 @@ class FakeMixing:
 class FakeCatalogue:
     """One expert of the tiny backbone, one of another, one mixture."""
 
-    artefacts = (
+    def __init__(self) -> None:
+        self.artefacts: tuple[Artefact, ...] = (
         Artefact(kind="expert", digest=EXPERT, name="maths", owner="shared", created_unix_s=1.0, num_bytes=1,
                  card={"backbone": DIGEST}),
         Artefact(kind="expert", digest=OTHER, name="law", owner="shared", created_unix_s=1.0, num_bytes=1,
@@ -149,7 +151,10 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
-        self.door = Door(HTTP, [self.backbone], [self.encoder], self.reasoning, FakeMixing(), FakeCatalogue())
+        self.catalogue = FakeCatalogue()
+        self.door = Door(
+            HTTP, [self.backbone], [self.encoder], self.reasoning, FakeMixing(), self.catalogue, ("centroid",)
+        )
         self.app = create_app(self.door)
 
     def says(self, text: str) -> None:
@@ -312,6 +317,42 @@ def test_a_registered_mixture_is_a_row_with_its_weights(bench: Bench):
     bench.says("x")
     assert bench.chat(model="tiny:mix@" + "a" * 64).status_code == 200
     assert bench.backbone.rows[0].adapter == ((EXPERT, 0.25), (OTHER, 0.75))
+
+
+def _centroid(threshold: float) -> dict[str, object]:
+    """Prompts whose states grow along the one direction that the fake backbone's have."""
+    ones = np.ones(4, np.float32)
+    return TaskCentroid(
+        backbone=DIGEST, layer=-1, pooling="mean", centre=0 * ones, centroid=ones, threshold=threshold
+    ).to_card()
+
+
+def test_auto_is_unknown_until_an_expert_has_a_centroid(bench: Bench):
+    assert bench.chat(model="auto").status_code == 404
+    assert "auto" not in [one["id"] for one in bench.get("/v1/models").json()["data"]]
+    bench.catalogue.artefacts[0].card["dispatch"] = _centroid(0.5)
+    bench.catalogue.artefacts = (bench.catalogue.artefacts[0],)
+    listed = bench.get("/v1/models").json()["data"]
+    assert [one["id"] for one in listed] == ["tiny", "minilm-fake", "tiny:maths", "auto"]
+    assert "dispatch" not in listed[2]["x_info"]["card"]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "adapter", "model", "stage"),
+    [(0.5, [[EXPERT, 1.0]], "tiny:maths", "centroid"), (1.5, [], "tiny", "abstained")],
+)
+def test_auto_runs_the_nearest_expert_or_the_base_and_says_so(bench: Bench, threshold, adapter, model, stage):
+    bench.says("x")
+    bench.catalogue.artefacts[0].card["dispatch"] = _centroid(threshold)
+    answer = bench.chat(model="auto").json()
+    assert (answer["receipt"]["adapter"], answer["model"]) == (adapter, model)
+    assert (answer["receipt"]["dispatch"], round(answer["receipt"]["margin"], 4)) == (stage, round(1 - threshold, 4))
+
+
+def test_a_stage_that_is_not_served_is_refused_and_stages_are_for_auto_only(bench: Bench):
+    bench.catalogue.artefacts[0].card["dispatch"] = _centroid(0.5)
+    assert bench.chat(model="auto", dispatch=["prompt"]).json()["error"]["code"] == "not_supported"
+    assert bench.chat(model="tiny", dispatch=["centroid"]).json()["error"]["param"] == "dispatch"
 
 
 def test_a_mixture_is_registered_and_answers_by_the_name_given_back(bench: Bench):

@@ -1,0 +1,385 @@
+"""The whole laptop graph over HTTP, as `make serve` starts it: real SmolLM2, MiniLM and reasoning module."""
+
+import asyncio
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from cluster import settings as settings_of
+from metasepia.experts import ExpertVectors, FactorIndex
+from metasepia.registry import SHARED, Registry
+from serve import prepare
+from tests.serving import ROOT, Served, new_home
+
+pytestmark = pytest.mark.timeout(600)
+
+BACKBONE, ENCODER = "smollm2-135m", "minilm-l6"
+QUESTION: list[Any] = [{"role": "user", "content": "Name the capital of France."}]
+CHAT = {"model": BACKBONE, "messages": QUESTION, "max_tokens": 8, "temperature": 0}
+STORY = CHAT | {"messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 2000}
+REVIEWS = [
+    ("The lamp broke after two days", "complaint"),
+    ("Thank you for the kind and quick help", "praise"),
+    ("I was charged twice for one order", "complaint"),
+    ("Lovely packaging and fast delivery", "praise"),
+    ("Still waiting for my refund after six weeks", "complaint"),
+    ("Best purchase I made this year", "praise"),
+]
+CLASSIFY: dict[str, Any] = {
+    "examples": [{"text": text, "label": label} for text, label in REVIEWS],
+    "inputs": ["The zip tore the first time I used it", "Such a friendly shop, I will come back"],
+}
+
+
+def _put_expert(home: Path, name: str, scale: Callable[[int], np.ndarray]) -> str:
+    """An expert of the default backbone in the registry of `home`; returns its digest."""
+    settings = settings_of.read("laptop", {"METASEPIA_HOME": str(home)})
+    prepared = prepare.prepare(settings)[BACKBONE]
+    paths = (home / "factors").glob("*.json")
+    index = next(i for i in (FactorIndex.read(path.stem, home) for path in paths) if i.backbone == prepared.digest)
+    z = {layer: scale(length).astype(np.float32) for layer, length in index.lengths.items()}
+    expert = ExpertVectors(backbone=index.backbone, factors=index.digest, z=z)
+    registry = Registry(home / "registry")
+    card: dict[str, object] = {"backbone": expert.backbone}
+    registry.put("expert", expert.to_bytes(), digest=expert.digest, name=name, owner=SHARED, card=card)
+    registry.close()
+    return expert.digest
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = new_home(tmp_path_factory.mktemp("served"))
+    noise = np.random.default_rng(0)
+    _put_expert(home, "ones", np.ones)
+    _put_expert(home, "noisy", lambda length: noise.uniform(0.2, 1.8, length))
+    graph = Served(home)
+    yield graph
+    graph.stop()
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def test_the_three_requests_it_prints_are_answered_as_printed(served: Served):
+    lines = [line for line in served.output.splitlines() if line.startswith("curl ")]
+    assert len(lines) == 3
+    for line in lines:
+        answer = json.loads(subprocess.run(shlex.split(line), capture_output=True, timeout=60, check=True).stdout)
+        assert "error" not in answer, answer
+        assert answer["receipt"]["request"]
+
+
+def test_the_openai_client_lists_and_retrieves_every_model(client: openai.OpenAI):
+    ids = [model.id for model in client.models.list()]
+    assert {BACKBONE, ENCODER} <= set(ids)
+    assert [client.models.retrieve(id_).id for id_ in ids] == ids
+
+
+def test_the_openai_client_gets_the_same_chat_whole_and_streamed(client: openai.OpenAI):
+    arguments: dict[str, Any] = {"model": BACKBONE, "messages": QUESTION, "max_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**arguments)
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert "Paris" in text
+    assert chunks[-1].usage == whole.usage
+    assert whole.choices[0].finish_reason == "stop"
+    for answer in (whole, chunks[-1]):
+        receipt = (answer.model_extra or {})["receipt"]
+        assert (receipt["path"], receipt["adapter"], len(receipt["backbone"])) == ("plain", [], 64)
+
+
+def test_a_seed_decides_the_sample(client: openai.OpenAI):
+    def sample(seed: int) -> str | None:
+        answer = client.chat.completions.create(
+            model=BACKBONE, messages=QUESTION, max_tokens=12, temperature=1.5, seed=seed
+        )
+        return answer.choices[0].message.content
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_choices_of_one_request_equal_requests_of_their_seeds(client: openai.OpenAI):
+    arguments: dict[str, Any] = {"model": BACKBONE, "messages": QUESTION, "max_tokens": 8, "temperature": 1.0}
+    both = client.chat.completions.create(**arguments, n=2, seed=10)
+    alone = [client.chat.completions.create(**arguments, seed=10 + i) for i in range(2)]
+    assert [one.message.content for one in both.choices] == [one.choices[0].message.content for one in alone]
+
+
+def test_a_plain_completion_continues_its_prompt(client: openai.OpenAI):
+    answer = client.completions.create(
+        model=BACKBONE, prompt="1, 2, 3, 4, 5, 6,", max_tokens=12, temperature=0, stop=["9"]
+    )
+    assert answer.choices[0].text == " 7, 8, "
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("model", "width"), [(ENCODER, 384), (BACKBONE, 576)])
+def test_embeddings_agree_in_both_formats_and_have_unit_norm(client: openai.OpenAI, model: str, width: int):
+    texts = ["a cat on the mat", "a kitten on the rug", "quarterly tax return"]
+    coded = client.embeddings.create(model=model, input=texts)  # the client asks for base64 by itself
+    floats = client.embeddings.create(model=model, input=texts, encoding_format="float")
+    a, b = (np.array([one.embedding for one in answer.data]) for answer in (coded, floats))
+    assert a.shape == (3, width)
+    np.testing.assert_allclose(a, b, atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=1e-5)
+    assert a[0] @ a[1] > a[0] @ a[2]
+    assert floats.usage.prompt_tokens > 0
+
+
+def test_errors_reach_the_openai_client_as_its_own(client: openai.OpenAI):
+    with pytest.raises(openai.NotFoundError, match=f"known: {BACKBONE}"):
+        client.chat.completions.create(model="gpt-4", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model=BACKBONE, messages=QUESTION, temperature=3)
+    assert raised.value.param == "temperature"
+
+
+@pytest.mark.parametrize("encoder", [ENCODER, BACKBONE])
+def test_a_classification_answers_each_input_with_a_distribution(served: Served, encoder: str):
+    answer = served.post("/v1/classify", CLASSIFY | {"encoder": encoder}).json()
+    assert len(answer["results"]) == 2
+    for one in answer["results"]:
+        assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert one["label"] == max(one["probabilities"], key=one["probabilities"].__getitem__)
+    receipt = answer["receipt"]
+    assert all(len(receipt[part]) == 64 for part in ("request", "context", "module"))
+    assert len(receipt["encoder" if encoder == ENCODER else "backbone"]) == 64
+
+
+def test_256_examples_of_three_labels_and_300_inputs_are_one_request(served: Served):
+    body = {
+        "examples": [{"text": f"{['red', 'green', 'blue'][i % 3]} thing {i}", "label": str(i % 3)} for i in range(256)],
+        "inputs": [f"{['red', 'green', 'blue'][i % 3]} matter {i}" for i in range(300)],
+    }
+    answer = served.post("/v1/classify", body, timeout_s=120).json()
+    assert [set(one["probabilities"]) for one in answer["results"]] == [{"0", "1", "2"}] * 300
+
+
+def _greedy(client: openai.OpenAI, model: str) -> tuple[str, dict[str, Any]]:
+    answer = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=12, temperature=0)
+    return str(answer.choices[0].message.content), (answer.model_extra or {})["receipt"]
+
+
+def test_an_expert_of_ones_says_what_the_base_says_by_another_path(client: openai.OpenAI):
+    base, _ = _greedy(client, BACKBONE)
+    ones, receipt = _greedy(client, f"{BACKBONE}:ones")
+    assert ones == base
+    assert (receipt["path"], receipt["adapter"][0][1], len(receipt["factors"])) == ("factors", 1.0, 64)
+
+
+def test_an_expert_changes_the_answer_and_the_receipt_names_it(client: openai.OpenAI):
+    listed = {model.id: model for model in client.models.list()}[f"{BACKBONE}:noisy"].model_extra or {}
+    noisy, receipt = _greedy(client, f"{BACKBONE}:noisy")
+    assert noisy != _greedy(client, BACKBONE)[0]
+    assert listed["parent"] == BACKBONE
+    assert receipt["adapter"] == [[listed["x_info"]["digest"], 1.0]]
+
+
+def test_a_mixture_answers_by_the_name_that_registering_it_gave(served: Served, client: openai.OpenAI):
+    body = {"backbone": BACKBONE, "weights": {"ones": 0.25, "noisy": 0.75}}
+    made = served.post("/v1/mixtures", body).json()
+    assert served.post("/v1/mixtures", body).json() == made
+    _, receipt = _greedy(client, made["model"])
+    assert sorted(weight for _, weight in receipt["adapter"]) == [0.25, 0.75]
+    assert made["model"] in [model.id for model in client.models.list()]
+
+
+BAD_BODIES: list[tuple[str, str, Any, int, str | None]] = [
+    ("malformed JSON", "/v1/classify", b'{"examples": [', 400, "body"),
+    ("an empty body", "/v1/classify", b"", 400, "body"),
+    ("not UTF-8", "/v1/classify", b'{"inputs": ["\xff"]}', 400, "body"),
+    ("nested 100,000 deep", "/v1/classify", b'{"inputs":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "body"),
+    ("nested 100,000 deep, open", "/v1/chat/completions", b"[" * 100_000, 400, "body"),
+    ("an array", "/v1/classify", b"[]", 400, "body"),
+    ("12 MB", "/v1/classify", b'{"inputs": ["' + b"x" * 12_000_000 + b'"]}', 413, "body"),
+    ("NaN", "/v1/chat/completions", json.dumps(CHAT | {"temperature": float("nan")}).encode(), 400, "temperature"),
+    ("NaN label", "/v1/classify", b'{"examples": [{"text": "a", "label": NaN}]}', 400, "examples[0].label"),
+    ("unknown model", "/v1/chat/completions", CHAT | {"model": "gpt-4"}, 404, "model"),
+    ("unknown expert", "/v1/chat/completions", CHAT | {"model": f"{BACKBONE}:no-such"}, 404, "model"),
+    ("unknown mixture", "/v1/chat/completions", CHAT | {"model": f"{BACKBONE}:mix@{'0' * 64}"}, 404, "model"),
+    ("unknown embedding model", "/v1/embeddings", {"model": "ada", "input": "x"}, 404, "model"),
+    ("unknown encoder", "/v1/classify", CLASSIFY | {"encoder": "bert"}, 404, "encoder"),
+    ("an encoder asked to chat", "/v1/chat/completions", CHAT | {"model": ENCODER}, 400, None),
+    ("one class", "/v1/classify", CLASSIFY | {"examples": CLASSIFY["examples"][:1] * 2}, 400, "examples"),
+    ("no examples", "/v1/classify", CLASSIFY | {"examples": []}, 400, "examples"),
+    ("no inputs", "/v1/classify", CLASSIFY | {"inputs": []}, 400, "inputs"),
+    (
+        "null label",
+        "/v1/classify",
+        CLASSIFY | {"examples": [*CLASSIFY["examples"], {"text": "x", "label": None}]},
+        400,
+        "examples[6].label",
+    ),
+    (
+        "number label",
+        "/v1/classify",
+        CLASSIFY | {"examples": [{"text": "x", "label": 1}, *CLASSIFY["examples"]]},
+        400,
+        "examples[0].label",
+    ),
+    ("empty text", "/v1/classify", CLASSIFY | {"inputs": ["fine", ""]}, 400, "inputs[1]"),
+    ("long text", "/v1/classify", CLASSIFY | {"inputs": ["fine", "word " * 400]}, 400, "inputs[1]"),
+    (
+        "long example",
+        "/v1/classify",
+        CLASSIFY | {"examples": [{"text": "w " * 4000, "label": "z"}, *CLASSIFY["examples"]]},
+        400,
+        "examples[0].text",
+    ),
+    ("texts of a wrong type", "/v1/classify", CLASSIFY | {"inputs": [{"text": "x"}]}, 400, "inputs[0]"),
+    ("examples of a wrong type", "/v1/classify", CLASSIFY | {"examples": "x"}, 400, "examples"),
+    ("an empty text to embed", "/v1/embeddings", {"model": ENCODER, "input": ["x", ""]}, 400, "input[1]"),
+    ("a long text to embed", "/v1/embeddings", {"model": ENCODER, "input": "word " * 400}, 400, "input"),
+    ("a token id beyond the vocabulary", "/v1/embeddings", {"model": BACKBONE, "input": [49_152]}, 400, "input"),
+    ("temperature 2.1", "/v1/chat/completions", CHAT | {"temperature": 2.1}, 400, "temperature"),
+    ("temperature -1", "/v1/chat/completions", CHAT | {"temperature": -1}, 400, "temperature"),
+    ("temperature as text", "/v1/chat/completions", CHAT | {"temperature": "1"}, 400, "temperature"),
+    ("max_tokens 0", "/v1/chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
+    ("max_tokens beyond the window", "/v1/chat/completions", CHAT | {"max_tokens": 10_000}, 400, "max_tokens"),
+    (
+        "messages beyond the window",
+        "/v1/chat/completions",
+        CHAT | {"messages": [{"role": "user", "content": "word " * 9000}]},
+        400,
+        "messages",
+    ),
+    ("messages of a wrong type", "/v1/chat/completions", CHAT | {"messages": "hello"}, 400, "messages"),
+    ("no messages", "/v1/chat/completions", {"model": BACKBONE}, 400, "messages"),
+    ("tools", "/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
+    ("a misspelt field", "/v1/chat/completions", CHAT | {"max_token": 3}, 400, "max_token"),
+    ("half a surrogate pair", "/v1/embeddings", b'{"model": "minilm-l6", "input": "\\ud800"}', 400, "input"),
+    ("weights off the simplex", "/v1/mixtures", {"backbone": BACKBONE, "weights": {"x": 0.4}}, 400, "weights"),
+    ("a mixture of unknown experts", "/v1/mixtures", {"backbone": BACKBONE, "weights": {"x": 1.0}}, 404, "weights"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"), [c[1:] for c in BAD_BODIES], ids=[c[0] for c in BAD_BODIES]
+)
+def test_bad_input_is_refused_in_the_envelope_by_its_field(served: Served, path, body, status, param):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = httpx.post(served.url + path, content=content, timeout=20)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"}
+    if status == 404:
+        assert "known: " in error["message"]
+
+
+def test_a_large_body_without_a_length_is_refused(served: Served):
+    response = httpx.post(f"{served.url}/v1/classify", content=(b"x" * 2**20 for _ in range(12)), timeout=20)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_ends_an_answer_and_its_row(served: Served, stream: bool):
+    body = CHAT | {
+        "messages": [{"role": "user", "content": "Tell a long story."}],
+        "max_tokens": 2000,
+        "stream": stream,
+    }
+    begin = time.monotonic()
+    response = served.post("/v1/chat/completions", body, headers={"x-request-timeout-seconds": "1"})
+    assert time.monotonic() - begin < 4
+    if stream:
+        last = response.text.split("\n\n")[-3]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    else:
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert _becomes(served, num_live=0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_takes_its_row_along(served: Served, stream: bool):
+    body = CHAT | {
+        "messages": [{"role": "user", "content": "Tell a long story."}],
+        "max_tokens": 2000,
+        "stream": stream,
+    }
+    url = f"{served.url}/v1/chat/completions"
+    with pytest.raises(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=1) as response:
+        for _ in response.iter_lines():
+            assert _becomes(served, num_live=1)
+            raise httpx.ReadTimeout("enough")
+    assert _becomes(served, num_live=0)
+
+
+def _becomes(served: Served, timeout_s: float = 5.0, **wanted: float) -> bool:
+    give_up = time.monotonic() + timeout_s
+    while time.monotonic() < give_up:
+        text = served.get("/metrics").text
+        if all(f'what="{what}"}} {float(value)}' in text for what, value in wanted.items()):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_many_clients_at_once_get_the_answers_that_each_gets_alone(served: Served):
+    bodies = [CLASSIFY | {"inputs": [f"{text}, number {i}"]} for i, (text, _) in enumerate(REVIEWS * 4)]
+    alone = [served.post("/v1/classify", body).json()["results"][0] for body in bodies[:6]]
+
+    async def all_at_once() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            chats = [client.post("/v1/chat/completions", json=CHAT) for _ in range(4)]
+            answers = await asyncio.gather(*(client.post("/v1/classify", json=body) for body in bodies), *chats)
+            assert [answer.status_code for answer in answers] == [200] * len(answers)
+            return [answer.json()["results"][0] for answer in answers[:6]]
+
+    together = asyncio.run(all_at_once())
+    for one, other in zip(alone, together, strict=True):
+        assert one["label"] == other["label"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+
+
+def test_the_request_id_of_the_client_comes_back(served: Served):
+    response = httpx.get(f"{served.url}/version", headers={"x-request-id": "abc-123"})
+    assert response.headers["x-request-id"] == "abc-123"
+
+
+def test_metrics_are_prometheus_text_and_count_what_was_asked(served: Served):
+    text = served.get("/metrics").text
+    assert re.search(r'metasepia_requests_total\{route="/v1/classify",status="200"\} \d+', text)
+    assert re.search(r'metasepia_requests_total\{route="/v1/classify",status="400"\} \d+', text)
+    assert not re.search(r'status="5(?!04)\d\d"', text), "something above was answered with a 5xx"
+
+
+def test_after_all_this_every_part_still_answers(served: Served):
+    health = served.get("/health")
+    assert health.status_code == 200, health.text
+    assert len(health.json()["parts"]) == 3
+
+
+def test_a_port_in_use_is_said_in_words_at_start(served: Served):
+    done = subprocess.run(
+        [sys.executable, "-m", "serve.main"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={"METASEPIA_HTTP__PORT": str(served.port), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"setting http.port = {served.port} is not allowed" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_ctrl_c_ends_every_process_within_a_minute(served: Served):
+    """Last: the graph is gone afterwards."""
+    assert len(served.living()) > 5
+    begin = time.monotonic()
+    served.stop()
+    assert time.monotonic() - begin < 60
+    assert served.process.returncode == 0, served.output
+    assert served.living() == []
+    assert not (served.home / "serve.json").exists()
