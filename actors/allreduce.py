@@ -65,7 +65,8 @@ class SharedMemoryAllReduce:
             if waited > self._timeout_s:
                 silent = [rank for rank in range(self._world) if counters[rank] < turn]
                 raise TimeoutError(f"all-reduce: rank {silent} did not answer within {self._timeout_s:g} s")
-            time.sleep(0 if waited < SPIN_S else NAP_S)  # also lets this process's other threads run
+            time.sleep(0 if waited < SPIN_S else NAP_S)  # lets this process's other threads run: a pulse, say
+            os.sched_yield()  # and others on this core: perhaps the peer that we wait for
 
 
 def connect(rank: int, world: int, timeout_s: float) -> SharedMemoryAllReduce | None:

@@ -23,7 +23,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors import families
 from actors.gang import Fault, Gang, GangParts, Placement, RankProcess, first_of, kill_all
-from actors.processes import Joined
+from actors.processes import Identity, Joined
 from cluster.settings import BackboneSettings
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable, UnknownName
 from metasepia.prepared import PreparedBackbone
@@ -102,11 +102,10 @@ class BackboneGroup:
         self._parts, self._settings, self._fetch = parts, parts.settings, fetch
         self._gang: Gang | None = None
         self._spares: list[RankProcess] = []
-        self._devices: tuple[str, ...] = ()
         self._held: dict[str, _Held] = {}
         self._keys = itertools.count()
         self._paths: dict[str, Path] = {}
-        self._putting: dict[tuple[int, str], asyncio.Task[None]] = {}
+        self._putting: dict[tuple[Gang, str], asyncio.Task[None]] = {}
         self._rebuilds: list[Rebuild] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._supervisor: asyncio.Task[None] | None = None
@@ -273,7 +272,8 @@ class BackboneGroup:
         gang = self._gang
         if gang is None:
             # Nobody else bounds what waits for a new gang.
-            if sum(one.num_tokens for one in self._held.values()) > self._settings.max_queued_tokens:
+            bound = self._settings.max_queued_tokens + self._settings.max_batch_tokens
+            if sum(one.num_tokens for one in self._held.values()) > bound:
                 raise Overloaded(f"the queue of {self._settings.id}, which is being rebuilt,", REBUILD_S)
             return
         held.gang = gang
@@ -318,7 +318,7 @@ class BackboneGroup:
     async def _ensure_expert(self, gang: Gang, digest: str) -> None:
         if digest in gang.experts:
             return
-        key = (id(gang), digest)
+        key = (gang, digest)
         if key not in self._putting:
             task = asyncio.create_task(self._put(gang, digest))
             self._putting[key] = task
@@ -345,7 +345,10 @@ class BackboneGroup:
                 await first_of(gang.watch(), self._drain(gang))
                 raise AssertionError("watching ended")
             except Fault as fault:
-                reason, by_itself = str(fault), fault.by_itself
+                # Survivors of a dead rank may fail in the collective before anybody misses the dead one.
+                reason, by_itself = str(fault), fault.by_itself and not gang.dead_ranks()
+            except Exception as error:  # whatever it is, an unwatched gang must not go on
+                reason, by_itself = f"watching failed: {type(error).__name__}: {error}", False
             noticed, begin = time.time(), time.monotonic()
             self._gang = None
             logger.warning("gang %s: %s; replacing it, %d rows held", self._settings.id, reason, len(self._held))
@@ -414,11 +417,11 @@ class BackboneGroup:
 
     def _warm_spares(self) -> None:
         if self._settings.spares and not self._spares:
-            self._spawn(self._start_spares())
+            assert self._gang is not None
+            self._spawn(self._start_spares([process.identity for process in self._gang.processes]))
 
-    async def _start_spares(self) -> None:
-        bundles = range(self._settings.tp_size)
-        starting = [RankProcess.start(self._parts, bundle, spare=True) for bundle in bundles]
+    async def _start_spares(self, ranks: list[Identity]) -> None:
+        starting = [RankProcess.start(self._parts, bundle, spare_for=rank) for bundle, rank in enumerate(ranks)]
         results = await asyncio.gather(*starting, return_exceptions=True)
         started = [result for result in results if isinstance(result, RankProcess)]
         if len(started) < len(results):

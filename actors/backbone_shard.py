@@ -44,6 +44,7 @@ class BackboneShard:
         self._lock = threading.Lock()  # the decoder and the expert table: steps against put_expert
         self._progress, self._busy = 0, False
         self._failed: str | None = None
+        self._last_step = -1
         self._peers: list[Any] = []
         self._answers: list[tuple[str, Answer]] = []
         self._answered = threading.Condition()
@@ -78,7 +79,7 @@ class BackboneShard:
         import deepspeed  # noqa: F401  # slow: part of what a spare has behind it
         import torch
 
-        from metasepia import checkpoints, svf
+        from metasepia import checkpoints
 
         torch.set_num_threads(self._settings.threads)
         torch.set_grad_enabled(False)
@@ -87,10 +88,21 @@ class BackboneShard:
         self._model: PreTrainedModel = checkpoints.load(self._prepared, getattr(torch, self._settings.dtype), "cpu")
         self._factors: FactorSet | None = None
         if self._settings.expert_layers:
-            self._factors = svf.factors_of(
-                self._model, self._settings.expert_layers, self._prepared.digest, self._home, progress=False
-            )
+            self._factors = self._read_factors()
         self._seconds["weights"] = time.monotonic() - begin - self._seconds["imports"]
+
+    def _read_factors(self) -> "FactorSet":
+        """The shared factors; computed here if nobody has. Always of the fp32 weights, whatever dtype runs."""
+        import torch
+
+        from metasepia import checkpoints, factors
+        from metasepia.experts import FactorIndex, factors_path
+
+        layers, digest = self._settings.expert_layers, self._prepared.digest
+        model, names = self._model, tuple(factors.expert_layers_of(self._model, layers))
+        if not factors_path(FactorIndex.digest_for(digest, names), self._home).is_file():
+            model = checkpoints.load(self._prepared, torch.float32, "cpu")
+        return factors.factors_of(model, layers, digest, self._home, progress=False)
 
     def open_store(self, address: str) -> int:
         """Rank 0: opens the store at which the gang meets, on a port that the kernel chooses, and returns the port."""
@@ -184,6 +196,9 @@ class BackboneShard:
 
         self._busy = True
         try:
+            if plan.step <= self._last_step:
+                raise RuntimeError(f"it came after step {self._last_step}")
+            self._last_step = plan.step
             with self._lock, torch.inference_mode():
                 return self._decoder.run(plan)
         except BaseException as error:
@@ -433,7 +448,7 @@ def check_cuts(
         u = one.u[cut.span] if cut and cut.kind == "column" else one.u
         vh = one.vh[:, cut.span] if cut and cut.kind == "row" else one.vh
         x = torch.randn(vh.shape[1], generator=noise)
-        want, got = weight.detach().float().cpu() @ x, u @ (one.s * (vh @ x))
+        want, got = (weight.detach() @ x.to(weight)).float().cpu(), u @ (one.s * (vh @ x))
         tolerance = (1e-4 if weight.dtype == torch.float32 else 3e-2) * float(want.norm())
         if want.shape != got.shape or not float((want - got).norm()) <= tolerance:
             raise CorruptArtefact(

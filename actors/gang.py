@@ -76,17 +76,18 @@ class RankProcess:
     warming: "asyncio.Task[None]"
 
     @classmethod
-    async def start(cls, parts: GangParts, bundle: int, *, spare: bool, devices: Sequence[str] = ()) -> "RankProcess":
+    async def start(cls, parts: GangParts, bundle: int, *, spare_for: Identity | None = None) -> "RankProcess":
         """Starts a process and its warming. A spare takes no share of its bundle: the rank that it backs holds it."""
+        spare = spare_for is not None
         settings = parts.settings
         env = {
             **connect.worker_env(settings.threads),
             "DS_ACCELERATOR": settings.device,
             "LOCAL_SIZE": str(settings.tp_size),
         }
-        if spare and settings.device == "cuda":
+        if spare_for is not None and settings.device == "cuda":
             # Without a share Ray hides every GPU; the spare must see the one of its rank.
-            env |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "CUDA_VISIBLE_DEVICES": ",".join(devices)}
+            env |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "CUDA_VISIBLE_DEVICES": spare_for.visible_gpus}
         handle: Any = BackboneShardActor.options(
             num_cpus=0 if spare else settings.rank_cpus,
             num_gpus=0 if spare else settings.rank_gpus,
@@ -168,7 +169,7 @@ class Gang:
         try:
             if not started:
                 size = parts.settings.tp_size
-                starting = [RankProcess.start(parts, bundle, spare=False) for bundle in range(size)]
+                starting = [RankProcess.start(parts, bundle) for bundle in range(size)]
                 results = await asyncio.gather(*starting, return_exceptions=True)
                 started = [result for result in results if isinstance(result, RankProcess)]
                 for result in results:
@@ -249,6 +250,10 @@ class Gang:
             raise Fault(f"rank {rank} (pid {process.identity.pid}) died: {type(error).__name__}", False) from None
         finally:
             asking.cancel()
+
+    def dead_ranks(self) -> list[int]:
+        """Ranks of this machine whose process is gone, a zombie or stopped."""
+        return [rank for rank, process in enumerate(self.processes) if process.is_local and not process.runs()]
 
     async def kill(self) -> None:
         await kill_all(self.processes)

@@ -18,13 +18,21 @@ class Identity:
     """Ray's id of its node."""
     address: str
     """IP address of its node."""
+    visible_gpus: str
+    """CUDA_VISIBLE_DEVICES, as Ray set it."""
 
     @classmethod
     def mine(cls) -> "Identity":
         node = ray.get_runtime_context().get_node_id()
         pid = os.getpid()
         ticks = process_state(pid)[1]
-        return cls(pid=pid, start_ticks=ticks, node=node, address=ray.util.get_node_ip_address())
+        return cls(
+            pid=pid,
+            start_ticks=ticks,
+            node=node,
+            address=ray.util.get_node_ip_address(),
+            visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from cluster.resources import gang_bundles
 from cluster.settings import BackboneSettings
 from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
-from metasepia.errors import UnknownName
+from metasepia.errors import DeadlineExceeded, UnknownName
 from metasepia.experts import ExpertVectors
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Row, Sampling, TokenChunk
@@ -200,8 +200,11 @@ async def survive(case: Case, fault: signal.Signals, rank: int, load: str, rebui
     hit = time.time()
     os.kill(pids[rank], fault)
     # Idle: asked while the gang is dead and nobody has noticed.
-    answers = await asyncio.gather(*(asked or ask()))
+    late = tokens_of(group, dataclasses.replace(asking[0], deadline_unix_s=time.time() + 0.5))
+    *answers, refused = await asyncio.gather(*(asked or ask()), late, return_exceptions=True)
+    assert isinstance(refused, DeadlineExceeded)
     for row, tokens in zip(asking, answers, strict=True):
+        assert not isinstance(tokens, BaseException), tokens
         assert len(tokens) == 180
         assert case.oracle.regret(row, tokens) < TIGHT
     rebuild = group.info.rebuilds[-1]

@@ -15,7 +15,7 @@ from actors.backbone import BackboneGroup
 from cluster import placement
 from cluster.settings import BackboneSettings
 from metasepia import checkpoints
-from metasepia.errors import CannotPlace, DeadlineExceeded, NotSupported, Overloaded, UnknownName
+from metasepia.errors import CannotPlace, CorruptArtefact, DeadlineExceeded, NotSupported, Overloaded, UnknownName
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row, Sampling
 from tests import gangs
@@ -122,6 +122,21 @@ def test_an_unknown_expert_and_another_backbone_are_refused(case: Case) -> None:
         case.run(gangs.tokens_of(case.group, unknown))
     with pytest.raises(UnknownName, match="1111"):
         case.run(gangs.tokens_of(case.group, other))
+
+
+def test_an_expert_from_a_file_is_held_by_every_rank_and_a_torn_one_is_refused(case: Case, tmp_path: Path) -> None:
+    ones = dataclasses.replace(
+        case.oracle.experts[0], z={name: np.ones_like(z) for name, z in case.oracle.experts[0].z.items()}
+    )
+    whole, torn = tmp_path / "ones.safetensors", tmp_path / "torn.safetensors"
+    whole.write_bytes(ones.to_bytes())
+    torn.write_bytes(case.oracle.experts[1].to_bytes()[:-40])
+    case.run(case.group.put_expert(ones.digest, whole))
+    base = gangs.rows(case.prepared, [()], max_tokens=24)[0]
+    same = dataclasses.replace(base, adapter=((ones.digest, 1.0),))
+    assert case.oracle.regret(base, case.run(gangs.tokens_of(case.group, same))) < gangs.TIGHT  # z = 1 is the base
+    with pytest.raises(CorruptArtefact, match="safetensors"):
+        case.run(case.group.put_expert("3" * 64, torn))
 
 
 def test_a_full_queue_and_a_late_row_are_refused_and_the_others_go_on(case: Case) -> None:
