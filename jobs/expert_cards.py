@@ -61,7 +61,8 @@ Against `make serve`:
 curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
 ```
 
-The answer wanted here is `{card["example_answer"]}`. It knows this one task: for anything else ask the base model.
+It answers `{card["example_answer"]}` (a held-out question that it gets right). It knows this one task:
+for anything else ask the base model.
 
 ## How it was made
 

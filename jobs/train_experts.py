@@ -91,10 +91,15 @@ class Asker:
         return right
 
 
-def train(trainer: ExpertTrainer, asker: Asker, task: LabelTask, options: argparse.Namespace, out: Path) -> None:
-    """Steps from the checkpoint, if any, to `options.steps`; the log is cut back to the checkpoint first."""
-    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
-    trainer.resume(checkpoint)
+def train(trainer: ExpertTrainer, asker: Asker, task: LabelTask, options: argparse.Namespace, out: Path) -> float:
+    """Steps from the checkpoint, if any, to `options.steps`; the log is cut back to the checkpoint first.
+
+    Returns the CPU seconds of all the steps, those of earlier runs that were saved included.
+    """
+    checkpoint, log, timing = out / "checkpoint.safetensors", out / "log.jsonl", out / "timing.json"
+    resumed = trainer.resume(checkpoint)
+    cpu_s = json.loads(timing.read_text())["cpu_s"] if resumed and timing.exists() else 0.0
+    begun_s = time.process_time() - cpu_s
     lines = log.read_text().splitlines()[: trainer.step] if log.exists() else []
     if len(lines) < trainer.step:
         raise CorruptArtefact(str(log), f"it has {len(lines)} of {trainer.step} steps; delete {out} to start anew")
@@ -112,10 +117,18 @@ def train(trainer: ExpertTrainer, asker: Asker, task: LabelTask, options: argpar
                 file.flush()  # before the checkpoint: a log that is longer is cut, a shorter one is an error
                 os.fsync(file.fileno())
                 trainer.save(checkpoint)
+                cpu_s = time.process_time() - begun_s
+                timing.write_text(json.dumps({"cpu_s": round(cpu_s, 1)}) + "\n")
+    return cpu_s
 
 
-def compare(asker: Asker, task: LabelTask, adapter: Adapter, num_texts: int, stage: str) -> dict[str, Any]:
-    """Base and expert on the same held-out questions: accuracies, and the paired gain with its 95 % interval."""
+def compare(
+    asker: Asker, task: LabelTask, adapter: Adapter, num_texts: int, stage: str
+) -> tuple[dict[str, Any], Example]:
+    """Base and expert on the same held-out questions: accuracies, and the paired gain with its 95 % interval.
+
+    Also the first question whose greedy answer by the expert is right, as an example to try.
+    """
     examples = task.held_out(num_texts, HELD_OUT_SEED)
     with Progress() as progress:
         bar = progress.add_task(stage, total=2 * len(examples))
@@ -135,7 +148,8 @@ def compare(asker: Asker, task: LabelTask, adapter: Adapter, num_texts: int, sta
             "gain": round(gain, 4),
             "gain_95": [round(low, 4), round(high, 4)],
         }
-    return report
+    shown = examples[ours["exact"].index(True) if any(ours["exact"]) else 0]
+    return report, shown
 
 
 def centroid_of(
@@ -199,17 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = ExpertTrainer(
         model, layers, names=names, learning_rate=options.learning_rate, renormalise=options.renormalise, run=run
     )
-    started = time.process_time()
-    train(trainer, asker, task, options, out)
-    training_s = time.process_time() - started
+    cpu_s = train(trainer, asker, task, options, out)
     expert = trainer.expert()
     (out / "expert.safetensors").write_bytes(expert.to_bytes())
 
     layers.put(expert.digest, expert)
-    held_out = compare(asker, task, ((expert.digest, 1.0),), options.held_out, f"Held-out {task.name}")
+    held_out, example = compare(asker, task, ((expert.digest, 1.0),), options.held_out, f"Held-out {task.name}")
     layer = options.dispatch_layer or max(1, prepared.num_layers // 2)
     centroid, checked = centroid_of(asker, task, prepared, layer, options.seed)
-    example = task.held_out(1, HELD_OUT_SEED)[0]
     card = {
         "kind": "expert",
         "name": name,
@@ -230,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch": options.batch,
         "learning_rate": options.learning_rate,
         "seed": options.seed,
-        "training_cpu_minutes": round(training_s / 60, 1),
+        "training_cpu_minutes": round(cpu_s / 60, 1),
         "held_out": held_out,
         "example_prompt": example.prompt,
         "example_answer": example.answer,
