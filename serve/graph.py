@@ -36,6 +36,7 @@ _ALL: dict[str, Any] = {
     "graceful_shutdown_timeout_s": 5,
     "health_check_period_s": 10,
     "health_check_timeout_s": 30,
+    "max_constructor_retry_count": 4,
 }
 
 GatewayDeployment: Deployment = serve.deployment(**_ALL)(serve.ingress()(Gateway))

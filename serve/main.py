@@ -46,6 +46,10 @@ ROOT = Path(__file__).parents[1]
 console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
+class NotStarted(Exception):
+    """Serve could not bring a deployment up; the text says which, and what its constructor raised."""
+
+
 class Foreground:
     """One start of the graph, from settings to the last process."""
 
@@ -71,7 +75,7 @@ class Foreground:
                 time.sleep(3600)
         except KeyboardInterrupt:
             console.print("ending every process; once more to kill them")
-        except MetasepiaError as error:
+        except (MetasepiaError, NotStarted) as error:
             console.print(f"[red]not started:[/] {error}")
             status = 1
         except Exception:
@@ -85,6 +89,10 @@ class Foreground:
     def _start(self) -> None:
         begin, http = time.monotonic(), self._settings.http
         check_port_is_free(http.host, http.port)
+        if self._settings.ray.address == "local":
+            resources.check_fits(
+                self._settings, {"CPU": self._settings.ray.num_cpus, "GPU": self._settings.ray.num_gpus}
+            )
         with _step("weights and factors"):
             _run_prepare()
             prepared = prepare.prepare(self._settings)
@@ -99,7 +107,11 @@ class Foreground:
         with _step("Serve graph"):
             options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
-            serve.run(graph.build(self._settings, prepared, module, client), name=graph.NAME)
+            application = graph.build(self._settings, prepared, module, client)
+            try:
+                serve.run(application, name=graph.NAME)
+            except RuntimeError as error:
+                raise NotStarted(_why(error)) from error
         with _step("first forward through every part"):
             self._wait_until_ready()
         self._write_card()
@@ -217,6 +229,15 @@ def curl_lines(url: str, models: list[str], encoders: list[str]) -> list[str]:
         f"curl -s {url}/v1/{path} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
         for path, body in bodies
     ]
+
+
+def _why(error: RuntimeError) -> str:
+    """What Serve knows of the deployments that failed; its exception only names them."""
+    lines = [str(error)]
+    for name, one in serve.status().applications[graph.NAME].deployments.items():
+        if one.message and one.status.value in ("UNHEALTHY", "DEPLOY_FAILED"):
+            lines.append(f"{name}: " + "\n".join(one.message.strip().splitlines()[-8:]))
+    return "\n".join(lines)
 
 
 def _run_prepare() -> None:
