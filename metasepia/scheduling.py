@@ -16,12 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from metasepia.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    Overloaded,
-    Unavailable,
-)
+from metasepia.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from metasepia.inflight import Answer as Answer
 from metasepia.inflight import Entry, Group, Rates, State, check
 from metasepia.inflight import Limits as Limits
@@ -195,8 +190,9 @@ class Scheduler:
         return StepPlan(step=state.steps, drop=drop, feed=feed, begin=tuple(begin), advance=advance)
 
     def _budget(self) -> int:
-        """Tokens to read in one step."""
-        wanted = int(self._rates.read_per_s * self._limits.step_target_s)
+        """Tokens to read in one step; twice as many while no live row waits for it."""
+        seconds = self._limits.step_target_s * (1 if self._state.live else 2)
+        wanted = int(self._rates.read_per_s * seconds)
         return min(max(wanted, MIN_BUDGET), MAX_BUDGET)
 
     def _advances(self) -> Iterator[Advance]:

@@ -1,5 +1,7 @@
 """The scheduler: policy on a decoder that only counts, and continuations on a real one."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -58,9 +60,12 @@ class CountingDecoder:
     groups: dict[int, tuple[list[NewRow], int]] = field(default_factory=dict)
     live: dict[int, int] = field(default_factory=dict)
     most_rows: int = 0
+    meanwhile: Callable[[], object] = lambda: None
+    """Called in the middle of each step, as another thread would."""
 
     def run(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
+        self.meanwhile()
         result = StepResult(step=plan.step)
         for key in plan.drop:
             self.live.pop(key, None)
@@ -255,6 +260,30 @@ def test_bounds_hold_in_every_step_of_a_random_load() -> None:
         assert load.num_live <= 3 and load.cache_tokens <= 200
     assert len(h.order) == 120 and h.decoder.most_rows == 3
     assert not any(isinstance(answers[-1], MetasepiaError) for answers in h.answers.values())
+
+
+def test_rows_cancelled_in_the_middle_of_steps_leave_nothing_behind() -> None:
+    rng = np.random.default_rng(1)
+    h = Harness(Limits(max_rows=4, max_batch_tokens=400, max_queued_tokens=10**6), seconds_per_token=0.001)
+    h.submit(*(row(str(i), int(rng.integers(1, 90)), int(rng.integers(1, 9))) for i in range(100)))
+    cancelled: dict[str, int] = {}
+
+    def cancel() -> None:
+        request_id = str(rng.integers(100))
+        if h.scheduler.cancel(request_id):
+            cancelled[request_id] = len(h.answers[request_id])
+
+    h.decoder.meanwhile = cancel
+    h.finish()
+    assert 20 < len(cancelled) < 80 and len(h.order) == 100 - len(cancelled)
+    assert cancelled == {request_id: len(h.answers[request_id]) for request_id in cancelled}
+    assert h.decoder.live == {} and h.scheduler.load().num_reading == 0
+
+
+def test_scheduling_and_finding_a_prepared_backbone_need_no_torch() -> None:
+    modules = "metasepia.scheduling, metasepia.prepared, metasepia.checkpoints"
+    command = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
 def test_a_row_whose_reader_fails_ends_alone() -> None:
