@@ -400,7 +400,7 @@ class BackboneGroup:
             try:
                 gang = await Gang.launch(self._parts, spares)
             except Exception as error:  # whatever it is, the rows wait and the next try may do better
-                cause = _cause(error) if isinstance(error, RayTaskError) else error
+                cause = str(_cause(error) if isinstance(error, RayTaskError) else error).partition("\n")[0]
                 logger.error("gang %s: try %d to replace it failed: %s", self._settings.id, attempt, cause)
                 await asyncio.sleep(0 if spares else min(MAX_PAUSE_S, 0.5 * 2**attempt))
                 continue
