@@ -103,7 +103,7 @@ class Foreground:
             resources.check_fits(self._settings, available)
         with _step("registry"):
             client = registry.start(self._settings)
-            asyncio.run(shipped.import_experts(client))
+            asyncio.run(shipped.import_all(client))
         with _step("Serve graph"):
             options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)

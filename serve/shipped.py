@@ -1,6 +1,8 @@
 """What comes with the package, by its cards, without torch: the reasoning module in force and the experts."""
 
+import io
 import json
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,11 @@ def module_card(name: str, folder: Path = ASSETS / "modules") -> ModuleCard:
     return ModuleCard(path.name, card["digest"])
 
 
+async def import_all(registry: RegistryClient) -> None:
+    await import_experts(registry)
+    await import_modules(registry)
+
+
 async def import_experts(registry: RegistryClient, folder: Path = ASSETS / "experts") -> list[Artefact]:
     """Puts the shipped experts into the registry under their names, owner `shared`. Again: nothing changes.
 
@@ -49,3 +56,28 @@ async def import_experts(registry: RegistryClient, folder: Path = ASSETS / "expe
         card = json.loads((path.parent / "card.json").read_text()) | {"backbone": expert.backbone}
         imported.append(await registry.put("expert", blob, digest=expert.digest, name=name, owner=SHARED, card=card))
     return imported
+
+
+async def import_modules(registry: RegistryClient, folder: Path = ASSETS / "modules") -> list[Artefact]:
+    """Puts the shipped reasoning modules into the registry, owner `shared`, so that receipts lead to their weights.
+
+    The blob is a tar of the module's safetensors files and its card, the same bytes for the same files.
+    """
+    imported: list[Artefact] = []
+    for path in sorted(folder.glob("*/card.json")):
+        card = json.loads(path.read_text())
+        blob = _tar([*sorted(path.parent.glob("model*.safetensors")), path])
+        imported.append(
+            await registry.put("module", blob, digest=card["digest"], name=path.parent.name, owner=SHARED, card=card)
+        )
+    return imported
+
+
+def _tar(files: list[Path]) -> bytes:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as tar:
+        for file in files:
+            entry, content = tarfile.TarInfo(file.name), file.read_bytes()
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return whole.getvalue()
