@@ -1,8 +1,14 @@
 """An expert's papers: its README.md, made from its card, and the picture of its training."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+
+def card_json(card: dict[str, Any]) -> str:
+    """card.json: a line a field, each list of numbers on one line."""
+    return re.sub(r"\[[-+.eE\d\s,]+\]", lambda m: " ".join(m[0].split()), json.dumps(card, indent=1)) + "\n"
 
 
 def draw(log: Path, picture: Path, title: str) -> None:

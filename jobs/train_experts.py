@@ -17,7 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import settings
-from jobs.expert_cards import draw, model_card
+from jobs.expert_cards import card_json, draw, model_card
 from jobs.tasks import TASKS, Example, LabelTask
 from jobs.tasks.general import CALIBRATION
 from jobs.tasks.general import HELD_OUT as GENERAL_HELD_OUT
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dispatch": centroid.to_card(),
         "dispatch_checked": checked,
     }
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (out / "card.json").write_text(card_json(card))
     (out / "README.md").write_text(model_card(card))
     draw(out / "log.jsonl", out / "curve.png", name)
     for measure in ("choice", "exact"):
