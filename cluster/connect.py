@@ -48,4 +48,4 @@ def connect(settings: RaySettings, *, log_to_driver: bool = False) -> dict[str, 
         options["address"] = settings.address
     if not ray.is_initialized():
         ray.init(**options)
-    return ray.cluster_resources()
+    return dict(ray.cluster_resources())
