@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import psutil
@@ -145,7 +145,7 @@ class Foreground:
         self._card.write_text(json.dumps(card) + "\n")
 
     def _say_ready(self, seconds: float) -> None:
-        models = [one["id"] for one in httpx.get(f"{self._url}/v1/models", timeout=30).json()["data"]]
+        models = httpx.get(f"{self._url}/v1/models", timeout=30).json()["data"]
         console.print(
             f"[bold green]ready[/] in {seconds:.0f} s on {self._url}; Ctrl-C ends it. Three requests to paste:\n"
         )
@@ -203,26 +203,27 @@ def check_port_is_free(host: str, port: int) -> None:
             raise InvalidSettings("http.port", port, f"{allowed} with METASEPIA_HTTP__PORT") from None
 
 
-def curl_lines(url: str, models: list[str], encoders: list[str]) -> list[str]:
-    """Three requests to paste: classify, chat with an expert if there is one, embed."""
-    chat = next((one for one in models if ":" in one and "mix@" not in one), models[0])
+def curl_lines(url: str, models: list[dict[str, Any]], encoders: list[str]) -> list[str]:
+    """Three requests to paste: classify, chat (with the first expert and its card's own example), embed."""
+    experts = sorted((one for one in models if one["x_info"]["kind"] == "expert"), key=lambda one: one["id"])
+    expert = experts[0] if experts else None
+    card = expert["x_info"]["card"] if expert else {}
+    prompt = card.get("example_prompt", "Name the capital of France.")
     examples = [
         {"text": "The lamp broke after two days", "label": "complaint"},
         {"text": "Thank you for the kind and quick help", "label": "praise"},
         {"text": "I was charged twice for one order", "label": "complaint"},
         {"text": "Lovely packaging and fast delivery", "label": "praise"},
     ]
+    chat = {
+        "model": (expert or models[0])["id"],
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     bodies: list[tuple[str, object]] = [
         ("classify", {"examples": examples, "inputs": ["The zip tore the first time I used it"]}),
-        (
-            "chat/completions",
-            {
-                "model": chat,
-                "messages": [{"role": "user", "content": "Name the capital of France."}],
-                "max_tokens": 24,
-                "temperature": 0,
-            },
-        ),
+        ("chat/completions", chat),
         ("embeddings", {"model": encoders[0], "input": ["one body", "any colour"]}),
     ]
     return [
