@@ -20,12 +20,19 @@ def marked(run: str) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:
-            mine = process.pid != os.getpid() and process.environ().get(MARK) == run
-            if mine and process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid != os.getpid() and process.environ().get(MARK) == run and lives(process):
                 found.append(process)
         except (psutil.Error, OSError):  # it ended meanwhile, or is another user's
             continue
     return found
+
+
+def lives(process: psutil.Process) -> bool:
+    """False also for a zombie: it has ended, and its parent has not looked yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end(run: str, *, polite_s: float, timeout_s: float = 10.0) -> list[int]:

@@ -1,9 +1,9 @@
 """`python -m serve.stop`: ends the graph that `serve.main` started, by the card that it left in its home."""
 
-import contextlib
 import json
 import signal
 import sys
+import time
 
 import psutil
 
@@ -26,10 +26,12 @@ def main() -> int:
         return 0
     print(f"ending the graph on {card['url']} (process {process.pid}) ...", flush=True)
     process.send_signal(signal.SIGINT)
-    with contextlib.suppress(psutil.TimeoutExpired):
-        process.wait(TIMEOUT_S)
-        print("ended")
-        return 0
+    give_up = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < give_up:
+        if not processes.lives(process):
+            print("ended")
+            return 0
+        time.sleep(0.2)
     process.kill()
     processes.end(card["run"], polite_s=0.0)
     print("it did not end by itself and was killed")
