@@ -7,6 +7,7 @@ is the same on every rank to the last bit. Two halves are used in turn: a rank t
 peer publish half B, and so nobody still reads A. Publishing relies on x86's store order; elsewhere `connect` says no.
 """
 
+import itertools
 import mmap
 import os
 import platform
@@ -22,6 +23,8 @@ CHUNK = 1 << 18
 PAGE = 4096
 SPIN_S = 2e-3
 NAP_S = 2e-4
+_connects = itertools.count()
+"""All ranks call `connect` in the same order, so a number names one call on each of them."""
 
 
 class SharedMemoryAllReduce:
@@ -74,7 +77,8 @@ def connect(rank: int, world: int, timeout_s: float) -> SharedMemoryAllReduce | 
 
     Needs torch's default process group; all ranks call it.
     """
-    size, key = PAGE + 2 * world * CHUNK * 4, "metasepia-allreduce"
+    # A key used twice would give a peer that is early the memory of the call before.
+    size, key = PAGE + 2 * world * CHUNK * 4, f"metasepia-allreduce-{next(_connects)}"
     store = dist.distributed_c10d._get_default_store()
     memory: mmap.mmap | None = None
     fd = -1

@@ -1,6 +1,7 @@
 """What a backbone is to everybody else, and the slow one-process backbone that the others are checked against."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Literal, Protocol
@@ -57,6 +58,7 @@ class ReferenceBackbone:
         """`experts` by digest; they need `factors`."""
         self.model, self.digest = model, digest
         self.factors, self._experts = factors, dict(experts or {})
+        self._lock = threading.Lock()
 
     def put_expert(self, expert: ExpertVectors) -> None:
         self._experts[expert.digest] = expert
@@ -131,9 +133,11 @@ class ReferenceBackbone:
         self, token_ids: tuple[int, ...], adapter: Adapter
     ) -> tuple[Float[Tensor, "tokens vocab"], Float[Tensor, "layers tokens hidden"]]:
         ids = torch.tensor([token_ids], device=self.model.device)
-        output = torch.func.functional_call(
-            self.model, self.weights(adapter), (ids,), {"use_cache": False, "output_hidden_states": True}
-        )
+        weights = self.weights(adapter)
+        with self._lock:  # functional_call puts the weights into the one model while it runs
+            output = torch.func.functional_call(
+                self.model, weights, (ids,), {"use_cache": False, "output_hidden_states": True}
+            )
         return output.logits[0].float().cpu(), torch.stack(output.hidden_states)[:, 0].float().cpu()
 
     def _check(self, row: Row) -> None:
