@@ -198,6 +198,27 @@ def test_a_mixture_answers_by_the_name_that_registering_it_gave(served: Served, 
     assert made["model"] in [model.id for model in client.models.list()]
 
 
+def test_every_shipped_expert_answers_its_cards_example_by_its_name_and_by_auto(client: openai.OpenAI):
+    cards = [(model.id, (model.model_extra or {})["x_info"].get("card", {})) for model in client.models.list()]
+    shipped = [(id_, card) for id_, card in cards if "example_prompt" in card]
+    assert len(shipped) >= 1
+    for id_, card in shipped:
+        messages: list[Any] = [{"role": "user", "content": card["example_prompt"]}]
+        for model in (id_, "auto"):
+            answer = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
+            receipt = (answer.model_extra or {})["receipt"]
+            assert answer.choices[0].message.content == card["example_answer"]
+            assert (answer.model, receipt["adapter"]) == (id_, [[card["digest"], 1.0]])
+            assert receipt["dispatch"] == ("centroid" if model == "auto" else None)
+
+
+def test_auto_leaves_a_request_of_no_task_to_the_base(client: openai.OpenAI):
+    answer, receipt = _greedy(client, "auto")
+    assert answer == _greedy(client, BACKBONE)[0]
+    assert (receipt["adapter"], receipt["path"], receipt["dispatch"]) == ([], "plain", "abstained")
+    assert receipt["margin"] < 0
+
+
 BAD_BODIES: list[tuple[str, str, Any, int, str | None]] = [
     ("malformed JSON", "/v1/classify", b'{"examples": [', 400, "body"),
     ("an empty body", "/v1/classify", b"", 400, "body"),
@@ -361,6 +382,21 @@ def test_after_all_this_every_part_still_answers(served: Served):
     health = served.get("/health")
     assert health.status_code == 200, health.text
     assert len(health.json()["parts"]) == 3
+
+
+def test_a_gateway_that_is_killed_comes_back_and_until_then_clients_get_the_envelope(served: Served):
+    gateways = [one for one in served.living() if "ServeReplica:metasepia:gateway" in " ".join(one.cmdline())]
+    assert len(gateways) == 1
+    gateways[0].kill()
+    give_up, num_answered = time.monotonic() + 60, 0
+    while num_answered < 5:
+        assert time.monotonic() < give_up
+        response = served.get("/v1/models")
+        num_answered = num_answered + 1 if response.status_code == 200 else 0
+        if response.status_code != 200:
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+            assert int(response.headers["retry-after"]) >= 1
+        time.sleep(0.2)
 
 
 def test_a_port_in_use_is_said_in_words_at_start(served: Served):
