@@ -1,8 +1,10 @@
 """The science of Metasepia: no Ray, no DeepSpeed, no server.
 
-`rows` and `errors` hold the values and failures that every other part shares (no torch). `backbone` is the protocol of
-a frozen causal model and its one-process reference; `generation` decodes rows; `svf` factors weights and applies expert
-vectors (Transformer-squared); `mixing` mixes them; `reasoning` is TART's module and contexts; `synthetic` its tasks and
-oracles; `encoders` embeds texts; `registry` keeps names, digests and blobs; `checkpoints` reads and caches models.
-This module imports nothing.
+`rows`, `steps`, `errors` and `digests` are what every other part shares; they, `prepared`, `experts`, `mixing`,
+`dispatch` and `registry` load no torch. `checkpoints` finds and prepares models; `backbone` is the protocol of a
+frozen causal model and its one-process reference; `scheduling` (with `inflight`) says which rows run in the next
+step, `generation` (over `cache`) runs them; `factors` are the singular factors of a model's weights, `svf` applies
+expert vectors through them (Transformer-squared), `tuning` trains them, `mixing` mixes them, `dispatch` chooses one
+by the request; `reasoning` is TART's module and contexts, `synthetic` its tasks and oracles; `encoders` embeds texts;
+`registry` keeps names, digests and blobs. This module imports nothing.
 """
