@@ -8,9 +8,10 @@ import dataclasses
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from actors.messages import Receipt
@@ -18,7 +19,7 @@ from metasepia.errors import Unavailable, WindowExceeded
 from metasepia.rows import Executed, Row, Sampling
 from serve.deadlines import Deadline
 from serve.parts import Backbone
-from serve.prompts import Prompts, StopStrings, StreamedText
+from serve.prompts import Prompts, StopStrings, StreamedText, away
 from serve.receipts import receipt_json
 from serve.routing import Routed
 from serve.schemas import DEFAULT_ANSWER_LEN, MAX_SEED, ChatRequest, CompletionRequest
@@ -56,16 +57,23 @@ class Piece:
     executed: Executed | None = None
 
 
-def tokens_of(request: ChatRequest | CompletionRequest, backbone: Backbone, prompts: Prompts) -> tuple[int, ...]:
+async def tokens_of(request: ChatRequest | CompletionRequest, backbone: Backbone, prompts: Prompts) -> tuple[int, ...]:
     """The prompt. Raises WindowExceeded, naming the field, when no answer would fit behind it."""
+    window = backbone.prepared.window
     if isinstance(request, ChatRequest):
-        field = "messages"
-        token_ids = prompts.chat([{"role": _role(one.role), "content": one.content} for one in request.messages])
+        messages = [{"role": _role(one.role), "content": one.content} for one in request.messages]
+        field, texts = "messages", [one["content"] for one in messages]
+        tokenise = partial(prompts.chat, messages)
     else:
-        field, token_ids = "prompt", prompts.plain(request.prompt)
-    if len(token_ids) >= backbone.prepared.window:
-        raise WindowExceeded(field, len(token_ids), backbone.prepared.window)
-    return token_ids
+        field, texts = "prompt", [request.prompt]
+        tokenise = partial(prompts.plain, request.prompt)
+    num_tokens = sum(prompts.at_least(text) for text in texts)
+    if num_tokens < window:
+        token_ids = await away(sum(map(len, texts)), tokenise)
+        if len(token_ids) < window:
+            return token_ids
+        num_tokens = len(token_ids)
+    raise WindowExceeded(field, num_tokens, window)
 
 
 def plan(
@@ -222,9 +230,18 @@ async def whole(plan: Plan, prompts: Prompts) -> dict[str, Any]:
     }
 
 
-async def events(plan: Plan, prompts: Prompts) -> AsyncGenerator[dict[str, Any]]:
-    """The events of a stream, up to [DONE]; the last one carries the receipt."""
+async def events(plan: Plan, prompts: Prompts, count: Callable[[int, int], None]) -> AsyncGenerator[dict[str, Any]]:
+    """The events of a stream, up to [DONE]; the last one carries the receipt. `count` is told the tokens at the end."""
     answered = Answered(len(plan.rows))
+    try:
+        async with aclosing(_events(plan, prompts, answered)) as source:
+            async for event in source:
+                yield event
+    finally:
+        count(plan.prompt_len, answered.num_tokens)
+
+
+async def _events(plan: Plan, prompts: Prompts, answered: Answered) -> AsyncGenerator[dict[str, Any]]:
     begun: set[int] = set()
     async with aclosing(plan.deadline.over(merged(plan, prompts), "the completion")) as source:
         async for piece in source:

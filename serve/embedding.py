@@ -12,12 +12,13 @@ import numpy as np
 
 from actors.messages import Receipt, Texts
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
+from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row
 from serve.deadlines import Deadline
 from serve.failures import unwrap
 from serve.names import Names
 from serve.parts import Backbone, TextEncoder
-from serve.prompts import Prompts
+from serve.prompts import Prompts, away
 from serve.receipts import receipt_json
 from serve.schemas import EmbeddingsRequest
 
@@ -89,25 +90,19 @@ class Embedding:
     ) -> Embedded:
         prepared, prompts = backbone.prepared, self._prompts[backbone.id]
         request_id = f"embd-{uuid.uuid4().hex}"
-        rows: list[Row] = []
-        for index, (item, field) in enumerate(zip(items, fields, strict=True)):
-            token_ids = prompts.plain(item) if isinstance(item, str) else tuple(item)
-            if not token_ids:
-                raise InvalidRequest(field, "the text has no tokens")
-            if len(token_ids) > prepared.window:
-                raise WindowExceeded(field, len(token_ids), prepared.window)
-            if not all(0 <= token < prepared.vocab_size for token in token_ids):
-                raise InvalidRequest(field, f"token ids must be from 0 to {prepared.vocab_size - 1}")
-            rows.append(
-                Row(
-                    request_id=f"{request_id}-{index}",
-                    backbone=prepared.digest,
-                    token_ids=token_ids,
-                    deadline_unix_s=deadline.unix_s,
-                    want="hidden_states",
-                    hidden=HiddenStatesWanted(layers=(-1,), pooling="mean"),
-                )
+        num_chars = sum(len(item) for item in items)
+        sequences = await away(num_chars, lambda: _sequences(items, fields, prepared, prompts))
+        rows = [
+            Row(
+                request_id=f"{request_id}-{index}",
+                backbone=prepared.digest,
+                token_ids=token_ids,
+                deadline_unix_s=deadline.unix_s,
+                want="hidden_states",
+                hidden=HiddenStatesWanted(layers=(-1,), pooling="mean"),
             )
+            for index, token_ids in enumerate(sequences)
+        ]
         async with deadline.limit("the embedding"):
             answers = await backbone.hidden_states(rows)
         vectors = np.stack([one.states[0] for one in answers]).astype(np.float32)
@@ -117,6 +112,25 @@ class Embedding:
             num_tokens=sum(len(row.token_ids) for row in rows),
             receipt=Receipt.of(answers[0].executed, request=request_digest),
         )
+
+
+def _sequences(
+    items: Sequence[Item], fields: Sequence[str], prepared: PreparedBackbone, prompts: Prompts
+) -> list[tuple[int, ...]]:
+    """Token ids of each text. Raises WindowExceeded and InvalidRequest naming the field."""
+    found: list[tuple[int, ...]] = []
+    for item, field in zip(items, fields, strict=True):
+        if isinstance(item, str) and (num_tokens := prompts.at_least(item)) > prepared.window:
+            raise WindowExceeded(field, num_tokens, prepared.window)
+        token_ids = prompts.plain(item) if isinstance(item, str) else tuple(item)
+        if not token_ids:
+            raise InvalidRequest(field, "the text has no tokens")
+        if len(token_ids) > prepared.window:
+            raise WindowExceeded(field, len(token_ids), prepared.window)
+        if not all(0 <= token < prepared.vocab_size for token in token_ids):
+            raise InvalidRequest(field, f"token ids must be from 0 to {prepared.vocab_size - 1}")
+        found.append(token_ids)
+    return found
 
 
 def _in_fields(error: BaseException, fields: Sequence[str]) -> BaseException:

@@ -96,7 +96,9 @@ class Door:
         asked = await self.asked(request)
         body = ClassifyRequest.of(asked.tree)
         body.check(self._http)
-        return JSONResponse(await self._classification.classify(body, asked.digest, asked.deadline))
+        answer = await self._classification.classify(body, asked.digest, asked.deadline)
+        self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
+        return JSONResponse(answer)
 
     async def embeddings(self, request: Request) -> Response:
         asked = await self.asked(request)
@@ -125,19 +127,19 @@ class Door:
             if body.model == AUTO and await self._routing.is_served():
                 backbone = self._routing.backbone
                 prompts = self.prompts[backbone.id]
-                token_ids = completion.tokens_of(body, backbone, prompts)
+                token_ids = await completion.tokens_of(body, backbone, prompts)
                 routed = await self._routing.route(token_ids, body.dispatch, asked.deadline)
             else:
                 routed = Routed(await self.names.resolve(body.model))
                 backbone = routed.chosen.backbone
                 prompts = self.prompts[backbone.id]
-                token_ids = completion.tokens_of(body, backbone, prompts)
+                token_ids = await completion.tokens_of(body, backbone, prompts)
         plan = completion.plan(body, token_ids, routed, asked.digest, asked.deadline)
         if not body.stream:
             answer = await completion.whole(plan, prompts)
             self.metrics.add_tokens(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
             return JSONResponse(answer)
-        events = completion.events(plan, prompts)
+        events = completion.events(plan, prompts, self.metrics.add_tokens)
         # The first event decides the status: a refusal must not hide inside a 200.
         first = await anext(events)
         return StreamingResponse(

@@ -3,11 +3,12 @@
 The template runs in jinja2's sandbox, with the functions that Hugging Face's own renderer gives it.
 """
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -16,6 +17,9 @@ from tokenizers import Tokenizer
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, NotSupported
 
+T = TypeVar("T")
+_LONG_TEXT = 16_384
+"""Characters; a few milliseconds of tokenising."""
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4
 """Bytes, so also tokens, that one character of UTF-8 takes at most."""
@@ -33,6 +37,7 @@ class Prompts:
             raise CorruptArtefact(f"tokenizer of {backbone_id}", f"tokenizer.json cannot be read ({error})") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self._longest = max((len(token.encode()) for token in self.tokenizer.get_vocab()), default=1)
         config_path = tokenizer_dir / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
         self._special = {
@@ -42,10 +47,6 @@ class Prompts:
         }
         source = _template_source(tokenizer_dir, config)
         self._template = None if source is None else _environment().from_string(source)
-
-    @property
-    def has_template(self) -> bool:
-        return self._template is not None
 
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """The token ids of a conversation, up to where the assistant's answer begins.
@@ -66,8 +67,20 @@ class Prompts:
         """The token ids of a text as the checkpoint wants it, with the special tokens that its tokenizer adds."""
         return tuple(self.tokenizer.encode(text).ids)
 
+    def at_least(self, text: str) -> int:
+        """A lower bound on the tokens of `text`, without tokenising it: no token is longer than the longest.
+
+        Halved, since a normaliser may shorten text before it is cut. Spares everybody else a text of megabytes.
+        """
+        return len(text.encode()) // (2 * self._longest)
+
     def text(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+async def away(num_chars: int, work: Callable[[], T]) -> T:
+    """The work's result; done in a thread where the text is long, so that other requests go on meanwhile."""
+    return await asyncio.to_thread(work) if num_chars > _LONG_TEXT else work()
 
 
 class StreamedText:

@@ -278,6 +278,13 @@ BAD_BODIES: list[tuple[str, str, Any, int, str | None]] = [
         400,
         "messages",
     ),
+    (
+        "eight million letters",
+        "/v1/chat/completions",
+        CHAT | {"messages": [{"role": "user", "content": "x" * 8_000_000}]},
+        400,
+        "messages",
+    ),
     ("messages of a wrong type", "/v1/chat/completions", CHAT | {"messages": "hello"}, 400, "messages"),
     ("no messages", "/v1/chat/completions", {"model": BACKBONE}, 400, "messages"),
     ("tools", "/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
@@ -364,6 +371,23 @@ def test_many_clients_at_once_get_the_answers_that_each_gets_alone(served: Serve
     for one, other in zip(alone, together, strict=True):
         assert one["label"] == other["label"]
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+
+
+def test_beyond_the_queue_clients_are_told_when_to_come_back(served: Served):
+    body, headers = STORY | {"max_tokens": 1000}, {"x-request-timeout-seconds": "4"}
+
+    async def flood() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=served.url, timeout=60, limits=limits) as client:
+            asks = [client.post("/v1/chat/completions", json=body, headers=headers) for _ in range(150)]
+            return await asyncio.gather(*asks)
+
+    answers = asyncio.run(flood())
+    refused = [one for one in answers if one.status_code == 429]
+    assert {one.status_code for one in answers} <= {200, 429, 504}
+    assert len(refused) >= 150 - 65_536 // 1000 - 16  # those that wait, and those that decode
+    assert all(int(one.headers["retry-after"]) >= 1 and one.json()["error"]["code"] == "overloaded" for one in refused)
+    assert _becomes(served, num_live=0, num_waiting=0)
 
 
 def test_the_request_id_of_the_client_comes_back(served: Served):

@@ -62,6 +62,12 @@ def test_a_directory_without_a_tokenizer_is_corrupt(tmp_path: Path):
         Prompts(tmp_path, "tiny")
 
 
+def test_the_least_number_of_tokens_is_no_more_than_there_are(prompts: Prompts):
+    for text in ("", "plain", "naïve €5 🦑" * 100):
+        assert prompts.at_least(text) <= len(prompts.plain(text))
+    assert prompts.at_least("x" * 2**20) > 2**10
+
+
 @pytest.mark.parametrize("text", ["plain", "naïve €5 🦑🦑 汉字 e\u0301", "👩‍👩‍👧‍👦" * 3, "", "a\ufffdb"])
 def test_streamed_pieces_never_split_a_character_and_add_up(prompts: Prompts, text: str):
     streamed = StreamedText(prompts)
