@@ -1,6 +1,7 @@
 """Accuracy of a reasoning module on fresh synthetic problems, beside scikit-learn and the Bayes-optimal predictor.
 
     python -m jobs.evaluate_reasoning --module default
+    python -m jobs.evaluate_reasoning --module runs/reasoning-small --write-readme
 
 Problems are probabilistic logistic regression with seeds that training never uses; each has k examples and 64 queries.
 Accuracy is the chance that a label drawn with its true probability is the predicted one, so label noise adds none.
@@ -82,6 +83,36 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def readme(loaded: LoadedModule, rows: Sequence[Row], command: str) -> str:
+    """The module's card for people."""
+    card, shape = loaded.card, loaded.module.shape
+    recipe = card["recipe"]
+    assert isinstance(recipe, dict)
+    seeds = ", ".join(f"{name} {seed}" for name, seed in {"weights": recipe["module_seed"], **recipe["seeds"]}.items())
+    return f"""# {loaded.name}
+
+A reasoning module in the manner of TART (arXiv:2306.07536). It learned from synthetic logistic regression only, with
+w ~ alpha N(0, I), alpha {", ".join(f"{a:g}" for a in recipe["task"]["alphas"])}; it has seen no real data.
+
+| | |
+| --- | --- |
+| shape | {shape.dims} dims, {shape.pairs} pairs, {shape.layers} layers x {shape.width}, {shape.heads} heads |
+| parameters | {sum(p.numel() for p in loaded.module.parameters()):,}, stored as {card["dtype"]} |
+| digest | `{loaded.digest}` |
+| command | `{card["command"]}` |
+| steps | {card["step"]:,} of {recipe["batch_size"]} sequences, on {card["device"]}, {card["precision"]} |
+| seeds | {seeds} |
+| last loss | {card["final_loss"]:.4f} nats a label; `loss.jsonl` has every fiftieth step |
+| licence | {card["licence"]} |
+
+![loss](loss.png)
+
+`{command}` prints this, in per cent, on fresh synthetic problems (± is two standard errors of the difference):
+
+{table(rows)}
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog="python -m jobs.evaluate_reasoning", description=(__doc__ or "").split("\n\n", maxsplit=1)[0]
@@ -90,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--folder", type=Path, default=shipped.MODULES, help="where shipped modules lie")
     p.add_argument("--k", default="8,16,32", help="examples, separated by commas; at most the module's")
     p.add_argument("--problems", type=int, default=200)
+    p.add_argument("--write-readme", action="store_true", help="write README.md into the module's folder")
     arguments = p.parse_args(argv)
     try:
         loaded = shipped.load(arguments.module, folder=arguments.folder)
@@ -103,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     worst = max(row.bayes_error for row in rows)
     print(f"Bayes-optimal: elliptical slice sampling; standard error of one probability at most {worst:.3f}")
+    if arguments.write_readme:
+        command = f"python -m jobs.evaluate_reasoning --module {loaded.name} --problems {arguments.problems}"
+        (shipped.folder_of(arguments.module, arguments.folder) / "README.md").write_text(readme(loaded, rows, command))
     return 0
 
 

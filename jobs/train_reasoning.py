@@ -145,7 +145,7 @@ def train(
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "precision": precision,
         "torch": torch.__version__,
-        "licence": "Apache-2.0",
+        "licence": "that of this repository; trained on synthetic data alone",
     }
     for folder in (out, *([copies] if copies else [])):
         shipped.export(run.module, folder, card, dtype=dtype)

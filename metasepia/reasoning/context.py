@@ -22,6 +22,8 @@ from metasepia.reasoning.protocols import STREAM
 from metasepia.reasoning.reduction import Reduction, ReductionRecipe
 from metasepia.reasoning.shipped import LoadedModule
 
+SHARED_ROWS = 256
+"""Binary problems times views that a context of many classes keeps to by having fewer views, though never below 2."""
 MAX_ROWS = 4096
 """Compiled rows of one context: binary problems times views. Beyond it a context is refused."""
 FORWARD_BYTES = 64 << 20
@@ -73,16 +75,22 @@ class Context:
 
     def plan(self, shape: ModuleShape) -> "Plan":
         """Which examples each compiled row holds, and in which order. Raises InvalidRequest beyond MAX_ROWS rows."""
-        labels = np.array([self.classes.index(label) for label in self.labels])
-        positives = [labels == c for c in ([1] if len(self.classes) == 2 else range(len(self.classes)))]
+        classes = self.classes
+        num_problems = 1 if len(classes) == 2 else len(classes)
+        views = max(1, min(self.recipe.views, max(2, SHARED_ROWS // num_problems)))
+        if views * num_problems > MAX_ROWS:
+            raise InvalidRequest(
+                "examples", f"{len(classes)} classes; at most {MAX_ROWS // views} can be told apart in one context"
+            )
+        place = {name: i for i, name in enumerate(classes)}
+        labels = np.array([place[label] for label in self.labels])
+        positives = [labels == c for c in ([1] if num_problems == 1 else range(num_problems))]
         parts = [_division(positive, shape.max_examples)[0] for positive in positives]
-        # Many classes share the work of the views that few would have.
-        wanted = max(1, min(self.recipe.views, max(2, 32 // len(positives))))
-        views = max(wanted, *parts)
-        if views * len(positives) > MAX_ROWS:
+        views = max(views, *parts)
+        if views * num_problems > MAX_ROWS:
             raise InvalidRequest(
                 "examples",
-                f"{len(labels)} examples of {len(self.classes)} classes need {views * len(positives)} compiled rows of "
+                f"{len(labels)} examples of {len(classes)} classes need {views * num_problems} compiled rows of "
                 f"{shape.max_examples} examples; at most {MAX_ROWS} are allowed: send fewer examples or classes",
             )
         rows = [
@@ -90,7 +98,7 @@ class Context:
             for problem, positive in enumerate(positives)
             for view in range(views)
         ]
-        return Plan(len(positives), views, rows)
+        return Plan(num_problems, views, rows)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ class ReductionRecipe:
 
     floor: float = 1.0
     """In (0, 1]: eigenvalues count as at least this share of the largest. 1 keeps the vectors' own proportions."""
-    views: int = 16
+    components: int = 32
+    """At least 1: the leading components that views are made of. More than the views can cover only dilute them."""
+    views: int = 32
     """At least 1. Each costs one compiled row and one token a query."""
 
 
@@ -53,7 +55,7 @@ class Reduction:
             return cls(mean, projections)
         _, singular, components = np.linalg.svd(centred / size, full_matrices=False)
         eigenvalues = singular**2 / len(vectors)
-        rank = int((eigenvalues > 1e-10 * eigenvalues[0]).sum())
+        rank = min(recipe.components, int((eigenvalues > 1e-10 * eigenvalues[0]).sum()))
         scale = 1 / np.sqrt(np.maximum(eigenvalues[:rank], recipe.floor * eigenvalues[0]))
         scaled = components[:rank].T * scale  # [width, rank]
         variances = eigenvalues[:rank] * scale**2

@@ -129,10 +129,21 @@ def test_a_context_that_teaches_nothing_is_refused_in_words(vectors, labels, mes
         Context.of(vectors, labels)
 
 
-def test_more_rows_than_the_limit_are_refused_with_the_limit():
-    many = Context.of(examples(6000)[0], [str(i) for i in range(6000)])
-    with pytest.raises(InvalidRequest, match="at most 4096 are allowed"):
+def test_more_classes_or_examples_than_fit_are_refused_with_the_limit(monkeypatch: pytest.MonkeyPatch):
+    many = Context.of(examples(2100)[0], [str(i) for i in range(2100)])
+    with pytest.raises(InvalidRequest, match="2100 classes; at most 2048 can be told apart"):
         many.plan(SHAPE)
+    monkeypatch.setattr(contexts, "MAX_ROWS", 4)
+    with pytest.raises(
+        InvalidRequest, match="200 examples of 2 classes need 13 compiled rows of 16 examples; at most 4"
+    ):
+        Context.of(*examples(200), recipe=RECIPE).plan(SHAPE)
+
+
+def test_views_of_many_classes_are_few_and_those_of_two_are_all():
+    vectors, labels = examples(60)[0], [str(i % 30) for i in range(60)]
+    assert Context.of(vectors, labels).plan(SHAPE).num_views == 256 // 30
+    assert Context.of(vectors, ["ab"[i % 2] for i in range(60)]).plan(SHAPE).num_views == ReductionRecipe().views
 
 
 def test_identical_examples_give_finite_even_answers(loaded: LoadedModule):
