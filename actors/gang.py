@@ -32,6 +32,8 @@ logger = logging.getLogger("metasepia.gang")
 PULSE_INTERVAL_S = 0.25
 STARVED_FACTOR = 4
 """A rank that the kernel runs, but that does not answer, is given this many heartbeats: the machine may be busy."""
+STARTING_FACTOR = 30
+"""The same while it starts: imports hold Python's lock, and on a busy machine for long."""
 STALL_FACTOR = 4
 """A step that passes no transformer block for this many collective deadlines is taken to hang."""
 GONE_TIMEOUT_S = 5.0
@@ -177,7 +179,9 @@ class Gang:
                         raise result
             gang = cls(parts.settings, tuple(started))
             # Watched from now on: a rank that freezes while the gang meets would hold the others until their timeouts.
-            await asyncio.wait_for(first_of(gang._join(parts.limits), gang.watch()), parts.settings.start_timeout_s)
+            await asyncio.wait_for(
+                first_of(gang._join(parts.limits), gang.watch(STARTING_FACTOR)), parts.settings.start_timeout_s
+            )
         except BaseException:
             await kill_all(started)
             raise
@@ -210,19 +214,22 @@ class Gang:
         await asyncio.gather(*(p.handle.put_expert.remote(digest, reference) for p in self.processes))
         self.experts.add(digest)
 
-    async def watch(self) -> None:
-        """Never returns; raises Fault once a rank has died, is silent for too long, hangs or says that it failed."""
-        watchers = [asyncio.create_task(self._watch(rank, p)) for rank, p in enumerate(self.processes)]
+    async def watch(self, patience: int = STARVED_FACTOR) -> None:
+        """Never returns; raises Fault once a rank has died, is silent for too long, hangs or says that it failed.
+
+        `patience`: heartbeats that a rank may miss while the kernel runs it. One that is stopped may miss none.
+        """
+        watchers = [asyncio.create_task(self._watch(rank, p, patience)) for rank, p in enumerate(self.processes)]
         try:
             await asyncio.gather(*watchers)
         finally:
             for watcher in watchers:
                 watcher.cancel()
 
-    async def _watch(self, rank: int, process: RankProcess) -> None:
+    async def _watch(self, rank: int, process: RankProcess, patience: int) -> None:
         last, since = -1, time.monotonic()
         while True:
-            pulse = await self._pulse(rank, process)
+            pulse = await self._pulse(rank, process, patience)
             if pulse.failed is not None:
                 raise Fault(f"rank {rank} failed: {pulse.failed}", by_itself=True)
             if not pulse.busy or pulse.progress != last:
@@ -231,7 +238,7 @@ class Gang:
                 raise Fault(f"rank {rank} hangs in a step", by_itself=True)
             await asyncio.sleep(PULSE_INTERVAL_S)
 
-    async def _pulse(self, rank: int, process: RankProcess) -> Pulse:
+    async def _pulse(self, rank: int, process: RankProcess, patience: int) -> Pulse:
         timeout_s = self.settings.heartbeat_timeout_s
 
         async def ask() -> Pulse:
@@ -239,7 +246,7 @@ class Gang:
 
         asking = asyncio.create_task(ask())
         try:
-            for _ in range(STARVED_FACTOR):
+            for _ in range(patience):
                 done, _pending = await asyncio.wait({asking}, timeout=timeout_s)
                 if done:
                     return asking.result()
