@@ -121,7 +121,7 @@ PRESETS: Mapping[str, Recipe] = {
         learning_rate=1e-3,
     ),
 }
-"""`paper`: TART's own. `small`: 8 dims in 25 core-minutes. `medium`: 16. `tiny`: for tests, learns nothing of use."""
+"""`paper`: TART's own. `small`: 8 dims, the shipped one. `medium`: 16. `tiny`: for tests, learns nothing of use."""
 
 
 def loss_of(logits: Float[Tensor, "batch padded"], y: Float[Tensor, "batch pairs"]) -> Float[Tensor, ""]:

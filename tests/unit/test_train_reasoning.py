@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from jobs import train_reasoning
 from metasepia.errors import CorruptArtefact, InvalidSettings, UnknownName
 from metasepia.reasoning import shipped
+from metasepia.reasoning.module import Block
 from metasepia.reasoning.training import PRESETS, TrainingRun, loss_of
 
 
@@ -98,3 +99,20 @@ def test_large_weights_are_cut_into_files_that_load_as_one(tmp_path: Path, monke
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 1 and all(len(load_file(f)) for f in files)
     assert shipped.load(str(tmp_path)).digest == digest
+
+
+def test_a_compiler_that_fails_is_told_of_and_training_goes_on_without_it(tmp_path: Path, monkeypatch, capsys):
+    def no_compiler(self: torch.nn.Module, **_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(Block, "compile", no_compiler)
+    assert train(tmp_path, "--compile") == 0
+    assert "runs uncompiled: RuntimeError: no C++ compiler" in capsys.readouterr().out
+
+
+def test_exported_weights_alone_go_on_from_their_step(tmp_path: Path, capsys):
+    assert train(tmp_path / "first", "--max-seconds", "0") == 3
+    step = json.loads((tmp_path / "first" / "card.json").read_text())["step"]
+    assert train(tmp_path / "second", "--warm-start", str(tmp_path / "first")) == 0
+    assert f"goes on from step {step} of" in capsys.readouterr().out
+    assert json.loads((tmp_path / "second" / "card.json").read_text())["step"] == 120
