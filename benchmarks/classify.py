@@ -70,9 +70,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory of Parquet files")
     parser.add_argument("--k", default="16,32,64", help="numbers of labelled examples")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--test", type=int, default=150, help="held-out texts a set and seed")
-    parser.add_argument("--prompted", type=int, default=30, help="of these, how many the prompted backbone answers")
-    parser.add_argument("--characters", type=int, default=160, help="texts are cut to this length, for every side")
+    parser.add_argument("--test", type=int, default=100, help="held-out texts a set, the same for every seed")
+    parser.add_argument("--prompted", type=int, default=20, help="of these, how many the prompted backbone answers")
+    parser.add_argument("--characters", type=int, default=100, help="texts are cut to this, as TART's scripts do")
     parser.add_argument("--module", default="default")
     parser.add_argument("--no-prompting", action="store_true", help="leave the slowest side out")
     arguments = parser.parse_args()
@@ -100,8 +100,11 @@ def main() -> None:
     with Progress() as progress:
         task = progress.add_task("classifying", total=len(sets) * arguments.seeds)
         for one in sets:
+            cut = arguments.characters
+            test = [(text[:cut], label) for text, label in one.sample_test(arguments.test, seed=0)]
+            vectors = {source: embed([text for text, _ in test]) for source, embed in embeds.items()}
             for seed in range(arguments.seeds):
-                run_one(one, seed, ks, arguments, embeds, module, prompting, score)
+                run_one(one, seed, ks, arguments, embeds, module, prompting, score, test, vectors)
                 progress.advance(task)
     report.publish(
         "classify", rows_of(scores, sets, ks, arguments, module), json_file=arguments.json, started_on=started_on
@@ -109,15 +112,13 @@ def main() -> None:
     print(f"{len(sets)} sets, {arguments.seeds} seeds, {time.perf_counter() - began:.0f} s")
 
 
-def run_one(one: TextSet, seed: int, ks, arguments, embeds, module, prompting, score) -> None:
+def run_one(one: TextSet, seed: int, ks, arguments, embeds, module, prompting, score, test, test_vectors_of) -> None:
     """Every side on one draw of one set."""
-    cut = arguments.characters
-    examples = [(text[:cut], label) for text, label in one.draw(max(ks), seed)]
-    test = [(text[:cut], label) for text, label in one.sample_test(arguments.test, seed)]
+    examples = [(text[: arguments.characters], label) for text, label in one.draw(max(ks), seed)]
     texts, truth = [text for text, _ in test], [label for _, label in test]
     labels = [label for _, label in examples]
     for source, embed in embeds.items():
-        train_vectors, test_vectors = embed([text for text, _ in examples]), embed(texts)
+        train_vectors, test_vectors = embed([text for text, _ in examples]), test_vectors_of[source]
         for k in ks:
             value = accuracy_of_module(module, train_vectors[:k], labels[:k], test_vectors, truth, seed)
             score(f"module/{source}", k, one.name, value)
@@ -126,11 +127,9 @@ def run_one(one: TextSet, seed: int, ks, arguments, embeds, module, prompting, s
                 score(f"{name}/{source}", k, one.name, float(np.mean(fitted.predict(test_vectors) == truth)))
     if not arguments.no_prompting:
         asked, expected = texts[: arguments.prompted], truth[: arguments.prompted]
-        for k in ks:
-            said = prompting.predict(examples[:k], asked)
-            score(
-                "prompting/backbone", k, one.name, float(np.mean([a == b for a, b in zip(said, expected, strict=True)]))
-            )
+        for k, said in prompting.predict(examples, ks, asked).items():
+            right = [a == b for a, b in zip(said, expected, strict=True)]
+            score("prompting/backbone", k, one.name, float(np.mean(right)))
 
 
 def rows_of(scores, sets: Sequence[TextSet], ks: Sequence[int], arguments, module: LoadedModule) -> list[report.Row]:

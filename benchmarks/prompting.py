@@ -18,8 +18,10 @@ class InContextPrompting:
         self._model, self._tokenizer, self._batch = model, tokenizer, batch
 
     @torch.inference_mode()
-    def predict(self, examples: Sequence[tuple[str, str]], inputs: Sequence[str]) -> list[str]:
-        """The label of each input, given the (text, label) examples in their order.
+    def predict(
+        self, examples: Sequence[tuple[str, str]], ks: Sequence[int], inputs: Sequence[str]
+    ) -> dict[int, list[str]]:
+        """For each k the label of each input, given the first k of the (text, label) examples in their order.
 
         Raises ValueError where two labels begin with the same token: the comparison would be void.
         """
@@ -29,12 +31,16 @@ class InContextPrompting:
         if len(set(first)) < len(first):
             raise ValueError(f"labels {labels} do not differ in their first token")
         word_of = dict(zip(labels, words, strict=True))
-        shots = "".join(f"Sentence: {text}\nLabel: {word_of[label]}\n\n" for text, label in examples)
-        prefix = self._tokenizer(shots, return_tensors="pt")["input_ids"]
-        cache = self._model(prefix, use_cache=True, logits_to_keep=1).past_key_values
-        scores = self._label_scores(cache, prefix.shape[1], ["N/A", *inputs], first)
-        calibrated = scores[1:] - scores[0]
-        return [labels[i] for i in calibrated.argmax(-1).tolist()]
+        cache, prefix_len, shown = None, 0, 0
+        answers: dict[int, list[str]] = {}
+        for k in sorted(ks):  # the prompt of a larger k begins with that of a smaller one
+            more = "".join(f"Sentence: {text}\nLabel: {word_of[label]}\n\n" for text, label in examples[shown:k])
+            ids = self._tokenizer(more, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            cache = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            prefix_len, shown = prefix_len + ids.shape[1], k
+            scores = self._label_scores(cache, prefix_len, ["N/A", *inputs], first)
+            answers[k] = [labels[i] for i in (scores[1:] - scores[0]).argmax(-1).tolist()]
+        return answers
 
     def _label_scores(
         self, cache: object, prefix_len: int, inputs: Sequence[str], first: Sequence[int]
