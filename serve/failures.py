@@ -131,7 +131,7 @@ def _invalid(error: pydantic.ValidationError) -> errors.InvalidRequest:
     where = ""
     for step in first["loc"]:
         where += f"[{step}]" if isinstance(step, int) else f".{step}" if where else str(step)
-    message = first["msg"]
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "this field is not known here; leave it out"
     elif first["type"] == "missing":
