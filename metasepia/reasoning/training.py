@@ -121,7 +121,7 @@ PRESETS: Mapping[str, Recipe] = {
         learning_rate=1e-3,
     ),
 }
-"""`paper`: TART's own. `small`: 8 dims, the shipped one. `medium`: 16. `tiny`: for tests, learns nothing of use."""
+"""`paper`: TART's own. `small`: 8 dims, the shipped one. `medium`: 16, never yet run to its end. `tiny`: for tests."""
 
 
 def loss_of(logits: Float[Tensor, "batch padded"], y: Float[Tensor, "batch pairs"]) -> Float[Tensor, ""]:
