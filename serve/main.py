@@ -245,7 +245,7 @@ def _run_prepare() -> None:
     """In a process of its own, which may load torch; its progress goes to our terminal."""
     done = subprocess.run([sys.executable, "-m", "serve.prepare", *sys.argv[1:]], cwd=ROOT, check=False)
     if done.returncode:
-        raise Unavailable("what `python -m serve.prepare` makes (see above)", 0.0)
+        raise NotStarted("weights and factors could not be prepared; the reason stands above")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster import settings as settings_of
 from cluster.settings import BackboneSettings, Settings
 from metasepia import checkpoints
-from metasepia.errors import MetasepiaError
+from metasepia.errors import InvalidSettings, MetasepiaError
 from metasepia.experts import FactorIndex
 from metasepia.prepared import PreparedBackbone
 
@@ -19,7 +19,10 @@ def prepare(settings: Settings) -> dict[str, PreparedBackbone]:
     """The backbones by id, with what is missing made first. Where nothing is, no torch is loaded: under a second."""
     found: dict[str, PreparedBackbone] = {}
     for backbone in settings.backbones:
-        prepared = found[backbone.id] = checkpoints.prepare(backbone.source, settings.home)
+        try:
+            prepared = found[backbone.id] = checkpoints.prepare(backbone.source, settings.home)
+        except InvalidSettings as error:
+            raise InvalidSettings(f"backbones[{backbone.id}].{error.field}", error.value, error.allowed) from error
         if not _has_factors(backbone, prepared, settings.home):
             import torch
 
