@@ -3,7 +3,6 @@
 No torch until one is made, so that the gateway may import this module.
 """
 
-import asyncio
 import contextlib
 import hashlib
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.messages import EncoderInfo, Texts
+from actors.waiting import answer_within, remaining_s
 from cluster.settings import EncoderSettings
 from metasepia.errors import (
     DeadlineExceeded,
@@ -148,21 +148,13 @@ class Encoder:
     async def _ask(self, request: _Request) -> np.ndarray:
         if not self._worker.is_alive():
             raise Unavailable(f"encoder {self._settings.id}", 1.0)
-        timeout_s = request.deadline_unix_s - time.time()
-        if not timeout_s > 0:
-            raise DeadlineExceeded(f"encoder {self._settings.id}", max(0.0, timeout_s))
+        timeout_s = remaining_s(request.deadline_unix_s, f"encoder {self._settings.id}")
         self._num_queued += len(request.texts)
         try:
             with self._arrived:
                 self._inbox.append(request)
                 self._arrived.notify()
-            # wait_for cancels `answer` when time is up or the caller leaves: the worker then drops the request.
-            wait_s = None if timeout_s == float("inf") else timeout_s
-            return await asyncio.wait_for(asyncio.wrap_future(request.answer), wait_s)
-        except MetasepiaError:
-            raise
-        except TimeoutError:
-            raise DeadlineExceeded(f"encoder {self._settings.id}", round(timeout_s, 3)) from None
+            return await answer_within(request.answer, timeout_s, f"encoder {self._settings.id}")
         finally:
             self._num_queued -= len(request.texts)
 

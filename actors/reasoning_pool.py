@@ -3,7 +3,6 @@
 No torch until one is made, so that the gateway may import this module.
 """
 
-import asyncio
 import contextlib
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from actors.messages import Classified, Classify, LabelledVectors
+from actors.waiting import answer_within, remaining_s
 from cluster.settings import ReasoningSettings
 from metasepia.errors import DeadlineExceeded, InvalidRequest, MetasepiaError, Overloaded, Unavailable, UnknownName
 
@@ -143,22 +143,14 @@ class ReasoningPool:
     async def _ask(self, request: _Request) -> Classified:
         if not self._worker.is_alive():
             raise Unavailable("the reasoning pool", 1.0)
-        timeout_s = request.message.deadline_unix_s - time.time()
-        if not timeout_s > 0:
-            raise DeadlineExceeded("the classification", 0.0)
+        timeout_s = remaining_s(request.message.deadline_unix_s, "the classification")
         num_queries = len(request.message.queries)
         self._num_queued += num_queries
         try:
             with self._arrived:
                 self._inbox.append(request)
                 self._arrived.notify()
-            # wait_for cancels `answer` when time is up or the caller leaves: the worker then drops the request.
-            wait_s = None if timeout_s == float("inf") else timeout_s
-            return await asyncio.wait_for(asyncio.wrap_future(request.answer), wait_s)
-        except MetasepiaError:
-            raise
-        except TimeoutError:
-            raise DeadlineExceeded("the classification", round(timeout_s, 3)) from None
+            return await answer_within(request.answer, timeout_s, "the classification")
         finally:
             self._num_queued -= num_queries
 

@@ -10,8 +10,7 @@ import os
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,20 +43,6 @@ def duration(id: str, what: str, ours: float, against: float | None, unit: str, 
     return Row(
         id=id, what=what, ours=ours, against=against, ratio=against / ours if against else None, unit=unit, note=note
     )
-
-
-def in_turn(
-    ours: Callable[[], object], against: Callable[[], object], *, repeats: int = 5, warm_up: int = 1
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call, ours and against alternating, after a warm-up of both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(warm_up + repeats):
-        for side, call in enumerate((ours, against)):
-            begin = time.perf_counter()
-            call()
-            if turn >= warm_up:
-                times[side].append(time.perf_counter() - begin)
-    return times
 
 
 def machine() -> dict[str, object]:
