@@ -4,17 +4,4 @@
 vector is the same in every context and may be cached by its text.
 """
 
-from collections.abc import Callable, Sequence
-
-from jaxtyping import Float
-from numpy import ndarray
-
 STREAM = "stream"
-
-
-def stream(
-    embed: Callable[[Sequence[str]], Float[ndarray, "texts width"]], examples: Sequence[str], queries: Sequence[str]
-) -> tuple[Float[ndarray, "examples width"], Float[ndarray, "queries width"]]:
-    """Vectors of examples and queries, from one call of `embed`."""
-    vectors = embed([*examples, *queries])
-    return vectors[: len(examples)], vectors[len(examples) :]
