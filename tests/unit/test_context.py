@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from metasepia.errors import InvalidRequest
-from metasepia.reasoning import context as contexts
+from metasepia.reasoning import rows
 from metasepia.reasoning.context import Context, ContextPool, answer, compile_context
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.reduction import ReductionRecipe
+from metasepia.reasoning.rows import plan_rows
 from metasepia.reasoning.shipped import LoadedModule
 
 SHAPE = ModuleShape(dims=4, pairs=17, layers=2, width=32, heads=4)
@@ -41,7 +42,7 @@ def test_probabilities_equal_those_of_whole_forwards_view_by_view(loaded: Loaded
     (fused,) = answer(loaded.module, [(compiled, QUERIES)])
     x, queries = (torch.from_numpy(compiled.reduction.apply(v)) for v in (context.vectors, QUERIES))
     logits = torch.zeros(7)
-    for row in context.plan(SHAPE).rows:
+    for row in plan_rows(context, SHAPE).rows:
         shots = x[row.view][torch.from_numpy(row.order)]
         labels = torch.from_numpy(row.positive[row.order].astype(np.float32))
         for i in range(7):
@@ -56,7 +57,7 @@ def test_contexts_of_many_tenants_in_one_forward_equal_each_alone(loaded: Loaded
         for num, classes, count in ((4, "ab", 1), (16, "abc", 70), (40, "ab", 9), (9, "abcd", 3))
     ]
     together = answer(loaded.module, asked)
-    monkeypatch.setattr(contexts, "FORWARD_BYTES", 1)  # then every row has a forward of its own
+    monkeypatch.setattr(rows, "FORWARD_BYTES", 1)  # then every row has a forward of its own
     for one, whole in zip(asked, together, strict=True):
         np.testing.assert_allclose(answer(loaded.module, [one])[0], whole, atol=1e-5)
         np.testing.assert_allclose(whole.sum(axis=1), 1, atol=1e-5)
@@ -91,14 +92,14 @@ def test_exchanging_the_names_of_two_classes_exchanges_their_roles(loaded: Loade
     renamed = [{"a": "yes", "b": "no"}[one] for one in labels]
     compiled = compile_context(Context.of(vectors, renamed), loaded)
     assert compiled.classes == ("no", "yes") and compiled.num_problems == 1
-    plan = Context.of(vectors, renamed).plan(SHAPE)
+    plan = plan_rows(Context.of(vectors, renamed), SHAPE)
     assert all((row.positive == (np.array(sorted(renamed)) == "yes")).all() for row in plan.rows)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (5, 40), (40, 5), (30, 33), (100, 156), (1, 255), (500, 524)])
 def test_every_example_of_a_large_context_is_compiled_and_no_row_exceeds_the_module(sizes: tuple[int, int]):
     labels = ["a"] * sizes[0] + ["b"] * sizes[1]
-    plan = Context.of(examples(sum(sizes))[0], labels, recipe=RECIPE).plan(SHAPE)
+    plan = plan_rows(Context.of(examples(sum(sizes))[0], labels, recipe=RECIPE), SHAPE)
     assert all(len(row.order) <= SHAPE.max_examples for row in plan.rows)
     assert set(np.concatenate([row.order for row in plan.rows]).tolist()) == set(range(sum(sizes)))
     for row in plan.rows:
@@ -107,7 +108,7 @@ def test_every_example_of_a_large_context_is_compiled_and_no_row_exceeds_the_mod
 
 
 def test_examples_of_a_row_are_interleaved_and_their_order_follows_the_seed():
-    plans = [Context.of(*examples(16), seed=s, recipe=RECIPE).plan(SHAPE) for s in (0, 0, 1)]
+    plans = [plan_rows(Context.of(*examples(16), seed=s, recipe=RECIPE), SHAPE) for s in (0, 0, 1)]
     for row in plans[0].rows:
         classes = row.positive[row.order].astype(int)
         assert set(classes.reshape(8, 2).sum(1).tolist()) == {1}  # one of each in every two
@@ -132,18 +133,18 @@ def test_a_context_that_teaches_nothing_is_refused_in_words(vectors, labels, mes
 def test_more_classes_or_examples_than_fit_are_refused_with_the_limit(monkeypatch: pytest.MonkeyPatch):
     many = Context.of(examples(2100)[0], [str(i) for i in range(2100)])
     with pytest.raises(InvalidRequest, match="2100 classes; at most 2048 can be told apart"):
-        many.plan(SHAPE)
-    monkeypatch.setattr(contexts, "MAX_ROWS", 4)
+        plan_rows(many, SHAPE)
+    monkeypatch.setattr(rows, "MAX_ROWS", 4)
     with pytest.raises(
         InvalidRequest, match="200 examples of 2 classes need 13 compiled rows of 16 examples; at most 4"
     ):
-        Context.of(*examples(200), recipe=RECIPE).plan(SHAPE)
+        plan_rows(Context.of(*examples(200), recipe=RECIPE), SHAPE)
 
 
 def test_views_of_many_classes_are_few_and_those_of_two_are_all():
     vectors, labels = examples(60)[0], [str(i % 30) for i in range(60)]
-    assert Context.of(vectors, labels).plan(SHAPE).num_views == 256 // 30
-    assert Context.of(vectors, ["ab"[i % 2] for i in range(60)]).plan(SHAPE).num_views == ReductionRecipe().views
+    assert plan_rows(Context.of(vectors, labels), SHAPE).num_views == 256 // 30
+    assert plan_rows(Context.of(vectors, ["ab"[i % 2] for i in range(60)]), SHAPE).num_views == ReductionRecipe().views
 
 
 def test_identical_examples_give_finite_even_answers(loaded: LoadedModule):
