@@ -27,7 +27,7 @@ class ReliabilityBin:
 def reliability(
     probabilities: Float[np.ndarray, "n classes"], truth: Int[np.ndarray, " n"], bins: int = 15
 ) -> list[ReliabilityBin]:
-    """The reliability table, all bins from 0 to 1. Raises InvalidRequest: no rows, or other than n truths."""
+    """The reliability table, all bins from 0 to 1. Raises InvalidRequest for no rows."""
     confidence, right = _judged(probabilities, truth)
     edges = np.linspace(0, 1, bins + 1)
     # Rounding may lift a probability above 1; it belongs into the last bin.
@@ -93,8 +93,6 @@ def threshold_for(
 
 def _judged(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Confidence of each row in float64, and whether its likeliest class is the true one."""
-    if probabilities.ndim != 2 or len(probabilities) != len(truth) or not len(truth):
-        raise InvalidRequest(
-            "probabilities", f"{len(truth)} truths for probabilities of shape {list(probabilities.shape)}"
-        )
+    if not len(truth):
+        raise InvalidRequest("probabilities", "there are none to judge")
     return probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == truth

@@ -72,8 +72,6 @@ def test_the_threshold_for_an_accuracy_is_the_lowest_that_reaches_it():
     assert calibration.threshold_for(TWO[2:], TRUTH[2:], 0.9) is None
 
 
-def test_truths_that_do_not_match_the_rows_are_refused():
-    with pytest.raises(InvalidRequest, match=r"3 truths for probabilities of shape \[4, 2\]"):
-        calibration.expected_calibration_error(TWO, TRUTH[:3])
-    with pytest.raises(InvalidRequest, match="0 truths"):
+def test_no_answers_have_no_calibration():
+    with pytest.raises(InvalidRequest, match="there are none to judge"):
         calibration.brier_score(np.empty((0, 2)), np.empty(0, int))
