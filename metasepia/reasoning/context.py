@@ -8,37 +8,59 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from torch import nn
 
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.examples import Context
 from metasepia.reasoning.module import ReasoningModule
 from metasepia.reasoning.reduction import Reduction
 from metasepia.reasoning.rows import CompiledRows, answer_rows, compile_rows
+from metasepia.reasoning.set_module import SetModule
+from metasepia.reasoning.sets import CompiledSet, Directions, answer_sets, compile_set
+from metasepia.reasoning.sets import compile_subsets as compile_subsets_of_set
 from metasepia.reasoning.shipped import LoadedModule
 
-__all__ = ["CompiledContext", "Context", "ContextPool", "answer", "compile_context", "compile_subsets"]
+__all__ = [
+    "CompiledContext",
+    "Context",
+    "ContextPool",
+    "FittedReduction",
+    "answer",
+    "compile_context",
+    "compile_subsets",
+]
 
-CompiledContext = CompiledRows
+CompiledContext = CompiledRows | CompiledSet
+FittedReduction = Reduction | Directions
 
 
-def compile_context(context: Context, loaded: LoadedModule, *, reduction: Reduction | None = None) -> CompiledContext:
+def compile_context(
+    context: Context, loaded: LoadedModule, *, reduction: FittedReduction | None = None
+) -> CompiledContext:
     """The context in the module's terms. `reduction` None fits one on the examples and the unlabelled vectors.
 
     Raises InvalidRequest for more examples or classes than the module takes.
     """
-    return compile_rows(context, loaded.module, context.digest(loaded.digest), reduction)
+    digest = context.digest(loaded.digest)
+    if isinstance(loaded.module, SetModule):
+        assert reduction is None or isinstance(reduction, Directions)
+        return compile_set(context, loaded.module, digest, reduction)
+    assert reduction is None or isinstance(reduction, Reduction)
+    return compile_rows(context, loaded.module, digest, reduction)
 
 
 def compile_subsets(
-    context: Context, loaded: LoadedModule, keeps: Sequence[np.ndarray], reduction: Reduction
+    context: Context, loaded: LoadedModule, keeps: Sequence[np.ndarray], reduction: FittedReduction
 ) -> list[CompiledContext]:
     """Contexts of some of the examples each (canonical places), all under one fitted reduction."""
+    if isinstance(loaded.module, SetModule):
+        assert isinstance(reduction, Directions)
+        digests = [context.subset(keep).digest(loaded.digest) for keep in keeps]
+        return [*compile_subsets_of_set(context, loaded.module, digests, keeps, reduction)]
     return [compile_context(context.subset(keep), loaded, reduction=reduction) for keep in keeps]
 
 
 def answer(
-    module: nn.Module, asked: Sequence[tuple[CompiledContext, Float[np.ndarray, "_ width"]]]
+    module: ReasoningModule | SetModule, asked: Sequence[tuple[CompiledContext, Float[np.ndarray, "_ width"]]]
 ) -> list[Float[np.ndarray, "_ _"]]:
     """Class probabilities [queries, classes] of each context's queries, all contexts' in as few forwards as fit.
 
@@ -50,8 +72,9 @@ def answer(
                 "queries",
                 f"vectors of shape {list(vectors.shape)} for a context whose vectors have {context.width} numbers",
             )
-    assert isinstance(module, ReasoningModule)
-    return answer_rows(module, asked)
+    if isinstance(module, SetModule):
+        return answer_sets(module, [(one, vectors) for one, vectors in asked if isinstance(one, CompiledSet)])
+    return answer_rows(module, [(one, vectors) for one, vectors in asked if isinstance(one, CompiledRows)])
 
 
 class ContextPool:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch import Tensor
 from metasepia.digests import digest_of
 from metasepia.errors import CorruptArtefact, UnknownName
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
+from metasepia.reasoning.set_module import SetModule, SetShape
 from metasepia.reasoning.training import write_tensors
 
 MODULES = Path(__file__).parents[1] / "assets" / "modules"
 _SHARD_BYTES = 15 << 20
+_SHAPES: dict[str, type[ModuleShape] | type[SetShape]] = {"causal": ModuleShape, "set": SetShape}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class LoadedModule:
     name: str
     digest: str
     """Over the shape and the tensors as stored."""
-    module: ReasoningModule
+    module: ReasoningModule | SetModule
     card: dict[str, object]
 
 
@@ -67,13 +70,11 @@ def load(name: str = "default", *, folder: Path = MODULES, device: torch.device 
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CorruptArtefact(str(path), str(error)) from error
-    shape = ModuleShape(**card["shape"])
-    digest = digest_of(
-        {"kind": "module", "shape": dataclasses.asdict(shape)}, {key: _as_bytes(t) for key, t in tensors.items()}
-    )
+    shape = _SHAPES[card["kind"]](**card["shape"])
+    digest = _digest(shape, tensors)
     if card.get("digest") != digest:
         raise CorruptArtefact(str(path), f"its weights have the digest {digest}, its card says {card.get('digest')}")
-    module = ReasoningModule(shape)
+    module = SetModule(shape) if isinstance(shape, SetShape) else ReasoningModule(shape)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -83,7 +84,9 @@ def load(name: str = "default", *, folder: Path = MODULES, device: torch.device 
     return LoadedModule(path.name, digest, module.to(device).eval().requires_grad_(False), card)
 
 
-def export(module: ReasoningModule, path: Path, card: dict[str, object], *, dtype: torch.dtype = torch.float32) -> str:
+def export(
+    module: ReasoningModule | SetModule, path: Path, card: dict[str, object], *, dtype: torch.dtype = torch.float32
+) -> str:
     """Writes weights (files of at most 15 MiB) and card; returns the digest."""
     path.mkdir(parents=True, exist_ok=True)
     for old in path.glob("model*.safetensors"):
@@ -98,11 +101,26 @@ def export(module: ReasoningModule, path: Path, card: dict[str, object], *, dtyp
     for i, shard in enumerate(shards):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1}-of-{len(shards)}.safetensors"
         write_tensors(path / file_name, shard, {"format": "pt"})
+    digest = _digest(module.shape, tensors)
     shape = dataclasses.asdict(module.shape)
-    digest = digest_of({"kind": "module", "shape": shape}, {key: _as_bytes(t) for key, t in tensors.items()})
-    whole = {"digest": digest, "shape": shape, "dtype": str(dtype).removeprefix("torch."), **card}
+    whole = {
+        "digest": digest,
+        "kind": _kind(module.shape),
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        **card,
+    }
     (path / "card.json").write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
     return digest
+
+
+def _kind(shape: ModuleShape | SetShape) -> str:
+    return next(kind for kind, of in _SHAPES.items() if isinstance(shape, of))
+
+
+def _digest(shape: ModuleShape | SetShape, tensors: Mapping[str, Tensor]) -> str:
+    header = {"kind": f"module/{_kind(shape)}", "shape": dataclasses.asdict(shape)}
+    return digest_of(header, {key: _as_bytes(tensor) for key, tensor in tensors.items()})
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:
