@@ -1,10 +1,18 @@
-"""Labelled text sets from a directory of Parquet files (columns text, label_name, split), and nested draws of them."""
+"""Labelled sets from a directory of Parquet files, and draws from them.
 
+A file of texts has columns `text` and `label_name` (or `label`), and may have `split`: a set without a train split, or
+with nothing beside it, is halved by a fixed seed. Everything a benchmark learns from comes out of `train`.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+
+Example = tuple[str, str]
+"""A text and its label."""
 
 
 @dataclass(frozen=True)
@@ -13,47 +21,109 @@ class TextSet:
 
     name: str
     labels: tuple[str, ...]
-    train: tuple[tuple[str, str], ...]
-    test: tuple[tuple[str, str], ...]
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
 
-    def draw(self, k: int, seed: int) -> tuple[tuple[str, str], ...]:
-        """k training examples, classes balanced and interleaved; a smaller k draws the start of a larger one."""
-        rng = np.random.default_rng(seed)
-        of_label = {label: [e for e in self.train if e[1] == label] for label in self.labels}
-        order = {label: rng.permutation(len(examples)) for label, examples in of_label.items()}
-        return tuple(
-            of_label[label][order[label][i]] for i in range(-(-k // len(self.labels))) for label in self.labels
-        )[:k]
+    def draw(self, k: int, seed: int) -> list[Example]:
+        """k training examples, classes balanced and interleaved; a smaller k draws the start of a larger one.
 
-    def sample_test(self, count: int, seed: int) -> tuple[tuple[str, str], ...]:
+        A class that runs out leaves its turns to the others.
+        """
+        return [self.train[i] for i in balanced_order([y for _, y in self.train], seed)[:k]]
+
+    def draw_each(self, num_each: int, seed: int) -> list[Example]:
+        """`num_each` training examples of every class, or as many as there are."""
+        return [self.train[i] for i in balanced_draw([y for _, y in self.train], num_each, seed)]
+
+    def draw_unlabelled(self, count: int, seed: int, beside: Iterable[Example]) -> list[str]:
+        """At most `count` other texts of the train split, as they come: not balanced, for nobody knows their labels."""
+        taken = {text for text, _ in beside}
+        others = [text for text, _ in self.train if text not in taken]
+        return [others[i] for i in np.random.default_rng([seed, 1]).permutation(len(others))[:count]]
+
+    def sample_test(self, count: int, seed: int = 0) -> list[Example]:
         """At most `count` test examples, the same for every k."""
-        order = np.random.default_rng(seed).permutation(len(self.test))[:count]
-        return tuple(self.test[i] for i in order)
+        return [self.test[i] for i in np.random.default_rng(seed).permutation(len(self.test))[:count]]
+
+    def cut(self, characters: int) -> "TextSet":
+        """Every text's first characters."""
+        train, test = (tuple((t[:characters], y) for t, y in part) for part in (self.train, self.test))
+        return TextSet(self.name, self.labels, train, test)
+
+    def within_train(self) -> "TextSet":
+        """The train split alone, halved class by class: for choosing between methods without a look at test."""
+        learn = halves([y for _, y in self.train])
+        halved = [
+            tuple(e for e, first in zip(self.train, learn, strict=True) if first == want) for want in (True, False)
+        ]
+        return TextSet(self.name, self.labels, *halved)
+
+
+def balanced_order(labels: Sequence[str], seed: int) -> np.ndarray:
+    """All examples, shuffled within their class, the classes taking turns."""
+    rng = np.random.default_rng(seed)
+    turn = np.zeros(len(labels))
+    for place, label in enumerate(sorted(set(labels))):
+        members = np.flatnonzero(np.asarray(labels) == label)
+        turn[rng.permutation(members)] = np.arange(len(members)) + place / len(labels)
+    return np.argsort(turn, kind="stable")
+
+
+def balanced_draw(labels: Sequence[str], num_each: int, seed: int) -> np.ndarray:
+    """The first `num_each` of every class in `balanced_order`."""
+    order = balanced_order(labels, seed)
+    left: dict[str, int] = {label: num_each for label in set(labels)}
+    drawn = []
+    for i in order.tolist():
+        if left[labels[i]]:
+            left[labels[i]] -= 1
+            drawn.append(i)
+    return np.array(drawn)
+
+
+def halves(labels: Sequence[str]) -> np.ndarray:
+    """True for one half of every class (the larger of an odd one), by a fixed seed."""
+    first = np.zeros(len(labels), dtype=bool)
+    rng = np.random.default_rng(0)
+    for label in sorted(set(labels)):
+        members = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
+        first[members[: -(-len(members) // 2)]] = True
+    return first
 
 
 def read(path: Path) -> TextSet | None:
-    """The set of one file, or None where it has no labelled texts. A set without splits is halved by a fixed seed."""
-    table = pq.read_table(path)
-    if not {"text", "label_name", "split"} <= set(table.column_names):
+    """The set of one file, or None where it has no labelled texts. A test text that is in train too is left out."""
+    columns = pq.read_schema(path).names
+    label = next((name for name in ("label_name", "label") if name in columns), None)
+    if "text" not in columns or label is None:
         return None
-    rows = list(zip(*(table.column(c).to_pylist() for c in ("text", "label_name", "split")), strict=True))
-    rows = [(t, str(y), s) for t, y, s in rows if t and t.strip()]
-    splits = {s for _, _, s in rows}
-    if "train" in splits:
-        held_out = "test" if "test" in splits else sorted(splits - {"train"})[0]
-        train, test = ([(t, y) for t, y, s in rows if s == want] for want in ("train", held_out))
+    table = pq.read_table(path, columns=["text", label, *(["split"] if "split" in columns else [])])
+    splits = table.column("split").to_pylist() if "split" in columns else ["all"] * len(table)
+    read_rows = zip(table.column("text").to_pylist(), table.column(label).to_pylist(), splits, strict=True)
+    rows = [(text, str(y), split) for text, y, split in read_rows if y is not None and text and text.strip()]
+    held_out = held_out_split({split for _, _, split in rows})
+    if held_out is not None:
+        train, test = ([(text, y) for text, y, s in rows if s == want] for want in ("train", held_out))
     else:
-        order = np.random.default_rng(0).permutation(len(rows))
-        half = len(rows) // 2
-        train, test = ([rows[i][:2] for i in part] for part in (order[:half], order[half:]))
-    return TextSet(path.stem, tuple(sorted({y for _, y in train})), tuple(train), tuple(test))
+        learn = halves([y for _, y, _ in rows])
+        train, test = (
+            [row[:2] for row, first in zip(rows, learn, strict=True) if first == want] for want in (True, False)
+        )
+    known = {text for text, _ in train}
+    test = [example for example in test if example[0] not in known]
+    return TextSet(path.stem, tuple(sorted({y for _, y in train})), tuple(train), tuple(test)) if test else None
 
 
-def read_all(directory: Path, *, num_labels: int | None = None) -> list[TextSet]:
-    """Every text set of a directory, by name; only those of `num_labels` labels where given."""
+def held_out_split(splits: set[str]) -> str | None:
+    """The split to be judged on; None where there is no train split, or nothing beside it."""
+    others = sorted(splits - {"train"})
+    return None if "train" not in splits or not others else "test" if "test" in others else others[0]
+
+
+def read_all(directory: Path) -> list[TextSet]:
+    """Every text set of a directory with two classes or more, by name."""
     sets = [one for path in sorted(directory.glob("*.parquet")) if (one := read(path)) is not None]
-    if num_labels is not None:
-        sets = [one for one in sets if len(one.labels) == num_labels]
+    sets = [one for one in sets if len(one.labels) > 1]
     if not sets:
-        raise SystemExit(f"{directory} holds no .parquet file with columns text, label_name, split that fits")
+        raise SystemExit(f"{directory} holds no .parquet file with columns text and label_name (or label)")
     return sets

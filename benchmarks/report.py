@@ -10,9 +10,10 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,20 +30,24 @@ class Row:
     ratio: float | None
     unit: str
     note: str = ""
+    part: str = ""
+    """What of the benchmark it belongs to, where parts can be run apart."""
+    detail: bool = False
+    """Kept in the JSON, left out of the README."""
+    extra: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """For programs that read the JSON: a difference's standard error, the figures of each set."""
 
 
-def rate(id: str, what: str, ours: float, against: float | None, unit: str, note: str = "") -> Row:
+def rate(id: str, what: str, ours: float, against: float | None, unit: str, note: str = "", **more: Any) -> Row:
     """A figure of which more is better (requests a second, accuracy)."""
-    return Row(
-        id=id, what=what, ours=ours, against=against, ratio=ours / against if against else None, unit=unit, note=note
-    )
+    ratio = ours / against if against else None
+    return Row(id=id, what=what, ours=ours, against=against, ratio=ratio, unit=unit, note=note, **more)
 
 
-def duration(id: str, what: str, ours: float, against: float | None, unit: str, note: str = "") -> Row:
+def duration(id: str, what: str, ours: float, against: float | None, unit: str, note: str = "", **more: Any) -> Row:
     """A figure of which less is better (seconds, bytes)."""
-    return Row(
-        id=id, what=what, ours=ours, against=against, ratio=against / ours if against else None, unit=unit, note=note
-    )
+    ratio = against / ours if against and ours else None
+    return Row(id=id, what=what, ours=ours, against=against, ratio=ratio, unit=unit, note=note, **more)
 
 
 def machine() -> dict[str, object]:
@@ -69,7 +74,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def publish(benchmark: str, rows: Sequence[Row], *, json_file: Path | None, started_on: dict[str, object]) -> None:
-    """Prints the table and writes `{"benchmark", "command", "machine", "rows"}`."""
+    """Prints the table and writes `{"benchmark", "command", "machine", "rows"}`.
+
+    Rows of a part replace that part's in a file that is there and leave the other parts'; `parts` then holds the
+    command and the machine of each.
+    """
     table = Table(title=benchmark)
     for column in ("id", "what", "ours", "against", "ratio", "unit", "note"):
         table.add_column(column, justify="right" if column in ("ours", "against", "ratio") else "left")
@@ -79,13 +88,29 @@ def publish(benchmark: str, rows: Sequence[Row], *, json_file: Path | None, star
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         arguments = [a for a in sys.argv[1:] if a != "--json" and a != str(json_file)]
-        document = {
+        command = " ".join([f"python -m benchmarks.{benchmark}", *arguments])
+        made = {
             "benchmark": benchmark,
-            "command": " ".join([f"python -m benchmarks.{benchmark}", *arguments]),
+            "command": command,
             "machine": started_on,
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        json_file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        parts = {row.part: {"command": command, "machine": started_on} for row in rows if row.part}
+        if parts:
+            earlier = json.loads(json_file.read_text()) if json_file.is_file() else {}
+            made = merged(earlier, {**made, "parts": parts})
+        json_file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+
+
+def merged(earlier: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Both documents' parts, the later one's where both have one; rows in the order of the parts' first appearance.
+
+    A document without parts is replaced.
+    """
+    parts = {**earlier.get("parts", {}), **made["parts"]}
+    rows = [row for row in earlier.get("rows", []) if row.get("part") in parts.keys() - made["parts"].keys()]
+    order = list(parts)
+    return {**made, "parts": parts, "rows": sorted([*rows, *made["rows"]], key=lambda row: order.index(row["part"]))}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

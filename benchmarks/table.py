@@ -4,25 +4,34 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
-def render() -> str:
-    """One Markdown table a benchmark, the command that prints it above."""
+def render(folder: Path = ROOT / "benchmarks/results") -> str:
+    """One Markdown table a command, the command that prints it above; rows marked as detail stay in the JSON."""
     parts = []
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        machine = document["machine"]
-        where = ", ".join(str(machine[k]) for k in ("accelerator", "cpu", "cores") if k in machine)
-        lines = [f"`{document['command']}` (on: {where} cores)", "", "| what | ours | against | ratio | unit | note |"]
-        lines += ["| --- | ---: | ---: | ---: | --- | --- |"]
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {}  # by command and machine
         for row in document["rows"]:
-            numbers = ("" if row[k] is None else f"{row[k]:.3g}" for k in ("ours", "against", "ratio"))
-            lines.append(f"| {row['what']} | {' | '.join(numbers)} | {row['unit']} | {row['note']} |")
-        parts.append("\n".join(lines))
+            run = document["parts"][row["part"]] if row.get("part") else document
+            if not row.get("detail"):
+                runs.setdefault((run["command"], _where(run["machine"])), []).append(row)
+        for (command, where), rows in runs.items():
+            lines = [f"`{command}` (on: {where})", "", "| what | ours | against | ratio | unit | note |"]
+            lines += ["| --- | ---: | ---: | ---: | --- | --- |"]
+            for row in rows:
+                numbers = ("" if row[k] is None else f"{row[k]:.3g}" for k in ("ours", "against", "ratio"))
+                lines.append(f"| {row['what']} | {' | '.join(numbers)} | {row['unit']} | {row['note']} |")
+            parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return ", ".join(str(machine[k]) for k in ("accelerator", "cpu", "cores") if k in machine) + " cores"
 
 
 def main() -> None:
