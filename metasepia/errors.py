@@ -6,6 +6,8 @@
     │   ├── WindowExceeded                       more tokens than the backbone's window
     │   └── BodyTooLarge                         more bytes than a request may have
     ├── UnknownName            (LookupError)     a name nobody registered; lists those that exist
+    ├── DeletedName            (LookupError)     a name that stood for something until it was deleted
+    ├── Outdated               (RuntimeError)    made with a part that is served in another version now
     ├── NotSupported           (NotImplementedError)  a backbone, family or route lacks what was asked
     ├── CorruptArtefact        (ValueError)      a file that is not what its digest or kind says
     ├── CannotPlace            (RuntimeError)    the cluster has less than the settings add up to
@@ -16,6 +18,8 @@
 
 Each class's `args` equal its constructor's parameters, so that Ray hands the caller the error itself.
 """
+
+from datetime import UTC, datetime
 
 
 class MetasepiaError(Exception):
@@ -47,10 +51,10 @@ class InvalidRequest(MetasepiaError, ValueError):
 class WindowExceeded(InvalidRequest):
     """The prompt, or prompt and `max_tokens` together, do not fit the backbone's window."""
 
-    def __init__(self, param: str, num_tokens: int, window: int) -> None:
-        MetasepiaError.__init__(self, param, num_tokens, window)
-        self.param, self.num_tokens, self.window = param, num_tokens, window
-        self.message = f"{num_tokens} tokens do not fit the window of {window} tokens; shorten it"
+    def __init__(self, param: str, num_tokens: int, window: int, way_out: str = "shorten it") -> None:
+        MetasepiaError.__init__(self, param, num_tokens, window, way_out)
+        self.param, self.num_tokens, self.window, self.way_out = param, num_tokens, window, way_out
+        self.message = f"{num_tokens} tokens do not fit the window of {window} tokens; {way_out}"
 
 
 class BodyTooLarge(InvalidRequest):
@@ -71,6 +75,32 @@ class UnknownName(MetasepiaError, LookupError):
 
     def __str__(self) -> str:
         return f"no {self.kind} named {self.name!r}; known: {', '.join(self.known) or 'none'}"
+
+
+class DeletedName(MetasepiaError, LookupError):
+    """What had this name was deleted; unlike an unknown name, it can be made again with the same content."""
+
+    def __init__(self, kind: str, name: str, deleted_unix_s: float) -> None:
+        super().__init__(kind, name, deleted_unix_s)
+        self.kind, self.name, self.deleted_unix_s = kind, name, deleted_unix_s
+
+    def __str__(self) -> str:
+        when = datetime.fromtimestamp(self.deleted_unix_s, UTC).isoformat(timespec="seconds")
+        return f"the {self.kind} {self.name} was deleted at {when}; create it again, the same content has the same id"
+
+
+class Outdated(MetasepiaError, RuntimeError):
+    """A stored thing was made with a part that this server does not have any more, or has in another version."""
+
+    def __init__(self, what: str, part: str, made_with: str, served: tuple[str, ...]) -> None:
+        super().__init__(what, part, made_with, served)
+        self.what, self.part, self.made_with, self.served = what, part, made_with, served
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} was made with the {self.part} {self.made_with}, and this server has "
+            f"{', '.join(self.served) or 'none'}; create it again from its examples, or serve the {self.part} of then"
+        )
 
 
 class NotSupported(MetasepiaError, NotImplementedError):

@@ -7,7 +7,7 @@ positions and sliding windows see the same distances as the row alone.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,11 +80,7 @@ class RowDecoder:
 
         Raises NotSupported for a model that keeps more of its past than keys and values (a state space, say).
         """
-        accepts = inspect.signature(model.forward).parameters
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION
-        if kinds or "past_key_values" not in accepts:
-            what = f"{type(model).__name__} ({', '.join(sorted(kinds)) or 'no key/value cache'})"
-            raise NotSupported(what, "use a causal model whose layers all attend to keys and values")
+        accepts = check_attends(model)
         self._model, self._experts, self._chooses = model, experts, chooses
         self._positions, self._keeps = "position_ids" in accepts, "logits_to_keep" in accepts
         self._device = model.device
@@ -328,6 +324,16 @@ class RowDecoder:
         executed = [Executed(adapter=adapter, path=path, dtype=self._dtype, **self._executed) for adapter, path in ran]
         hidden = None if layers is None else torch.stack([output.hidden_states[layer] for layer in layers])
         return output.logits[:, -keep:], executed, hidden
+
+
+def check_attends(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the model's forward. Raises NotSupported unless every layer attends to keys and values."""
+    accepts = inspect.signature(model.forward).parameters
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION
+    if kinds or "past_key_values" not in accepts:
+        what = f"{type(model).__name__} ({', '.join(sorted(kinds)) or 'no key/value cache'})"
+        raise NotSupported(what, "use a causal model whose layers all attend to keys and values")
+    return accepts
 
 
 def _joined(row: NewRow, parts: Sequence[Tensor]) -> np.ndarray:

@@ -13,6 +13,8 @@ CASES: list[errors.MetasepiaError] = [
     errors.WindowExceeded("messages", 9000, 8192),
     errors.BodyTooLarge(8.0),
     errors.UnknownName("expert", "law", ("maths",)),
+    errors.DeletedName("context", "ctx-0", 1e9),
+    errors.Outdated("context ctx-0", "encoder", "minilm (0a)", ("minilm (1b)",)),
     errors.NotSupported("tp_size 2 for family t5", "use tp_size 1"),
     errors.CorruptArtefact("expert.safetensors", "it ends inside tensor z"),
     errors.CannotPlace("CPU", 3.0, 2.0, "gateway 1 + backbone 2"),
