@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-MAX_TILE = 64
-"""Queries of one compiled row that share its keys in attention; more go into further tiles."""
+from metasepia.packing import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,9 @@ class Block(nn.Module):
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
         self.proj = nn.Linear(shape.width, shape.width)
         self.up, self.down = nn.Linear(shape.width, 4 * shape.width), nn.Linear(4 * shape.width, shape.width)
+        # The same layers without gradients; plain objects, so that they are no part of the state.
+        self.packed_qkv, self.packed_proj = PackedLinear(self.qkv), PackedLinear(self.proj)
+        self.packed_up, self.packed_down = PackedLinear(self.up, gelu="tanh"), PackedLinear(self.down)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, tokens, width] to the same, causally."""
@@ -57,29 +59,80 @@ class Block(nn.Module):
 
     def heads_of(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [batch, heads, tokens, head_dim]."""
-        batch, tokens, width = hidden.shape
-        qkv = self.qkv(self.norm_1(hidden)).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return self._split(self.qkv(self.norm_1(hidden)))
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self.proj(attended.transpose(1, 2).flatten(2))
         return hidden + self.down(F.gelu(self.up(self.norm_2(hidden)), approximate="tanh"))
 
+    def packed_heads_of(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`heads_of` without gradients."""
+        return self._split(self.packed_qkv(self.norm_1(hidden)))
+
+    def packed_finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """`finish` without gradients."""
+        hidden = hidden + self.packed_proj(attended.transpose(1, 2).flatten(2))
+        return hidden + self.packed_down(self.packed_up(self.norm_2(hidden)))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
 
 @dataclass(frozen=True)
 class CompiledRow:
-    """One context in the module's own terms: the keys and values of its 2k tokens."""
+    """One context in the module's own terms: the keys and values of its 2k tokens.
 
-    keys_values: Float[Tensor, "layers kv=2 heads tokens head_dim"]
+    Contexts that were compiled together lie in one block; asked together, in order, they are answered out of it
+    without copies.
+    """
+
+    block: Float[Tensor, "layers kv=2 rows heads tokens head_dim"]
+    place: int
 
     @property
     def num_tokens(self) -> int:
-        return self.keys_values.shape[3]
+        return self.block.shape[4]
 
     @property
     def num_bytes(self) -> int:
-        return self.keys_values.numel() * self.keys_values.element_size()
+        """Its share of the block's."""
+        return self.block.numel() * self.block.element_size() // self.block.shape[2]
+
+
+@dataclass
+class _Run:
+    """Neighbours in one block that are asked as many queries each: one attention."""
+
+    block: Tensor
+    first_row: int
+    num_rows: int
+    first_query: int
+    num_queries: int
+    """Of each row."""
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.block[layer, :, self.first_row : self.first_row + self.num_rows].unbind(0)
+        return keys, values
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.first_query, self.first_query + self.num_rows * self.num_queries)
+
+
+def _runs_of(rows: Sequence[CompiledRow], counts: Sequence[int]) -> list[_Run]:
+    runs: list[_Run] = []
+    first_query = 0
+    for row, count in zip(rows, counts, strict=True):
+        last = runs[-1] if runs else None
+        if last and last.block is row.block and last.num_queries == count and (
+            row.place == last.first_row + last.num_rows
+        ):  # fmt: skip
+            last.num_rows += 1
+        elif count:
+            runs.append(_Run(row.block, row.place, 1, first_query, count))
+        first_query += count
+    return runs
 
 
 class ReasoningModule(nn.Module):
@@ -142,55 +195,64 @@ class ReasoningModule(nn.Module):
         layers: list[Tensor] = []
         for block in self.blocks:
             assert isinstance(block, Block)
-            q, k, v = block.heads_of(hidden)
-            hidden = block.finish(hidden, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-            layers.append(torch.stack([k, v], dim=1))
-        cached = torch.stack(layers, dim=1)  # [batch, layers, 2, heads, tokens, head_dim]
-        return [CompiledRow(cached[i, :, :, :, : 2 * n].clone()) for i, n in enumerate(lengths)]
+            q, k, v = block.packed_heads_of(hidden)
+            layers.append(torch.stack([k, v]))
+            if len(layers) < len(self.blocks):  # nothing reads what the last layer makes of the context
+                hidden = block.packed_finish(hidden, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        cached = torch.stack(layers)  # [layers, 2, batch, heads, tokens, head_dim]
+        rows: list[CompiledRow | None] = [None] * len(lengths)
+        for length in sorted(set(lengths)):
+            alike = [i for i, one in enumerate(lengths) if one == length]
+            whole = cached if len(alike) == len(lengths) else cached[:, :, alike, :, : 2 * length].contiguous()
+            for place, i in enumerate(alike):
+                rows[i] = CompiledRow(whole, place)
+        return [row for row in rows if row is not None]
 
     @torch.no_grad()
     def answer(
         self, rows: Sequence[CompiledRow], queries: Sequence[Float[Tensor, "_ dims"]]
     ) -> list[Float[Tensor, " _"]]:
-        """Logits of `queries[i]` against `rows[i]`, all in one forward.
+        """Logits of `queries[i]` against `rows[i]`, all in one forward; none for no queries.
 
-        Queries of a row are cut into tiles; in attention a tile sees its row's keys and, of its own, each query only
-        itself. Equal to one forward a query up to rounding.
+        All queries are the tokens of one batch without padding. In attention those of a row see its keys, and each of
+        them its own key beside (`attend`). Equal to one forward a query up to rounding.
         """
-        tile = min(MAX_TILE, max(len(q) for q in queries))
-        owners = [i for i, q in enumerate(queries) for _ in range(0, len(q), tile)]
-        longest = max(row.num_tokens for row in rows)
-        device = self.positions.device
-        x = torch.zeros(len(owners), tile, self.shape.dims, device=device)
-        cut = [piece for q in queries for piece in q.split(tile)]
-        for i, piece in enumerate(cut):
-            x[i, : len(piece)] = piece
-        row_of = torch.tensor(owners, device=device)
-        num_tokens = torch.tensor([row.num_tokens for row in rows], device=device)[row_of]
-
-        stacked = torch.zeros(
-            self.shape.layers, 2, len(rows), self.shape.heads, longest, self.shape.head_dim, device=device
-        )
-        for i, row in enumerate(rows):
-            stacked[:, :, i, :, : row.num_tokens] = row.keys_values
-        seen = torch.arange(longest, device=device) < num_tokens[:, None]
-        itself = torch.eye(tile, dtype=torch.bool, device=device)
-        mask = torch.cat([seen[:, None, :].expand(-1, tile, -1), itself.expand(len(owners), -1, -1)], dim=2).unsqueeze(
-            1
-        )
-
-        hidden = self.read_in(x) + self.positions[num_tokens][:, None, :]
+        counts = [len(one) for one in queries]
+        runs, total = _runs_of(rows, counts), sum(counts)
+        if not total:
+            return [self.positions.new_empty(0) for _ in counts]
+        places = torch.tensor([row.num_tokens for row in rows]).repeat_interleave(torch.tensor(counts))
+        hidden = self.read_in(torch.cat(list(queries))) + self.positions[places.to(self.positions.device)]
+        attended = hidden.new_empty(total, self.shape.heads, self.shape.head_dim)
+        log_sums = hidden.new_empty(total, self.shape.heads)
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            q, k, v = block.heads_of(hidden)
-            keys = torch.cat([stacked[layer, 0, row_of], k], dim=2)
-            values = torch.cat([stacked[layer, 1, row_of], v], dim=2)
-            hidden = block.finish(hidden, F.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
-        logits = self._read_out(hidden)
-        answers: list[list[Tensor]] = [[] for _ in rows]
-        for i, piece in enumerate(cut):
-            answers[owners[i]].append(logits[i, : len(piece)])
-        return [torch.cat(one) for one in answers]
+            q, k, v = (one.squeeze(0).transpose(0, 1) for one in block.packed_heads_of(hidden[None]))
+            for run in runs:
+                of_row = (run.num_rows, run.num_queries)
+                out, log_sum = attend(q[run.queries].unflatten(0, of_row).transpose(1, 2), *run.keys_values(layer))
+                attended[run.queries].unflatten(0, of_row).copy_(out.transpose(1, 2))
+                log_sums[run.queries].unflatten(0, of_row).copy_(log_sum.transpose(1, 2))
+            itself = (q * k).sum(2) / math.sqrt(self.shape.head_dim)
+            attended.lerp_(v, torch.sigmoid(itself - log_sums)[..., None])
+            hidden = block.packed_finish(hidden[None], attended.transpose(0, 1)[None]).squeeze(0)
+        return list(self._read_out(hidden).split(counts))
+
+
+def attend(
+    q: Float[Tensor, "rows heads queries head_dim"],
+    keys: Float[Tensor, "rows heads tokens head_dim"],
+    values: Float[Tensor, "rows heads tokens head_dim"],
+) -> tuple[Float[Tensor, "rows heads queries head_dim"], Float[Tensor, "rows heads queries"]]:
+    """Attention of every query to all keys of its row, and the logarithm l of the sum of exponentials beneath it.
+
+    With l one more key of score s joins afterwards: its value's weight is sigmoid(s - l), the others keep the rest.
+    """
+    if q.device.type == "cpu" and q.shape[2]:
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values)
+        return out, log_sum
+    scores = q @ keys.transpose(2, 3) / math.sqrt(q.shape[3])
+    return scores.softmax(3) @ values, scores.logsumexp(3)
 
 
 def waves(tokens: int, width: int) -> Float[Tensor, "tokens width"]:

@@ -24,7 +24,9 @@ SHARED_ROWS = 256
 MAX_ROWS = 4096
 """Compiled rows of one context: binary problems times views. Beyond it a context is refused."""
 FORWARD_BYTES = 64 << 20
-"""Keys, values and masks gathered for one layer of one forward; more work is cut into several forwards."""
+"""What one layer of one forward may hold, about; more work is cut into several forwards."""
+TOKEN_NUMBERS = 12
+"""Numbers that a layer holds for a token beside its keys and values, in widths: states, q, k, v, the wide middle."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def compile_rows(
         reduction = Reduction.fit(context.pool, dims=shape.dims, recipe=recipe, seed=context.seed)
     reduced = torch.from_numpy(reduction.apply(context.vectors)).to(module.positions.device)
     rows: list[CompiledRow] = []
-    tokens_bytes = 2 * shape.max_examples * shape.width * 4 * 8  # what a block holds at once, about
+    tokens_bytes = 2 * shape.max_examples * shape.width * 4 * TOKEN_NUMBERS
     at_once = max(1, FORWARD_BYTES // tokens_bytes)
     for i in range(0, len(plan.rows), at_once):
         some = plan.rows[i : i + at_once]
@@ -142,9 +144,9 @@ def compile_rows(
 def answer_rows(
     module: ReasoningModule, asked: Sequence[tuple[CompiledRows, Float[np.ndarray, "_ width"]]]
 ) -> list[Float[np.ndarray, "_ _"]]:
-    """Class probabilities [queries, classes] of each context's queries, all contexts' in one forward.
+    """Class probabilities [queries, classes] of each context's queries, in forwards of at most FORWARD_BYTES.
 
-    More than FORWARD_BYTES of keys are cut into several forwards. Raises InvalidRequest for queries of another width.
+    Keys and values are read where they lie. Raises InvalidRequest for queries of another width.
     """
     rows: list[CompiledRow] = []
     queries: list[Tensor] = []
@@ -154,35 +156,35 @@ def answer_rows(
         for i, row in enumerate(context.rows):
             rows.append(row)
             queries.append(reduced[i % context.num_views])
-    logits: list[Tensor] = [torch.empty(0)] * len(rows)
-    for group in _forwards(rows, queries, module.shape):
-        for i, one in zip(group, module.answer([rows[i] for i in group], [queries[i] for i in group]), strict=True):
-            logits[i] = one.cpu()
+    logits: list[list[Tensor]] = [[torch.empty(0)] for _ in rows]
+    for forward in _forwards([len(one) for one in queries], module.shape):
+        cut = [queries[row][first:end] for row, first, end in forward]
+        for (row, _, _), one in zip(forward, module.answer([rows[row] for row, _, _ in forward], cut), strict=True):
+            logits[row].append(one.cpu())
     results, first = [], 0
     for context, _ in asked:
-        own = torch.stack(logits[first : first + len(context.rows)])
+        own = torch.stack([torch.cat(one) for one in logits[first : first + len(context.rows)]])
         first += len(context.rows)
         results.append(_probabilities(own.view(context.num_problems, context.num_views, -1).mean(1)).numpy())
     return results
 
 
-def _forwards(rows: Sequence[CompiledRow], queries: Sequence[Tensor], shape: ModuleShape) -> list[list[int]]:
-    """Rows that go together: of similar numbers of queries and tokens, so that little is padded."""
-    groups: list[list[int]] = []
-    num_bytes = FORWARD_BYTES
-    for i in sorted(range(len(rows)), key=lambda i: (len(queries[i]), rows[i].num_tokens)):
-        if not len(queries[i]):
-            continue
-        # The last row has the longest tile so far; keys and values are held stacked and once more a tile.
-        tile = min(64, len(queries[i]))
-        tiles = math.ceil(len(queries[i]) / tile)
-        cost = (tiles + 1) * (rows[i].num_tokens + tile) * shape.width * 8
-        if num_bytes + cost > FORWARD_BYTES:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(i)
-        num_bytes += cost
-    return groups
+def _forwards(counts: Sequence[int], shape: ModuleShape) -> list[list[tuple[int, int, int]]]:
+    """Rows and which of their queries (first, end) go together, in order: rows that lie together are asked together."""
+    most = max(1, FORWARD_BYTES // (shape.width * 4 * TOKEN_NUMBERS))
+    forwards: list[list[tuple[int, int, int]]] = [[]]
+    free = most
+    for row, count in enumerate(counts):
+        first = 0
+        while first < count:
+            if not free:
+                forwards.append([])
+                free = most
+            end = min(count, first + free)
+            forwards[-1].append((row, first, end))
+            free -= end - first
+            first = end
+    return [forward for forward in forwards if forward]
 
 
 def _probabilities(logits: Float[Tensor, "problems queries"]) -> Float[Tensor, "queries classes"]:

@@ -1,9 +1,10 @@
+import copy
 import dataclasses
 
 import pytest
 import torch
 
-from metasepia.reasoning.module import ModuleShape, ReasoningModule
+from metasepia.reasoning.module import ModuleShape, ReasoningModule, attend
 from metasepia.synthetic.tasks import ProbabilisticLogisticRegression, Seeds
 
 SHAPE = ModuleShape(dims=4, pairs=33, layers=3, width=32, heads=4)
@@ -64,6 +65,73 @@ def test_an_answer_is_the_same_whatever_other_queries_share_the_forward(module: 
     (together,) = module.answer([row], [batch.x[0, 10:]])
     (alone,) = module.answer([row], [batch.x[0, 13:14]])
     torch.testing.assert_close(together[3], alone[0], atol=1e-5, rtol=0)
+
+
+def test_rows_compiled_apart_together_and_of_other_lengths_answer_alike_in_any_order(module: ReasoningModule):
+    batch = problems(6, 20)
+    lengths = (12, 12, 5, 12, 7, 12)
+    x, y = (
+        [one[:n] for one, n in zip(batch.x, lengths, strict=True)],
+        [one[:n] for one, n in zip(batch.y, lengths, strict=True)],
+    )
+    together = module.compile_rows(x, y)
+    apart = [module.compile_rows([a], [b])[0] for a, b in zip(x, y, strict=True)]
+    queries = [one[14 : 14 + n] for one, n in zip(batch.x, (3, 3, 0, 3, 1, 6), strict=True)]
+    plain = [module.answer([row], [some])[0] for row, some in zip(apart, queries, strict=True)]
+    for order in ([0, 1, 2, 3, 4, 5], [3, 1, 0, 2, 5, 4], [0, 0, 1, 3, 4, 2]):
+        answers = module.answer([together[i] for i in order], [queries[i] for i in order])
+        for i, one in zip(order, answers, strict=True):
+            torch.testing.assert_close(one, plain[i], atol=1e-5, rtol=0)
+
+
+def test_no_queries_have_no_answers(module: ReasoningModule):
+    batch = problems(1, 5)
+    (row,) = module.compile_rows([batch.x[0]], [batch.y[0]])
+    assert [one.shape for one in module.answer([row, row], [batch.x[0, :0], batch.x[0, :0]])] == [(0,), (0,)]
+
+
+def test_rows_compiled_together_count_their_bytes_once(module: ReasoningModule):
+    batch = problems(3, 9)
+    rows = module.compile_rows(list(batch.x), list(batch.y))
+    assert sum(row.num_bytes for row in rows) == rows[0].block.untyped_storage().nbytes()
+    assert rows[0].num_bytes == SHAPE.layers * 2 * 18 * SHAPE.width * 4
+
+
+def test_a_module_whose_weights_change_answers_with_the_new_ones():
+    built, batch = ReasoningModule(SHAPE, seed=2), problems(1, 9)
+
+    def answered() -> torch.Tensor:
+        (row,) = built.compile_rows([batch.x[0, :8]], [batch.y[0, :8]])
+        return built.answer([row], [batch.x[0, 8:]])[0]
+
+    answered()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.mul_(4.0)
+    torch.testing.assert_close(answered(), built(batch.x, batch.y)[0, 8:].detach(), atol=1e-5, rtol=0)
+    copied = copy.deepcopy(built)
+    assert copied.state_dict().keys() == ReasoningModule(SHAPE).state_dict().keys()
+    built = copied
+    torch.testing.assert_close(answered(), built(batch.x, batch.y)[0, 8:].detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "any other"])
+def test_a_key_that_joins_by_the_sum_beneath_attention_counts_like_all_others(device_type: str):
+    q, keys, values = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0))
+    reached = q if device_type == "cpu" else q.as_subclass(_Elsewhere)
+    out, log_sum = attend(reached, keys[:, :, :6], values[:, :, :6])
+    score = (q * keys[:, :, 6:]).sum(-1) / 8**0.5
+    joined = torch.lerp(out, values[:, :, 6:].expand_as(out), torch.sigmoid(score - log_sum)[..., None])
+    whole = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+    torch.testing.assert_close(joined.as_subclass(torch.Tensor), whole, atol=1e-5, rtol=0)
+
+
+class _Elsewhere(torch.Tensor):
+    """A CPU tensor that calls its device another: takes the path of all devices but the CPU."""
+
+    @property
+    def device(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return torch.device("meta")
 
 
 def test_the_paper_shape_has_the_papers_working_parameters():
