@@ -1,7 +1,8 @@
 """What crosses process borders beside `metasepia.rows`: frozen dataclasses of numpy arrays and plain values."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -69,22 +70,28 @@ class EncoderInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledVectors:
-    """A classification context by value: embedded examples and their labels, in the order given."""
+    """A classification context by value: embedded examples and their labels, in any order."""
 
+    digest: str
+    """Of the content that the vectors were computed from (`metasepia.reasoning.named`): the context's name."""
     vectors: np.ndarray
     """float32 [examples, width]"""
     labels: tuple[str, ...]
     seed: int = 0
-    """Shuffles the examples before they are compiled."""
+    unlabelled: np.ndarray | None = None
+    """float32 [unlabelled, width]: they inform the reduction."""
+    reduction: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the reduction's recipe that differ from the defaults, or all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classify:
-    """Queries against a context. The pool compiles a context that it has not got and keeps it by digest."""
+    """Queries against a context."""
 
     module: str
     """Digest of the reasoning module that must answer."""
-    context: LabelledVectors
+    context: LabelledVectors | str
+    """A digest alone where the registry has the context: the pool fetches one that it has not got, or no longer."""
     queries: np.ndarray
     """float32 [queries, width]"""
     deadline_unix_s: float
@@ -99,6 +106,53 @@ class Classified:
     context: str
     module: str
     compiled: Literal["now", "before"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Asks what the answers to queries rest on; costs a compiling of the context an example."""
+
+    module: str
+    context: LabelledVectors | str
+    queries: np.ndarray
+    nearest: int
+    """Examples to name as nearest to each query."""
+    deadline_unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """Examples are numbered as the context's labels are; of one known by its digest, in the order of its blob."""
+
+    classes: tuple[str, ...]
+    influences: np.ndarray
+    """float32 [queries, examples, classes]: by how much each example raises the log-probability of each class."""
+    nearest: np.ndarray
+    """int [queries, count], the nearest first"""
+    similarity: np.ndarray
+    """float32 [queries, count]: cosines"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """A new context: compile it, keep it, and see how it does on its own examples, left out."""
+
+    module: str
+    context: LabelledVectors
+    deadline_unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A context that was compiled, and its self-check."""
+
+    classes: tuple[str, ...]
+    num_bytes: int
+    """Of the compiled context in memory."""
+    accuracy: float
+    """Share of its own examples that it labels right when they are left out; from 0 to 1."""
+    num_left_out: int
+    method: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,39 +3,71 @@
 No torch until one is made, so that the gateway may import this module.
 """
 
+import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from actors.messages import Classified, Classify, LabelledVectors
+from actors.audits import AuditThread, Steps
+from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
 from actors.waiting import answer_within, remaining_s
 from cluster.settings import ReasoningSettings
-from metasepia.errors import DeadlineExceeded, InvalidRequest, MetasepiaError, Overloaded, Unavailable, UnknownName
+from metasepia.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MetasepiaError,
+    Outdated,
+    Overloaded,
+    Unavailable,
+    UnknownName,
+)
+from metasepia.reasoning.named import PREFIX, EmbeddedContext
 
 if TYPE_CHECKING:
-    from metasepia.reasoning.context import CompiledContext
+    from metasepia.reasoning.context import CompiledContext, Context
     from metasepia.reasoning.shipped import LoadedModule
 
-ROUND_ROWS = 8192
-"""Queries times compiled rows that one round answers; a request that arrives meanwhile waits for them."""
+ROUND_BYTES = 2 << 30
+"""Queries times the bytes of their compiled context that one round reads; who arrives meanwhile waits for it."""
+ROUND_S = 0.25
+"""A round that has compiled contexts for this long answers those; the others are compiled in the next."""
+STEP_S = 0.1
+"""About how long one step of an explanation takes."""
+
+
+class Blobs(Protocol):
+    """The registry, as far as the pool asks it."""
+
+    async def get(self, digest: str) -> bytes: ...
 
 
 @dataclass
-class _Request:
-    """A question that waits; all but `answer` belong to the worker."""
+class _Question:
+    """Queries that wait, none where only the compiled context is wanted; all but `answer` belong to the worker."""
 
-    message: Classify
-    answer: "Future[Classified]" = field(default_factory=Future)
+    module: "LoadedModule"
+    digest: str
+    labelled: LabelledVectors | None
+    """None where `compiled` is there already."""
+    queries: np.ndarray
+    deadline_unix_s: float
     compiled: "CompiledContext | None" = None
     when: Literal["now", "before"] = "before"
+    answer: "Future[np.ndarray]" = field(default_factory=Future)
+    """Probabilities [queries, classes]; `compiled` is set once it is there."""
     answered: list[np.ndarray] = field(default_factory=list)
     num_answered: int = 0
+
+    @property
+    def size(self) -> int:
+        return max(1, len(self.queries))
 
     def fail(self, error: Exception) -> None:
         with contextlib.suppress(InvalidStateError):  # the caller is gone
@@ -43,90 +75,131 @@ class _Request:
 
     def finish(self) -> None:
         assert self.compiled is not None
-        result = Classified(
-            classes=self.compiled.classes,
-            probabilities=np.concatenate(self.answered),
-            context=self.compiled.digest,
-            module=self.message.module,
-            compiled=self.when,
-        )
+        empty = np.empty((0, len(self.compiled.classes)), np.float32)
         with contextlib.suppress(InvalidStateError):
-            self.answer.set_result(result)
+            self.answer.set_result(np.concatenate([empty, *self.answered]))
 
 
 class ReasoningPool:
-    """Owns one reasoning module, its compiled contexts, and the thread that runs them.
+    """Owns reasoning modules, their compiled contexts, and the threads that run them.
 
     Each round answers a share of every waiting request, in turn, in one forward over all their contexts. A request that
-    fails, fails alone.
+    fails, fails alone. A context that is named by its digest and not here, or no longer, is fetched from the registry
+    and compiled, once for all who wait for it.
     """
 
-    def __init__(self, settings: ReasoningSettings, loaded: "LoadedModule | None" = None) -> None:
-        """`loaded` None loads that of the settings. Raises UnknownName, CorruptArtefact."""
+    def __init__(
+        self, settings: ReasoningSettings, blobs: Blobs | None = None, loaded: "Sequence[LoadedModule] | None" = None
+    ) -> None:
+        """`loaded` None loads the modules of the settings. Raises UnknownName, CorruptArtefact."""
         import torch
 
         from metasepia.reasoning import shipped
         from metasepia.reasoning.context import ContextPool
 
         torch.set_num_threads(settings.threads)
-        self._settings = settings
-        self._loaded = loaded or shipped.load(settings.module)
+        self._settings, self._blobs = settings, blobs
+        modules = loaded or [shipped.load(name) for name in settings.modules]
+        self._modules = {one.digest: one for one in modules}
         self._contexts = ContextPool(int(settings.cache_mib * 2**20))
+        self._contexts_lock = threading.Lock()  # the worker writes, the event loop looks
+        self._fetching: dict[str, asyncio.Task[LabelledVectors]] = {}
         self._arrived = threading.Condition()
-        self._inbox: list[_Request] = []
+        self._inbox: list[_Question] = []
         self._num_queued = 0
         self._queries_per_s: float | None = None
-        self._num_queries = self._num_forwards = self._num_compiled = 0
+        self._num_queries = self._num_forwards = self._num_compiled = self._num_fetched = 0
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name="reasoning pool", daemon=True)
         self._worker.start()
+        self._audits = AuditThread("the audits of the reasoning pool", settings.max_queued_audits, self._begin_thread)
 
     @property
     def digest(self) -> str:
-        return self._loaded.digest
+        """Of the first module."""
+        return next(iter(self._modules))
 
     def statistics(self) -> dict[str, float]:
-        """Queries, fused forwards and compiled contexts so far; contexts kept; queries waiting or running now."""
+        """Queries, fused forwards, contexts compiled and fetched so far; contexts kept; queries and audits waiting or
+        running now.
+        """
         return {
             "queries": self._num_queries,
             "forwards": self._num_forwards,
             "contexts_compiled": self._num_compiled,
+            "contexts_fetched": self._num_fetched,
             "contexts_kept": len(self._contexts),
             "context_bytes": self._contexts.num_bytes,
             "context_hits": self._contexts.num_hits,
             "queued_queries": self._num_queued,
+            "queued_audits": self._audits.num_jobs,
             "queries_per_s": self._queries_per_s or 0.0,
         }
 
     async def classify(self, message: Classify) -> Classified:
         """Probabilities of each query's classes, in the order of the queries.
 
-        Raises UnknownName for another module's digest, InvalidRequest for a context or queries that cannot be answered,
-        Overloaded when `max_queued_queries` wait, DeadlineExceeded.
+        Raises UnknownName for another module's digest and for a context's that the registry has not got,
+        InvalidRequest for a context or queries that cannot be answered, Overloaded when `max_queued_queries` wait,
+        DeadlineExceeded.
         """
-        if message.module != self._loaded.digest:
-            raise UnknownName("reasoning module", message.module, (self._loaded.digest,))
+        module = self._module(message.module)
         _check_queries(message.queries, message.context)
         num_queries, limit = len(message.queries), self._settings.max_queued_queries
         if num_queries > limit:
             raise InvalidRequest("inputs", f"{num_queries} queries; at most {limit} at once")
         if self._num_queued + num_queries > limit:
             raise Overloaded("the queue of the reasoning pool", self._retry_after_s())
-        return await self._ask(_Request(message))
+        question = await self._question(module, message.context, message.queries, message.deadline_unix_s)
+        probabilities = await self._ask(question)
+        assert question.compiled is not None
+        return Classified(
+            classes=question.compiled.classes,
+            probabilities=probabilities,
+            context=question.digest,
+            module=message.module,
+            compiled=question.when,
+        )
+
+    async def build(self, message: Build) -> Built:
+        """Compiles and keeps a context; its self-check leaves others' queries their turns. Raises as `classify` does,
+        Overloaded also when `max_queued_audits` wait.
+        """
+        module = self._module(message.module)
+        compiled = await self._compiled(module, message.context, message.deadline_unix_s)
+        context = _context(message.context)
+        steps = _self_check(context, module, compiled)
+        accuracy, num_left_out, method = await self._audits.run(steps, "the self-check", message.deadline_unix_s)
+        return Built(
+            classes=compiled.classes,
+            num_bytes=compiled.num_bytes,
+            accuracy=accuracy,
+            num_left_out=num_left_out,
+            method=method,
+        )
+
+    async def explain(self, message: Explain) -> Explained:
+        """The influence of each example on the answers, by leaving it out. Raises as `build` does."""
+        module = self._module(message.module)
+        _check_queries(message.queries, message.context)
+        given = message.context
+        labelled = await self._fetch(given, message.deadline_unix_s) if isinstance(given, str) else given
+        compiled = await self._compiled(module, labelled, message.deadline_unix_s)
+        steps = _explained(_context(labelled), module, compiled, message.queries, message.nearest)
+        return await self._audits.run(steps, "the explanation", message.deadline_unix_s)
 
     async def check(self, timeout_s: float = 10.0) -> None:
-        """One real forward, past the queue's limit. Raises Unavailable when none comes back."""
-        vectors = np.eye(4, self._loaded.module.shape.dims, dtype=np.float32)
-        context = LabelledVectors(vectors=vectors, labels=("a", "b", "a", "b"))
-        message = Classify(
-            module=self.digest, context=context, queries=vectors[:1], deadline_unix_s=time.time() + timeout_s
-        )
-        try:
-            classified = await self._ask(_Request(message))
-        except DeadlineExceeded:
-            raise Unavailable("the reasoning pool", 1.0) from None
-        if not np.isfinite(classified.probabilities).all():
-            raise Unavailable("the reasoning pool (its answers are not finite)", 60.0)
+        """One real forward of every module, past the queue's limit. Raises Unavailable when none comes back."""
+        for module in self._modules.values():
+            vectors = np.eye(4, 8, dtype=np.float32)
+            labelled = LabelledVectors(digest=f"check {module.digest}", vectors=vectors, labels=("a", "b", "a", "b"))
+            try:
+                question = await self._question(module, labelled, vectors[:1], time.time() + timeout_s)
+                probabilities = await self._ask(question)
+            except DeadlineExceeded:
+                raise Unavailable("the reasoning pool", 1.0) from None
+            if not np.isfinite(probabilities).all():
+                raise Unavailable("the reasoning pool (its answers are not finite)", 60.0)
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose worker has died."""
@@ -134,71 +207,125 @@ class ReasoningPool:
             raise Unavailable("the reasoning pool", 1.0)
 
     def stop(self) -> None:
-        """Ends the worker; what waits fails with Unavailable."""
+        """Ends the threads; what waits fails with Unavailable."""
+        self._audits.stop()
         with self._arrived:
             self._stopping = True
             self._arrived.notify()
         self._worker.join()
 
-    async def _ask(self, request: _Request) -> Classified:
+    def _module(self, digest: str) -> "LoadedModule":
+        if digest not in self._modules:
+            raise UnknownName("reasoning module", digest, tuple(self._modules))
+        return self._modules[digest]
+
+    async def _compiled(
+        self, module: "LoadedModule", labelled: LabelledVectors, deadline_unix_s: float
+    ) -> "CompiledContext":
+        none = np.empty((0, labelled.vectors.shape[1]), np.float32)
+        question = await self._question(module, labelled, none, deadline_unix_s)
+        await self._ask(question)
+        assert question.compiled is not None
+        return question.compiled
+
+    async def _question(
+        self, module: "LoadedModule", given: LabelledVectors | str, queries: np.ndarray, deadline_unix_s: float
+    ) -> _Question:
+        """With the compiled context where it is here, else with what it is compiled from."""
+        digest = given if isinstance(given, str) else given.digest
+        with self._contexts_lock:
+            # Held by the question from here on: nothing evicts it before its answer.
+            compiled = self._contexts.get(digest)
+        labelled = None if isinstance(given, str) else given
+        if compiled is None and isinstance(given, str):
+            labelled = await self._fetch(given, deadline_unix_s)
+            _check_queries(queries, labelled)
+        return _Question(module, digest, labelled, queries, deadline_unix_s, compiled)
+
+    async def _fetch(self, digest: str, deadline_unix_s: float) -> LabelledVectors:
+        """From the registry, once for all who want it now. Raises UnknownName, CorruptArtefact, DeadlineExceeded."""
+        task = self._fetching.get(digest)
+        if task is None:
+            task = self._fetching[digest] = asyncio.create_task(self._read(digest))
+            task.add_done_callback(lambda _: self._fetching.pop(digest, None))
+        try:
+            async with asyncio.timeout(remaining_s(deadline_unix_s, "fetching the context")):
+                return await asyncio.shield(task)  # who leaves must not take it from the others
+        except TimeoutError:
+            raise DeadlineExceeded("fetching the context", 0.0) from None
+
+    async def _read(self, digest: str) -> LabelledVectors:
+        if self._blobs is None:
+            raise UnknownName("context", PREFIX + digest, ())
+        blob = await self._blobs.get(digest)
+        embedded = await asyncio.to_thread(EmbeddedContext.from_bytes, blob, digest)
+        self._num_fetched += 1
+        return labelled_vectors(embedded)
+
+    async def _ask(self, question: _Question) -> np.ndarray:
         if not self._worker.is_alive():
             raise Unavailable("the reasoning pool", 1.0)
-        timeout_s = remaining_s(request.message.deadline_unix_s, "the classification")
-        num_queries = len(request.message.queries)
-        self._num_queued += num_queries
+        timeout_s = remaining_s(question.deadline_unix_s, "the classification")
+        self._num_queued += question.size
         try:
             with self._arrived:
-                self._inbox.append(request)
+                self._inbox.append(question)
                 self._arrived.notify()
-            return await answer_within(request.answer, timeout_s, "the classification")
+            return await answer_within(question.answer, timeout_s, "the classification")
         finally:
-            self._num_queued -= num_queries
+            self._num_queued -= question.size
 
     def _retry_after_s(self) -> float:
         """How long the queries that wait now will take, at the speed last measured; from 1 to 60."""
         return min(60.0, max(1.0, self._num_queued / self._queries_per_s)) if self._queries_per_s else 1.0
 
-    def _work(self) -> None:
+    def _begin_thread(self) -> None:
         import torch
 
         torch.set_num_threads(self._settings.threads)  # OpenMP keeps this for each thread
-        waiting: list[_Request] = []
+
+    def _work(self) -> None:
+        self._begin_thread()
+        waiting: list[_Question] = []
         while True:
             with self._arrived:
                 while not (self._inbox or waiting or self._stopping):
                     self._arrived.wait()
                 arrived, self._inbox = self._inbox, []
                 if self._stopping:
-                    for request in (*waiting, *arrived):
-                        request.fail(Unavailable("the reasoning pool", 1.0))
+                    for question in (*waiting, *arrived):
+                        question.fail(Unavailable("the reasoning pool", 1.0))
                     return
             waiting += arrived
-            for request in waiting:
-                if request.message.deadline_unix_s <= time.time():
-                    request.fail(DeadlineExceeded("the classification", 0.0))
-            alive = [request for request in waiting if not request.answer.done()]
+            for question in waiting:
+                if question.deadline_unix_s <= time.time():
+                    question.fail(DeadlineExceeded("the classification", 0.0))
+            alive = [question for question in waiting if not question.answer.done()]
             num_served = self._round(alive)
             # Those served go behind those that the round's budget did not reach.
-            waiting = [r for r in (*alive[num_served:], *alive[:num_served]) if not r.answer.done()]
+            waiting = [q for q in (*alive[num_served:], *alive[:num_served]) if not q.answer.done()]
 
-    def _round(self, requests: Sequence[_Request]) -> int:
-        """Compiles what is missing and answers a share of each request; how many requests had one."""
-        budget, num_served = ROUND_ROWS, 0
-        shares: list[tuple[_Request, np.ndarray]] = []
+    def _round(self, questions: Sequence[_Question]) -> int:
+        """Compiles what is missing and answers a share of each question; how many questions had one."""
+        budget, num_served = ROUND_BYTES, 0
+        shares: list[tuple[_Question, np.ndarray]] = []
         began_s = time.monotonic()
         fresh: dict[str, CompiledContext] = {}
-        for request in requests:
-            share = budget // (len(requests) - num_served)  # what earlier requests did not use passes to later ones
+        for question in questions:
+            share = budget // (len(questions) - num_served)  # what earlier questions did not use passes to later ones
             num_served += 1
-            if request.compiled is None:
-                request.compiled = self._compile(request, fresh)
-            if request.compiled is None:
+            if question.compiled is None:
+                question.compiled = self._compile(question, fresh)
+            if question.compiled is None:
                 continue
-            num_rows = len(request.compiled.rows)
-            taken = request.message.queries[request.num_answered :][: max(1, share // num_rows)]
-            shares.append((request, taken))
-            budget -= len(taken) * num_rows
-            if budget <= 0:
+            if not len(question.queries):
+                question.finish()
+            else:
+                cost = max(1, question.compiled.num_bytes)
+                taken = question.queries[question.num_answered :][: max(1, share // cost)]
+                shares.append((question, taken))
+                budget -= len(taken) * cost
+            if budget <= 0 or (fresh and time.monotonic() - began_s > ROUND_S):
                 break
         self._answer(shares)
         num_queries = sum(len(queries) for _, queries in shares)
@@ -207,62 +334,131 @@ class ReasoningPool:
             self._queries_per_s = speed if self._queries_per_s is None else 0.8 * self._queries_per_s + 0.2 * speed
         return num_served
 
-    def _compile(self, request: _Request, fresh: "dict[str, CompiledContext]") -> "CompiledContext | None":
-        from metasepia.reasoning.context import Context, compile_context
+    def _compile(self, question: _Question, fresh: "dict[str, CompiledContext]") -> "CompiledContext | None":
+        from metasepia.reasoning.context import compile_context
 
-        given = request.message.context
+        with self._contexts_lock:
+            # One too large for the pool is still shared by the questions of this round.
+            found = self._contexts.get(question.digest) or fresh.get(question.digest)
+        if found is not None:
+            return found
+        assert question.labelled is not None
         try:
-            context: Context = Context.of(given.vectors, given.labels, seed=given.seed)
-            digest = context.digest(self.digest)
-            # One too large for the pool is still shared by the requests of this round.
-            found = self._contexts.get(digest) or fresh.get(digest)
-            if found is None:
-                found = fresh[digest] = compile_context(context, self._loaded)
-                request.when = "now"
-                self._num_compiled += 1
-                self._contexts.put(found)
+            compiled = compile_context(_context(question.labelled), question.module)
         except MetasepiaError as error:
-            request.fail(error)
+            question.fail(error)
             return None
         except Exception as error:  # a failure of one context must not take the worker with it
-            request.fail(Unavailable(f"the reasoning pool ({type(error).__name__}: {error})", 1.0))
+            question.fail(Unavailable(f"the reasoning pool ({type(error).__name__}: {error})", 1.0))
             return None
+        found = fresh[question.digest] = dataclasses.replace(compiled, digest=question.digest)
+        question.when = "now"
+        self._num_compiled += 1
+        with self._contexts_lock:
+            self._contexts.put(found)
         return found
 
-    def _answer(self, shares: Sequence[tuple[_Request, np.ndarray]]) -> None:
+    def _answer(self, shares: Sequence[tuple[_Question, np.ndarray]]) -> None:
+        """One forward over all contexts of a module."""
+        by_module: dict[str, list[tuple[_Question, np.ndarray]]] = {}
+        for question, queries in shares:
+            by_module.setdefault(question.module.digest, []).append((question, queries))
+        for some in by_module.values():
+            self._answer_together(some)
+
+    def _answer_together(self, shares: Sequence[tuple[_Question, np.ndarray]]) -> None:
         from metasepia.reasoning.context import answer
 
-        if not shares:
-            return
-        asked = [(request.compiled, queries) for request, queries in shares if request.compiled is not None]
+        asked = [(question.compiled, queries) for question, queries in shares if question.compiled is not None]
         try:
-            answers = answer(self._loaded.module, asked)
+            answers = answer(shares[0][0].module.module, asked)
         except Exception as error:
-            # Out of memory, most likely: halves may fit, and a request that fails alone fails nobody else.
+            # Out of memory, most likely: halves may fit, and a question that fails alone fails nobody else.
             if len(shares) > 1:
-                self._answer(shares[: len(shares) // 2])
-                self._answer(shares[len(shares) // 2 :])
+                self._answer_together(shares[: len(shares) // 2])
+                self._answer_together(shares[len(shares) // 2 :])
             elif isinstance(error, MetasepiaError):
                 shares[0][0].fail(error)
             else:
                 shares[0][0].fail(Unavailable(f"the reasoning pool ({type(error).__name__}: {error})", 1.0))
             return
         self._num_forwards += 1
-        for (request, queries), probabilities in zip(shares, answers, strict=True):
+        for (question, queries), probabilities in zip(shares, answers, strict=True):
             self._num_queries += len(queries)
-            request.answered.append(probabilities)
-            request.num_answered += len(queries)
-            if request.num_answered >= len(request.message.queries):
-                request.finish()
+            question.answered.append(probabilities)
+            question.num_answered += len(queries)
+            if question.num_answered >= len(question.queries):
+                question.finish()
 
 
-def _check_queries(queries: np.ndarray, context: LabelledVectors) -> None:
+def labelled_vectors(embedded: EmbeddedContext) -> LabelledVectors:
+    """A stored context as the pool takes it, in the order of its blob."""
+    named = embedded.named
+    return LabelledVectors(
+        digest=named.digest,
+        vectors=embedded.vectors,
+        labels=named.labels,
+        seed=named.seed,
+        unlabelled=embedded.unlabelled,
+        reduction=named.reduction,
+    )
+
+
+def _context(given: LabelledVectors) -> "Context":
+    """Raises InvalidRequest as `Context.of` does, and Outdated for a reduction that this program cannot fit."""
+    from metasepia.reasoning.context import Context
+    from metasepia.reasoning.reduction import ReductionRecipe
+
+    known = {one.name for one in dataclasses.fields(ReductionRecipe)}
+    if not set(given.reduction) <= known:
+        raise Outdated(
+            f"context {PREFIX}{given.digest}", "reduction", str(dict(given.reduction)), (f"one of {sorted(known)}",)
+        )
+    recipe = ReductionRecipe(**given.reduction)
+    return Context.of(given.vectors, given.labels, seed=given.seed, recipe=recipe, unlabelled=given.unlabelled)
+
+
+def _self_check(context: "Context", module: "LoadedModule", compiled: "CompiledContext") -> Steps:
+    """Accuracy, number left out, method."""
+    from metasepia.reasoning import audit
+
+    yield
+    checked = audit.self_check(context, module, compiled)
+    return checked.accuracy, checked.num_left_out, checked.method
+
+
+def _explained(
+    context: "Context", module: "LoadedModule", compiled: "CompiledContext", queries: np.ndarray, nearest: int
+) -> Steps:
+    """As many examples a step as took about STEP_S before."""
+    from metasepia.reasoning import audit
+
+    parts: list[np.ndarray] = []
+    begin, count, num_examples = 0, 1, len(context.labels)
+    while begin < num_examples:
+        began_s = time.monotonic()
+        only = range(begin, min(begin + count, num_examples))
+        parts.append(audit.influences(context, module, compiled, queries, only=only).values)
+        begin += count
+        seconds = max(time.monotonic() - began_s, 1e-6)
+        count = max(1, min(2 * count, int(count * STEP_S / seconds)))
+        yield
+    found = audit.nearest(context, queries, nearest)
+    return Explained(
+        classes=compiled.classes,
+        influences=np.concatenate(parts, axis=1),
+        nearest=found.examples,
+        similarity=found.similarity,
+    )
+
+
+def _check_queries(queries: np.ndarray, context: LabelledVectors | str) -> None:
     if queries.ndim != 2 or not len(queries):
         raise InvalidRequest("inputs", f"no queries: their vectors have the shape {list(queries.shape)}")
-    if context.vectors.ndim == 2 and queries.shape[1] != context.vectors.shape[1]:
-        raise InvalidRequest(
-            "inputs", f"vectors of {queries.shape[1]} numbers; those of the examples have {context.vectors.shape[1]}"
-        )
+    if isinstance(context, LabelledVectors) and context.vectors.ndim == 2:
+        width = context.vectors.shape[1]
+        if queries.shape[1] != width:
+            raise InvalidRequest("inputs", f"vectors of {queries.shape[1]} numbers; those of the examples have {width}")
     if not np.isfinite(queries).all():
         bad = int(np.flatnonzero(~np.isfinite(queries).all(axis=1))[0])
         raise InvalidRequest(f"inputs[{bad}]", "its vector holds NaN or infinity")

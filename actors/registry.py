@@ -45,8 +45,8 @@ class RegistryWriter:
         return stored
 
     @ray.method
-    def resolve(self, kind: Kind, name: str, owner: str) -> Artefact:
-        return self._registry().resolve(kind, name, owner)
+    def resolve(self, kind: Kind, name: str, owner: str, deleted: bool) -> Artefact:
+        return self._registry().resolve(kind, name, owner, deleted=deleted)
 
     @ray.method
     def get(self, digest: str, owner: str | None) -> bytes:
@@ -152,9 +152,11 @@ class RegistryClient:
         """See `Registry.put`; durable when this returns."""
         return await self._call("put", kind, blob, digest, name, owner, card or {}, timeout_s=timeout_s)
 
-    async def resolve(self, kind: Kind, name: str, owner: str, *, timeout_s: float | None = None) -> Artefact:
+    async def resolve(
+        self, kind: Kind, name: str, owner: str, *, deleted: bool = False, timeout_s: float | None = None
+    ) -> Artefact:
         """See `Registry.resolve`."""
-        return await self._call("resolve", kind, name, owner, timeout_s=timeout_s)
+        return await self._call("resolve", kind, name, owner, deleted, timeout_s=timeout_s)
 
     async def get(self, digest: str, owner: str | None = None, *, timeout_s: float | None = None) -> bytes:
         """See `Registry.get`."""

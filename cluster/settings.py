@@ -61,8 +61,23 @@ class HttpSettings:
     """Deeper JSON is refused with 400. From 8 to 500."""
     request_timeout_s: float = 120.0
     """Deadline of a request that brings none. From 1 to 86400."""
-    max_examples: int = 1024
-    """Labelled examples in one classification. From 256 to 100000."""
+    max_examples: int = 4096
+    """Labelled examples of one context, in a request or named. From 256 to 100000."""
+    max_unlabelled: int = 4096
+    """Unlabelled inputs of one context. From 0 to 100000."""
+    max_classes: int = 512
+    """Labels of one context. From 2 to 2048."""
+    max_label_chars: int = 256
+    """Characters of a label. From 16 to 256."""
+    max_text_chars: int = 50_000
+    """Characters of a text to classify or to learn from; the encoder's window, in tokens, is often less. From 100 to
+    10**7."""
+    max_vector_width: int = 8192
+    """Numbers of a vector that a request brings. From 1 to 65536."""
+    max_explained: int = 65_536
+    """Examples times inputs of a classification that is explained. From 256 to 10**7."""
+    max_explained_examples: int = 1024
+    """Examples of a context whose answers are explained: each costs a compiling of the context. From 16 to 100000."""
     max_inputs: int = 2048
     """Texts to classify or embed in one request. From 300 to 100000."""
 
@@ -72,6 +87,13 @@ class HttpSettings:
         _between("http", "max_json_depth", self.max_json_depth, 8, 500)
         _between("http", "request_timeout_s", self.request_timeout_s, 1, 86400)
         _between("http", "max_examples", self.max_examples, 256, 100_000)
+        _between("http", "max_unlabelled", self.max_unlabelled, 0, 100_000)
+        _between("http", "max_classes", self.max_classes, 2, 2048)
+        _between("http", "max_label_chars", self.max_label_chars, 16, 256)
+        _between("http", "max_text_chars", self.max_text_chars, 100, 10**7)
+        _between("http", "max_vector_width", self.max_vector_width, 1, 65_536)
+        _between("http", "max_explained", self.max_explained, 256, 10**7)
+        _between("http", "max_explained_examples", self.max_explained_examples, 16, 100_000)
         _between("http", "max_inputs", self.max_inputs, 300, 100_000)
 
 
@@ -110,6 +132,9 @@ class BackboneSettings:
     """Bound on the key/value cache: rows times the longest row's tokens. From 256 to 10**9."""
     max_queued_tokens: int = 65_536
     """Bound on waiting prompts and their answers; beyond it requests are refused with 429. From 256 to 10**9."""
+    max_prefix_tokens: int = 8192
+    """Prompts kept because other rows begin with them (contexts of the protocols vanilla and loo); the longest unused
+    goes first. From 0, which keeps none, to 10**9."""
     threads: int = 1
     """Compute threads of each rank. From 1 to 1024."""
     replica_cpus: float = 0.1
@@ -129,6 +154,7 @@ class BackboneSettings:
         _between(owner, "max_rows", self.max_rows, 1, 4096)
         _between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
         _between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
+        _between(owner, "max_prefix_tokens", self.max_prefix_tokens, 0, 10**9)
         _between(owner, "threads", self.threads, 1, 1024)
         _between(owner, "replica_cpus", self.replica_cpus, 0.01, 1000)
         _between(owner, "rank_cpus", self.rank_cpus, 0.01, 1000)
@@ -173,17 +199,24 @@ class EncoderSettings:
 class ReasoningSettings:
     """The pool of reasoning modules."""
 
-    module: str = "default"
-    """A module shipped in `metasepia/assets/modules`, or a path to its safetensors file."""
+    modules: tuple[str, ...] = ("default",)
+    """Modules shipped in `metasepia/assets/modules`, or paths to their safetensors files. The first one answers those
+    who name none."""
     num_replicas: int = 1
     cpus: float = 0.3
     threads: int = 1
     cache_mib: float = 256.0
-    """Compiled contexts kept; the least recently used leave first and are compiled again when asked for."""
+    """Compiled contexts kept; the least recently used leave first and are compiled again when asked for. From 1 to
+    10**6."""
     max_queued_queries: int = 65_536
     """Beyond it requests are refused with 429. From 1 to 10**8."""
+    max_queued_audits: int = 64
+    """Explanations and self-checks that wait; beyond it they are refused with 429. From 1 to 10**5."""
 
     def __post_init__(self) -> None:
+        if not self.modules or len(set(self.modules)) < len(self.modules):
+            raise InvalidSettings("reasoning.modules", self.modules, "one module or more, each named once")
+        _between("reasoning", "max_queued_audits", self.max_queued_audits, 1, 10**5)
         _between("reasoning", "num_replicas", self.num_replicas, 1, 1000)
         _between("reasoning", "cpus", self.cpus, 0.01, 1000)
         _between("reasoning", "threads", self.threads, 1, 1024)

@@ -167,15 +167,17 @@ class Registry:
             card=json.loads(card_json),
         )
 
-    def resolve(self, kind: Kind, name: str, owner: str) -> Artefact:
+    def resolve(self, kind: Kind, name: str, owner: str, *, deleted: bool = False) -> Artefact:
         """What a name, or a digest, stands for to this owner now: their own entry before the shared one.
 
-        Raises UnknownName listing the names of that kind this owner can see.
+        `deleted` finds the latest tombstone where nothing stands for it now. Raises UnknownName listing the names of
+        that kind this owner can see.
         """
         row = self._one(
             f"SELECT {_COLUMNS} FROM entries WHERE kind=? AND (name=? OR digest=?) AND owner IN (?, ?) "
-            "AND deleted IS NULL ORDER BY owner = ? DESC, name = ? DESC, id LIMIT 1",
-            (kind, name, name, owner, SHARED, owner, name),
+            "AND (? OR deleted IS NULL) "
+            "ORDER BY deleted IS NOT NULL, owner = ? DESC, name = ? DESC, deleted DESC, id LIMIT 1",
+            (kind, name, name, owner, SHARED, deleted, owner, name),
         )
         if row is None:
             raise UnknownName(kind, name, self._known(kind, owner))

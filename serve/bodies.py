@@ -84,6 +84,8 @@ def _check_values(value: Any, where: str) -> None:
         if _SURROGATE.search(value):
             raise InvalidRequest(where, "the text holds half of a surrogate pair, which is not a character")
     elif isinstance(value, list):
+        if set(map(type, value)) <= {float} and all(map(math.isfinite, value)):
+            return  # a vector, perhaps one of thousands
         for index, item in enumerate(value):
             if not isinstance(item, int):
                 _check_values(item, f"{where}[{index}]")

@@ -22,8 +22,8 @@ from serve.prompts import Prompts, away
 from serve.receipts import receipt_json
 from serve.schemas import EmbeddingsRequest
 
-Item = str | list[int]
-"""A text, or a text as token ids."""
+Item = str | list[int] | bytes
+"""A text, a text as token ids, or the bytes of a file that holds an image or a sound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,8 @@ class Embedding:
         texts: list[str] = []
         for item, field in zip(items, fields, strict=True):
             if not isinstance(item, str):
-                raise NotSupported(f"{field} as token ids for the encoder {encoder.id}", "send texts")
+                what = "a file" if isinstance(item, bytes) else "token ids"
+                raise NotSupported(f"{field} as {what} for the text encoder {encoder.id}", "send texts")
             texts.append(item)
         async with deadline.limit("the embedding"):
             info = await encoder.info()
@@ -120,6 +121,8 @@ def _sequences(
     """Token ids of each text. Raises WindowExceeded and InvalidRequest naming the field."""
     found: list[tuple[int, ...]] = []
     for item, field in zip(items, fields, strict=True):
+        if isinstance(item, bytes):
+            raise NotSupported(f"{field} as a file for a causal backbone", "send texts, or name another encoder")
         if isinstance(item, str) and (num_tokens := prompts.at_least(item)) > prepared.window:
             raise WindowExceeded(field, num_tokens, prepared.window)
         token_ids = prompts.plain(item) if isinstance(item, str) else tuple(item)

@@ -24,8 +24,10 @@ from cluster.settings import HttpSettings
 from metasepia.digests import digest_of
 from metasepia.errors import NotSupported, UnknownName
 from metasepia.prepared import PreparedBackbone
+from metasepia.reasoning.named import PREFIX
 from serve import bodies, completion, failures
 from serve.classification import Classification
+from serve.contexts import Contexts, number_of
 from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
 from serve.health import Health, probe_backbone
@@ -44,7 +46,15 @@ from serve.parts import (
 )
 from serve.prompts import Prompts
 from serve.routing import Routed, Routing
-from serve.schemas import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingsRequest, MixtureRequest
+from serve.schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    ContextRequest,
+    EmbeddingsRequest,
+    MixtureRequest,
+    MoreExamplesRequest,
+)
 from serve.shipped import ModuleCard
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -78,7 +88,8 @@ class Door:
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding
-        self._classification = Classification(embedding, reasoning, encoders[0].id)
+        self._contexts = Contexts(http, self.names, embedding, reasoning, catalogue)
+        self._classification = Classification(http, self._contexts, reasoning)
         self.metrics = Metrics()
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
@@ -86,7 +97,7 @@ class Door:
 
     async def asked(self, request: Request) -> Asked:
         """The body, bounded in bytes, depth and time."""
-        deadline = Deadline.of(request.headers, self._http.request_timeout_s)
+        deadline = self._deadline(request)
         async with deadline.limit("reading the body"):
             body = await bodies.read(_chunks(request), request.headers, self._http.max_body_mib)
         tree = bodies.parse(body, self._http.max_json_depth)
@@ -99,6 +110,41 @@ class Door:
         answer = await self._classification.classify(body, asked.digest, asked.deadline)
         self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
         return JSONResponse(answer)
+
+    async def create_context(self, request: Request) -> Response:
+        asked = await self.asked(request)
+        body = ContextRequest.of(asked.tree)
+        body.check(self._http)
+        answer = await self._contexts.create(body, asked.digest, asked.deadline)
+        self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
+        return JSONResponse(answer)
+
+    async def extend_context(self, request: Request) -> Response:
+        asked = await self.asked(request)
+        body = MoreExamplesRequest.of(asked.tree)
+        body.check(self._http)
+        answer = await self._contexts.extend(request.path_params["id"], body, asked.digest, asked.deadline)
+        self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
+        return JSONResponse(answer)
+
+    async def contexts(self, request: Request) -> Response:
+        limit = number_of(request.query_params, "limit", 100, 1, 1000)
+        async with self._deadline(request).limit("listing the contexts"):
+            return JSONResponse(await self._contexts.listing(request.query_params.get("after"), limit))
+
+    async def context(self, request: Request) -> Response:
+        async with self._deadline(request).limit("reading the context"):
+            return JSONResponse(await self._contexts.get(request.path_params["id"]))
+
+    async def context_examples(self, request: Request) -> Response:
+        begin = number_of(request.query_params, "begin", 0, 0, 10**9)
+        limit = number_of(request.query_params, "limit", 1000, 1, 10_000)
+        async with self._deadline(request).limit("reading the context"):
+            return JSONResponse(await self._contexts.examples(request.path_params["id"], begin, limit))
+
+    async def delete_context(self, request: Request) -> Response:
+        async with self._deadline(request).limit("deleting the context"):
+            return JSONResponse(await self._contexts.delete(request.path_params["id"]))
 
     async def embeddings(self, request: Request) -> Response:
         asked = await self.asked(request)
@@ -156,16 +202,20 @@ class Door:
             digest = await self._mixing.register(backbone.prepared.digest, body.weights)
         return JSONResponse({"model": f"{backbone.id}:{MIXTURE}{digest}", "digest": digest, "object": "mixture"})
 
+    def _deadline(self, request: Request) -> Deadline:
+        return Deadline.of(request.headers, self._http.request_timeout_s)
+
     async def models(self, request: Request) -> Response:
-        deadline = Deadline.of(request.headers, self._http.request_timeout_s)
-        async with deadline.limit("listing the models"):
+        async with self._deadline(request).limit("listing the models"):
             return JSONResponse({"object": "list", "data": await self.names.listing()})
 
     async def model(self, request: Request) -> Response:
-        deadline = Deadline.of(request.headers, self._http.request_timeout_s)
-        async with deadline.limit("listing the models"):
-            listed = await self.names.listing()
         wanted = request.path_params["model"]
+        async with self._deadline(request).limit("listing the models"):
+            if wanted.startswith(PREFIX):
+                stored = await self._contexts.find(wanted, usable=False)
+                return JSONResponse(self.names.context(stored.artefact))
+            listed = await self.names.fixed()
         for one in listed:
             if one["id"] == wanted:
                 return JSONResponse(one)
@@ -196,7 +246,7 @@ class Gateway:
         encoders: Mapping[str, DeploymentHandle[Any]],
         reasoning: DeploymentHandle[Any],
         mixing: DeploymentHandle[Any],
-        module: ModuleCard,
+        modules: Sequence[ModuleCard],
         catalogue: Catalogue,
         dispatch: Sequence[str],
     ) -> None:
@@ -204,7 +254,7 @@ class Gateway:
             http,
             [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()],
             [ServedEncoder(id_, handle) for id_, handle in encoders.items()],
-            ServedReasoning(module.name, module.digest, reasoning),
+            ServedReasoning(modules, reasoning),
             ServedMixing(mixing),
             catalogue,
             dispatch,
@@ -218,6 +268,12 @@ def create_app(door: Door) -> ASGIApp:
     """The routes of a door, every error in the envelope, every request measured."""
     routes: list[tuple[str, str, Handler]] = [
         ("POST", "/v1/classify", door.classify),
+        ("POST", "/v1/contexts", door.create_context),
+        ("GET", "/v1/contexts", door.contexts),
+        ("GET", "/v1/contexts/{id}", door.context),
+        ("DELETE", "/v1/contexts/{id}", door.delete_context),
+        ("GET", "/v1/contexts/{id}/examples", door.context_examples),
+        ("POST", "/v1/contexts/{id}/examples", door.extend_context),
         ("POST", "/v1/chat/completions", door.chat),
         ("POST", "/v1/completions", door.complete),
         ("POST", "/v1/embeddings", door.embeddings),

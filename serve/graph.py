@@ -10,7 +10,7 @@ Every class here is plain; only these lines make them remote. Queues are bounded
 queries), so Serve's own limits are wide: a request inside the gateway always reaches the queue that can refuse it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -47,9 +47,14 @@ ReasoningDeployment: Deployment = serve.deployment(**_ALL)(ReasoningPool)
 
 
 def build(
-    settings: Settings, prepared: Mapping[str, PreparedBackbone], module: ModuleCard, registry: RegistryClient
+    settings: Settings,
+    prepared: Mapping[str, PreparedBackbone],
+    modules: Sequence[ModuleCard],
+    registry: RegistryClient,
 ) -> Application:
-    """The application for `serve.run`; `prepared` holds each backbone of the settings by its id."""
+    """The application for `serve.run`; `prepared` holds each backbone of the settings by its id, `modules` the cards
+    of the settings' reasoning modules in their order.
+    """
     check_stages(settings.dispatch)
     inside = settings.gateway.max_ongoing_requests
     margin = 64  # probes, metrics, Serve's own checks
@@ -76,7 +81,7 @@ def build(
         num_replicas=settings.reasoning.num_replicas,
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.reasoning.cpus},
-    ).bind(settings.reasoning)
+    ).bind(settings.reasoning, registry)
     mixing = MixingDeployment.options(
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
@@ -88,4 +93,14 @@ def build(
         max_queued_requests=inside,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         ray_actor_options={"num_cpus": settings.gateway.cpus},
-    ).bind(settings.http, backbones, dict(prepared), encoders, reasoning, mixing, module, registry, settings.dispatch)
+    ).bind(
+        settings.http,
+        backbones,
+        dict(prepared),
+        encoders,
+        reasoning,
+        mixing,
+        tuple(modules),
+        registry,
+        settings.dispatch,
+    )

@@ -96,7 +96,7 @@ class Foreground:
         with _step("weights and factors"):
             _run_prepare()
             prepared = prepare.prepare(self._settings)
-            module = shipped.module_card(self._settings.reasoning.module)
+            modules = [shipped.module_card(name) for name in self._settings.reasoning.modules]
         with _step("Ray"):
             available = connect.connect(self._settings.ray)
             self._catch_signals()
@@ -107,7 +107,7 @@ class Foreground:
         with _step("Serve graph"):
             options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
-            application = graph.build(self._settings, prepared, module, client)
+            application = graph.build(self._settings, prepared, modules, client)
             try:
                 serve.run(application, name=graph.NAME)
             except RuntimeError as error:

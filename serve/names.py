@@ -14,12 +14,19 @@ from typing import Any
 
 from metasepia.digests import is_digest
 from metasepia.errors import CorruptArtefact, NotSupported, UnknownName
+from metasepia.reasoning.named import PREFIX as CONTEXT
 from metasepia.registry import SHARED, Artefact
 from metasepia.rows import Adapter
 from serve.parts import Backbone, Catalogue, TextEncoder
 
+OWNER = "local"
+"""Owner of what clients make, while the door has no keys."""
 MIXTURE = "mix@"
 AUTO = "auto"
+_PAGE = 1000
+_CONTEXT_FACTS = (
+    *("input", "classes", "num_examples", "num_unlabelled", "encoder", "module", "protocol", "seed", "self_check"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Names:
             raise NotSupported(
                 f"generating text with the encoder {model}", f"use one of {', '.join(self.backbones)} and its experts"
             )
+        if model.startswith(CONTEXT):
+            raise NotSupported(f"generating text or embedding with the context {model[:80]}", "send it to /v1/classify")
         backbone_id, colon, expert = model.partition(":")
         if not colon or backbone_id not in self.backbones:
             raise UnknownName("model", model, await self.known_generating())
@@ -73,10 +82,32 @@ class Names:
 
     async def known_generating(self) -> tuple[str, ...]:
         """Names that generate text."""
-        return tuple(one["id"] for one in await self.listing() if one["id"] not in self.encoders)
+        return tuple(one["id"] for one in await self.fixed() if one["id"] not in self.encoders)
 
     async def listing(self) -> list[dict[str, Any]]:
-        """Everything served, as GET /v1/models has it: backbones, encoders, experts, mixtures, `auto`."""
+        """Everything served, as GET /v1/models has it: backbones, encoders, experts, mixtures, `auto`, contexts."""
+        fixed, contexts = await asyncio.gather(self.fixed(), self._contexts())
+        return fixed + [self.context(one) for one in contexts]
+
+    def context(self, artefact: Artefact) -> dict[str, Any]:
+        """A named context as GET /v1/models has it."""
+        card: dict[str, Any] = artefact.card
+        facts = {"kind": "context", "digest": artefact.digest}
+        facts |= {name: card[name] for name in _CONTEXT_FACTS}
+        encoder = card["encoder"] and card["encoder"]["id"]
+        return self._entry(CONTEXT + artefact.digest, artefact.digest, encoder, int(artefact.created_unix_s), facts)
+
+    async def _contexts(self) -> list[Artefact]:
+        """All of them, page by page."""
+        found: list[Artefact] = []
+        while True:
+            page = await self._catalogue.list("context", OWNER, after=found[-1].name if found else "", limit=_PAGE)
+            found += page
+            if len(page) < _PAGE:
+                return found
+
+    async def fixed(self) -> list[dict[str, Any]]:
+        """What GET /v1/models has without the contexts, of which there may be thousands."""
         experts, mixtures, infos = await asyncio.gather(
             self._catalogue.list("expert", SHARED),
             self._catalogue.list("mixture", SHARED),

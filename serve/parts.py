@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
-from actors.messages import Classified, Classify, EncoderInfo, Texts
+from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Texts
 from metasepia.prepared import PreparedBackbone
 from metasepia.registry import Artefact, Kind
 from metasepia.rows import HiddenStates, Row, TokenChunk
+from serve.shipped import ModuleCard
 
 T = TypeVar("T")
 
@@ -49,10 +50,12 @@ class TextEncoder(Protocol):
 class Reasoning(Protocol):
     """The pool of reasoning modules."""
 
-    name: str
-    digest: str
+    modules: Sequence[ModuleCard]
+    """The first one answers those who name none."""
 
     async def classify(self, classify: Classify) -> Classified: ...
+    async def build(self, build: Build) -> Built: ...
+    async def explain(self, explain: Explain) -> Explained: ...
     async def check(self) -> None:
         """One real forward."""
         ...
@@ -69,9 +72,13 @@ class Mixing(Protocol):
 class Catalogue(Protocol):
     """The registry, as far as the door asks it."""
 
-    async def resolve(self, kind: Kind, name: str, owner: str) -> Artefact: ...
-    async def list(self, kind: Kind, owner: str) -> Sequence[Artefact]: ...
+    async def put(
+        self, kind: Kind, blob: bytes, *, digest: str, name: str | None, owner: str, card: dict[str, object]
+    ) -> Artefact: ...
+    async def resolve(self, kind: Kind, name: str, owner: str, *, deleted: bool = False) -> Artefact: ...
+    async def list(self, kind: Kind, owner: str, *, after: str = "", limit: int = 1000) -> Sequence[Artefact]: ...
     async def get(self, digest: str) -> bytes: ...
+    async def delete(self, kind: Kind, name: str, owner: str) -> Artefact: ...
 
 
 async def answered(response: DeploymentResponse[T] | DeploymentResponseGenerator[T]) -> T:
@@ -129,11 +136,17 @@ class ServedEncoder:
 class ServedReasoning:
     """The reasoning pool behind a Serve handle."""
 
-    def __init__(self, name: str, digest: str, handle: DeploymentHandle[Any]) -> None:
-        self.name, self.digest, self._handle = name, digest, handle
+    def __init__(self, modules: Sequence[ModuleCard], handle: DeploymentHandle[Any]) -> None:
+        self.modules, self._handle = modules, handle
 
     async def classify(self, classify: Classify) -> Classified:
         return await answered(self._handle.classify.remote(classify))
+
+    async def build(self, build: Build) -> Built:
+        return await answered(self._handle.build.remote(build))
+
+    async def explain(self, explain: Explain) -> Explained:
+        return await answered(self._handle.explain.remote(explain))
 
     async def check(self) -> None:
         await answered(self._handle.check.remote())

@@ -5,12 +5,15 @@ serve is accepted with a value that asks for nothing (`n: 1`, `tools: []`, any f
 other: a client that asks for tools must not get an answer that ignored them.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cluster.settings import DispatchStage, HttpSettings
 from metasepia.errors import InvalidRequest
+from metasepia.reasoning.named import Protocol
+from serve.inputs import check_number
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -166,29 +169,69 @@ class CompletionRequest(_Sampled):
         return "max_tokens", self.max_tokens
 
 
-class Example(_Body):
-    text: Text
-    label: Annotated[str, Field(min_length=1)]
-
-
 class ClassifyRequest(_Body):
-    """POST /v1/classify: labelled examples in, a label for each input out. Nothing is trained."""
+    """POST /v1/classify: a label for each input, by examples in the request or by a context (`model`) made before."""
 
-    examples: list[Example] = Field(min_length=1)
-    inputs: Annotated[list[Text], BeforeValidator(_one_or_many), Field(min_length=1)]
+    model: Text | None = None
+    """`ctx-...`; then nothing that belongs to a context may be given."""
+    examples: list[Any] | None = None
+    inputs: Annotated[list[Any], BeforeValidator(_one_or_many), Field(min_length=1)]
+    unlabelled: list[Any] = Field(default_factory=list)
     encoder: Text | None = None
     """An encoder's id, or a backbone's, whose mean-pooled last hidden states are the embedding. None: the first."""
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """Shuffles the examples before the module reads them."""
+    module: Text | None = None
+    """A reasoning module's name. None: the first."""
+    protocol: Protocol | None = None
+    """How texts become vectors. None: `stream`."""
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    """Shuffles the examples before the module reads them. None: 0."""
+    explain: bool = False
+    abstain_below: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    """A result whose best probability is lower has no label."""
 
     def check(self, http: HttpSettings) -> None:
-        _at_most("examples", len(self.examples), http.max_examples)
-        _at_most("inputs", len(self.inputs), http.max_inputs)
-        labels = {one.label for one in self.examples}
-        if len(labels) < 2:
-            raise InvalidRequest(
-                "examples", f"every example carries the label {labels.pop()!r}; give examples of two labels or more"
-            )
+        """Raises InvalidRequest for what can be seen without reading examples and inputs one by one."""
+        check_number("inputs", len(self.inputs), http.max_inputs, "max_inputs", "send several requests")
+        if self.model is not None:
+            for name in ("examples", "unlabelled", "encoder", "module", "protocol", "seed"):
+                if getattr(self, name):
+                    raise InvalidRequest(name, f"is part of the context {self.model[:80]}; leave it out")
+        elif self.examples is None:
+            raise InvalidRequest("examples", "this field is required, or model with the id of a context")
+        else:
+            check_examples(self.examples, self.unlabelled, http)
+
+
+class ContextRequest(_Body):
+    """POST /v1/contexts: labelled examples become a model with a name. Nothing is trained."""
+
+    examples: list[Any]
+    unlabelled: list[Any] = Field(default_factory=list)
+    encoder: Text | None = None
+    module: Text | None = None
+    protocol: Protocol | None = None
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+
+    def check(self, http: HttpSettings) -> None:
+        check_examples(self.examples, self.unlabelled, http)
+
+
+class MoreExamplesRequest(_Body):
+    """POST /v1/contexts/{id}/examples"""
+
+    examples: list[Any]
+
+    def check(self, http: HttpSettings) -> None:
+        check_examples(self.examples, (), http)
+
+
+def check_examples(examples: Sequence[Any], unlabelled: Sequence[Any], http: HttpSettings) -> None:
+    """Raises InvalidRequest for no examples, or too many of either."""
+    if not examples:
+        raise InvalidRequest("examples", "there are none; give examples of two labels or more")
+    fewer = "a context answers best from its most telling examples; send fewer"
+    check_number("examples", len(examples), http.max_examples, "max_examples", fewer)
+    check_number("unlabelled", len(unlabelled), http.max_unlabelled, "max_unlabelled", "send fewer, drawn at random")
 
 
 class EmbeddingsRequest(_Body):
@@ -201,7 +244,7 @@ class EmbeddingsRequest(_Body):
 
     def check(self, http: HttpSettings) -> None:
         if not self.is_one_token_list:
-            _at_most("input", len(self.input), http.max_inputs)
+            check_number("input", len(self.input), http.max_inputs, "max_inputs", "send several requests")
         for index, item in enumerate(self.inputs):
             where = "input" if self.is_one_token_list else f"input[{index}]"
             if isinstance(item, str):
@@ -226,8 +269,3 @@ class MixtureRequest(_Body):
 
     backbone: Text
     weights: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = Field(min_length=1)
-
-
-def _at_most(param: str, num: int, limit: int) -> None:
-    if num > limit:
-        raise InvalidRequest(param, f"{num} are too many for one request; this server takes {limit}")

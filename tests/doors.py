@@ -8,13 +8,26 @@ from typing import Any
 import httpx
 import numpy as np
 
-from actors.messages import Classified, Classify, EncoderInfo, Texts
+from actors.messages import (
+    Build,
+    Built,
+    Classified,
+    Classify,
+    EncoderInfo,
+    Explain,
+    Explained,
+    LabelledVectors,
+    Texts,
+)
+from actors.reasoning_pool import labelled_vectors
 from cluster.settings import HttpSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.prepared import PreparedBackbone
-from metasepia.registry import Artefact
+from metasepia.reasoning.named import EmbeddedContext
+from metasepia.registry import Artefact, Kind, Registry
 from metasepia.rows import Executed, HiddenStates, Row, TokenChunk
 from serve.gateway import Door, create_app
+from serve.shipped import ModuleCard
 
 HTTP = HttpSettings(max_body_mib=0.25)
 DIGEST, EXPERT, OTHER = "b" * 64, "e" * 64, "f" * 64
@@ -72,13 +85,19 @@ class FakeEncoder:
 
     id = "minilm-fake"
 
+    def __init__(self) -> None:
+        self.digest = OTHER
+        self.texts: list[str] = []
+        """Everything embedded so far."""
+
     async def info(self) -> EncoderInfo:
-        return EncoderInfo(id=self.id, digest=OTHER, width=2, window=8, dtype="float32", device="cpu")
+        return EncoderInfo(id=self.id, digest=self.digest, width=2, window=8, dtype="float32", device="cpu")
 
     async def embed(self, texts: Texts) -> tuple[np.ndarray, int]:
         for index, text in enumerate(texts.texts):
             if len(text.split()) > 8:
                 raise WindowExceeded(f"texts[{index}]", len(text.split()), 8)
+        self.texts += texts.texts
         vectors = np.array([[len(text), 1.0] for text in texts.texts], np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), len(texts.texts)
 
@@ -86,18 +105,56 @@ class FakeEncoder:
 
 
 class FakeReasoning:
-    """The nearest example's label, with certainty."""
+    """The nearest example's label, with certainty; contexts that it built are known by their digests."""
 
-    name, digest = "nearest", "d" * 64
+    modules: Sequence[ModuleCard] = (ModuleCard("nearest", "d" * 64), ModuleCard("paper", "9" * 64))
+
+    def __init__(self) -> None:
+        self.blobs: Callable[[str], bytes] | None = None
+        self.asked: list[Classify | Build | Explain] = []
+        self.certainty = 1.0
+
+    def _labelled(self, context: LabelledVectors | str) -> LabelledVectors:
+        if isinstance(context, LabelledVectors):
+            return context
+        assert self.blobs is not None
+        return labelled_vectors(EmbeddedContext.from_bytes(self.blobs(context), context))
 
     async def classify(self, classify: Classify) -> Classified:
-        classes = tuple(sorted(set(classify.context.labels)))
-        nearest = (classify.queries @ classify.context.vectors.T).argmax(axis=1)
-        probabilities = np.zeros((len(classify.queries), len(classes)), np.float32)
+        self.asked.append(classify)
+        context = self._labelled(classify.context)
+        classes = tuple(sorted(set(context.labels)))
+        rest = (1 - self.certainty) / max(1, len(classes) - 1)
+        nearest = (classify.queries @ context.vectors.T).argmax(axis=1)
+        probabilities = np.full((len(classify.queries), len(classes)), rest, np.float32)
         for row, at in enumerate(nearest):
-            probabilities[row, classes.index(classify.context.labels[at])] = 1
+            probabilities[row, classes.index(context.labels[at])] = self.certainty
         return Classified(
-            classes=classes, probabilities=probabilities, context="c" * 64, module=self.digest, compiled="now"
+            classes=classes,
+            probabilities=probabilities,
+            context=context.digest,
+            module=classify.module,
+            compiled="now",
+        )
+
+    async def build(self, build: Build) -> Built:
+        self.asked.append(build)
+        classes = tuple(sorted(set(build.context.labels)))
+        num = len(build.context.labels)
+        return Built(classes=classes, num_bytes=1, accuracy=0.75, num_left_out=num, method="leave-one-out")
+
+    async def explain(self, explain: Explain) -> Explained:
+        """An example's influence on every class is its similarity to the query."""
+        self.asked.append(explain)
+        context = self._labelled(explain.context)
+        classes = tuple(sorted(set(context.labels)))
+        similarity = explain.queries @ context.vectors.T
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, : explain.nearest]
+        return Explained(
+            classes=classes,
+            influences=np.repeat(similarity[:, :, None], len(classes), axis=2),
+            nearest=order,
+            similarity=np.take_along_axis(similarity, order, axis=1),
         )
 
     async def check(self) -> None: ...
@@ -126,29 +183,52 @@ class FakeCatalogue:
                  card={"backbone": DIGEST, "adapter": [[EXPERT, 0.25], [OTHER, 0.75]]}),
     )  # fmt: skip
 
-    async def resolve(self, kind: str, name: str, owner: str) -> Artefact:
+        self.registry: Registry | None = None
+        """Holds the contexts."""
+
+    async def put(self, kind: Kind, blob: bytes, **rest: Any) -> Artefact:
+        assert self.registry is not None
+        return self.registry.put(kind, blob, **rest)
+
+    async def resolve(self, kind: Kind, name: str, owner: str, *, deleted: bool = False) -> Artefact:
+        if kind == "context" and self.registry is not None:
+            return self.registry.resolve(kind, name, owner, deleted=deleted)
         for one in self.artefacts:
             if (one.kind, one.name, one.owner) == (kind, name, owner):
                 return one
         raise UnknownName(kind, name, ())
 
-    async def list(self, kind: str, owner: str) -> list[Artefact]:
+    async def list(self, kind: Kind, owner: str, *, after: str = "", limit: int = 1000) -> Sequence[Artefact]:
+        if kind == "context":
+            return self.registry.list(kind, owner, after=after, limit=limit) if self.registry is not None else ()
         return [one for one in self.artefacts if (one.kind, one.owner) == (kind, owner)]
 
     async def get(self, digest: str) -> bytes:
-        raise UnknownName("digest", digest, ())
+        if self.registry is None:
+            raise UnknownName("digest", digest, ())
+        return self.registry.get(digest)
+
+    async def delete(self, kind: Kind, name: str, owner: str) -> Artefact:
+        assert self.registry is not None
+        return self.registry.delete(kind, name, owner)
 
 
 class Bench:
     """A door over fakes, and a client that calls it without a network."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, http: HttpSettings = HTTP) -> None:
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
         self.door = Door(
-            HTTP, [self.backbone], [self.encoder], self.reasoning, FakeMixing(), self.catalogue, ("centroid",)
+            http, [self.backbone], [self.encoder], self.reasoning, FakeMixing(), self.catalogue, ("centroid",)
         )
         self.app = create_app(self.door)
+
+    def with_contexts(self, root: Path) -> "Bench":
+        """With a real registry for contexts."""
+        self.catalogue.registry = Registry(root)
+        self.reasoning.blobs = self.catalogue.registry.get
+        return self
 
     def says(self, text: str) -> None:
         self.backbone.answer = [*self.door.prompts["tiny"].plain(text)]
@@ -166,6 +246,9 @@ class Bench:
 
     def get(self, path: str) -> httpx.Response:
         return self.run(lambda client: client.get(path))
+
+    def delete(self, path: str) -> httpx.Response:
+        return self.run(lambda client: client.delete(path))
 
     def chat(self, **fields: Any) -> httpx.Response:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 7, **fields}

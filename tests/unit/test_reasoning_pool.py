@@ -24,7 +24,7 @@ def loaded() -> LoadedModule:
 
 @pytest.fixture
 def pool(loaded: LoadedModule):
-    made = ReasoningPool(ReasoningSettings(max_queued_queries=100), loaded)
+    made = ReasoningPool(ReasoningSettings(max_queued_queries=100), loaded=[loaded])
     yield made
     made.stop()
 
@@ -35,7 +35,9 @@ def question(pool: ReasoningPool, *, tenant: int = 0, num_queries: int = 3, num_
     labels = tuple("ab"[i % 2] for i in range(num_examples))
     return Classify(
         module=pool.digest,
-        context=LabelledVectors(vectors=vectors[:num_examples], labels=labels, seed=tenant),
+        context=LabelledVectors(
+            digest=f"tenant {tenant}, {num_examples}", vectors=vectors[:num_examples], labels=labels, seed=tenant
+        ),
         queries=vectors[num_examples:],
         deadline_unix_s=time.time() + 30,
     )
@@ -90,10 +92,10 @@ def test_many_tenants_that_wait_share_one_forward_and_get_the_answers_they_get_a
 
 
 def test_a_long_request_is_answered_over_several_rounds_and_whole(pool, monkeypatch):
-    monkeypatch.setattr(reasoning_pool, "ROUND_ROWS", 64)
+    monkeypatch.setattr(reasoning_pool, "ROUND_BYTES", 1)
     long, short = question(pool, tenant=1, num_queries=40), question(pool, tenant=2)
     (got, _) = ask(pool, long, short)
-    monkeypatch.setattr(reasoning_pool, "ROUND_ROWS", 8192)
+    monkeypatch.undo()
     np.testing.assert_allclose(got.probabilities, ask(pool, long)[0].probabilities, atol=1e-5)
     assert got.probabilities.shape == (40, 2)
 
@@ -143,7 +145,8 @@ def test_a_deadline_that_passes_while_waiting_is_kept(pool, monkeypatch):
 
 def test_a_request_that_fails_fails_alone(pool):
     good, bad = question(pool), question(pool, tenant=1)
-    one_class = dataclasses.replace(bad, context=LabelledVectors(vectors=bad.context.vectors, labels=("a",) * 8))
+    assert isinstance(bad.context, LabelledVectors)
+    one_class = dataclasses.replace(bad, context=dataclasses.replace(bad.context, digest="one", labels=("a",) * 8))
     not_finite = dataclasses.replace(bad, queries=np.full((1, 12), np.nan, np.float32))
 
     async def both() -> list[Classified | BaseException]:
@@ -176,7 +179,7 @@ def test_a_failed_forward_is_retried_in_halves_and_then_told_to_its_own_request(
 
 
 def test_stopping_fails_what_waits(loaded, monkeypatch):
-    pool = ReasoningPool(ReasoningSettings(), loaded)
+    pool = ReasoningPool(ReasoningSettings(), loaded=[loaded])
     pool.stop()
     with pytest.raises(Unavailable):
         ask(pool, question(pool))

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.settings import HttpSettings
 from metasepia.errors import BodyTooLarge, InvalidRequest
-from serve import bodies
+from serve import bodies, inputs
 from serve.failures import unwrap
 from serve.schemas import ChatRequest, ClassifyRequest, EmbeddingsRequest
 
@@ -29,6 +29,10 @@ def _refusal(kind, tree) -> InvalidRequest:
     with pytest.raises((InvalidRequest, pydantic.ValidationError)) as raised:
         body = kind.of(tree)
         body.check() if kind is ChatRequest else body.check(HTTP)
+        if kind is ClassifyRequest:
+            labelled = inputs.read_labelled(body.examples, body.unlabelled, HTTP)
+            inputs.check_classes([one.label for one in labelled.examples], HTTP)
+            inputs.read_inputs(body.inputs, "inputs", HTTP, labelled.kind)
     error = unwrap(raised.value)
     assert isinstance(error, InvalidRequest)
     return error
@@ -85,7 +89,28 @@ def test_a_wrong_chat_field_is_refused_by_its_name(change, param):
         ({"examples": [{"text": "", "label": "a"}, {"text": "y", "label": "b"}]}, "examples[0].text"),
         ({"examples": [{"label": "a"}, {"text": "y", "label": "b"}]}, "examples[0].text"),
         ({"examples": [{"text": "x", "label": "a", "weight": 2}]}, "examples[0].weight"),
-        ({"examples": [{"text": "x", "label": str(i)} for i in range(1025)]}, "examples"),
+        ({"examples": [{"text": "x", "label": str(i)} for i in range(4097)]}, "examples"),
+        ({"examples": [{"text": "x", "label": str(i)} for i in range(513)]}, "examples"),
+        ({"examples": [{"text": "x", "label": "a" * 257}]}, "examples[0].label"),
+        ({"examples": [{"text": "x" * 50_001, "label": "a"}]}, "examples[0].text"),
+        ({"examples": [{"text": "x", "label": "a"}, {"vector": [1], "label": "b"}]}, "examples[1].vector"),
+        ({"examples": [{"text": "x", "vector": [1], "label": "a"}]}, "examples[0].vector"),
+        ({"examples": [{"vector": [1, "2"], "label": "a"}]}, "examples[0].vector"),
+        ({"examples": [{"vector": [1, True], "label": "a"}]}, "examples[0].vector"),
+        ({"examples": [{"vector": [1e39], "label": "a"}]}, "examples[0].vector"),
+        ({"examples": [{"vector": [], "label": "a"}]}, "examples[0].vector"),
+        ({"examples": [{"vector": [0.0] * 8193, "label": "a"}]}, "examples[0].vector"),
+        ({"examples": [{"image": "no base64!", "label": "a"}]}, "examples[0].image"),
+        ({"examples": ["x"]}, "examples[0]"),
+        ({"unlabelled": ["x"] * 4097}, "unlabelled"),
+        ({"unlabelled": ["x", " "]}, "unlabelled[1]"),
+        ({"unlabelled": [{"vector": [1]}]}, "unlabelled[0].vector"),
+        ({"inputs": [{"vector": [1.0]}]}, "inputs[0].vector"),
+        ({"abstain_below": 1.1}, "abstain_below"),
+        ({"abstain_below": "half"}, "abstain_below"),
+        ({"explain": 1}, "explain"),
+        ({"protocol": "prompt"}, "protocol"),
+        ({"model": "ctx-" + "0" * 64}, "examples"),
         ({"inputs": []}, "inputs"),
         ({"inputs": ["x", "  "]}, "inputs[1]"),
         ({"inputs": ["x", None]}, "inputs[1]"),

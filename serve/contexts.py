@@ -1,0 +1,460 @@
+"""Named contexts at the door: made, listed, extended, deleted, and found again when a request names one.
+
+A context is in the registry before it is acknowledged, and its blob holds the vectors of its inputs, so whatever holds
+a compiled copy may lose it at any time.
+"""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from actors.messages import Build, LabelledVectors, Receipt
+from actors.reasoning_pool import labelled_vectors
+from cluster.settings import HttpSettings
+from metasepia.digests import short
+from metasepia.errors import DeletedName, InvalidRequest, NotSupported, Outdated, UnknownName
+from metasepia.reasoning.named import (
+    PREFIX,
+    EmbeddedContext,
+    EncoderName,
+    NamedContext,
+    Protocol,
+    digest_of_name,
+    vectors_of_contents,
+)
+from metasepia.reasoning.reduction import ReductionRecipe
+from metasepia.registry import Artefact
+from serve.deadlines import Deadline
+from serve.embedding import Embedding
+from serve.inputs import Inputs, Labelled, check_classes, check_number, read_labelled
+from serve.names import OWNER, Names
+from serve.parts import Catalogue, Reasoning
+from serve.receipts import receipt_json
+from serve.schemas import ContextRequest, MoreExamplesRequest
+from serve.shipped import ModuleCard
+
+NUM_KNOWN = 5
+"""Contexts that an error about an unknown one names."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A context with its vectors, the vectors of queries, and what made them."""
+
+    context: EmbeddedContext
+    queries: np.ndarray
+    """float32 [queries, width]"""
+    num_tokens: int
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A registered context, as its card tells."""
+
+    artefact: Artefact
+
+    @property
+    def id(self) -> str:
+        return PREFIX + self.artefact.digest
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return self.artefact.card
+
+
+class Contexts:
+    """Makes and finds contexts."""
+
+    def __init__(
+        self, http: HttpSettings, names: Names, embedding: Embedding, reasoning: Reasoning, catalogue: Catalogue
+    ) -> None:
+        self._http, self._names, self._embedding = http, names, embedding
+        self._reasoning, self._catalogue = reasoning, catalogue
+
+    # -- making --------------------------------------------------------------------------------------------------------
+
+    async def create(self, body: ContextRequest, request_digest: str, deadline: Deadline) -> dict[str, Any]:
+        """Answers POST /v1/contexts. Raises UnknownName, WindowExceeded and InvalidRequest naming the field."""
+        began_s = time.monotonic()
+        labelled = read_labelled(body.examples, body.unlabelled, self._http)
+        named = await self.name(labelled, body.encoder, body.module, body.protocol, body.seed)
+        found = await self._live(named.digest)
+        if found is not None:
+            return self._made_json(found, request_digest, began_s, cached=True)
+        embedded = await self.embed(named, labelled, None, deadline, request_digest)
+        return await self._register(embedded, request_digest, began_s, deadline)
+
+    async def extend(
+        self, id_: str, body: MoreExamplesRequest, request_digest: str, deadline: Deadline
+    ) -> dict[str, Any]:
+        """Answers POST /v1/contexts/{id}/examples. Raises as `create` and `find` do."""
+        began_s = time.monotonic()
+        stored = await self.find(id_)
+        old = await self.blob(stored)
+        labelled = read_labelled(body.examples, (), self._http, kind=old.named.kind)
+        num = len(old.named.examples) + len(labelled.examples)
+        check_number("examples", num, self._http.max_examples, "max_examples", "make a new context of fewer")
+        check_classes([*old.named.labels, *(one.label for one in labelled.examples)], self._http)
+        named = old.named.extended(labelled.examples)
+        found = await self._live(named.digest)
+        if found is not None:
+            return self._made_json(found, request_digest, began_s, cached=True)
+        embedded = await self._embed_more(old, named, labelled, deadline, request_digest)
+        return await self._register(embedded, request_digest, began_s, deadline)
+
+    async def name(
+        self,
+        labelled: Labelled,
+        encoder: str | None,
+        module: str | None,
+        protocol: Protocol | None,
+        seed: int | None,
+    ) -> NamedContext:
+        """What these examples would be called. Raises UnknownName and InvalidRequest naming the field."""
+        check_classes([one.label for one in labelled.examples], self._http)
+        if labelled.kind == "vector" and encoder is not None:
+            raise InvalidRequest("encoder", "vectors need none; leave it out")
+        protocol = protocol or "stream"
+        chosen = None if labelled.kind == "vector" else await self._encoder(encoder)
+        if protocol != "stream" and (chosen is None or chosen.id not in self._names.backbones):
+            backbones = ", ".join(self._names.backbones)
+            raise InvalidRequest(
+                "protocol", f"{protocol} reads examples in a prompt; name a backbone as encoder ({backbones})"
+            )
+        return NamedContext.of(
+            labelled.kind,
+            labelled.examples,
+            encoder=chosen,
+            module=self.module(module).digest,
+            unlabelled=labelled.unlabelled,
+            seed=seed or 0,
+            protocol=protocol,
+            reduction=dataclasses.asdict(ReductionRecipe()),
+        )
+
+    def module(self, name: str | None) -> ModuleCard:
+        """Raises UnknownName."""
+        modules = self._reasoning.modules
+        if name is None or name == "default":
+            return modules[0]
+        for one in modules:
+            if name == one.name:
+                return one
+        raise UnknownName("reasoning module", name, ("default", *(one.name for one in modules)))
+
+    # -- vectors -------------------------------------------------------------------------------------------------------
+
+    async def embed(
+        self,
+        named: NamedContext,
+        labelled: Labelled,
+        queries: Inputs | None,
+        deadline: Deadline,
+        request_digest: str,
+    ) -> Embedded:
+        """The vectors of a new context, and of queries to it, all in one go. `labelled` is what `named` was made of."""
+        contents = [*(one.content for one in named.examples), *named.unlabelled]
+        fields = [labelled.fields[i] for i in named.given]
+        fields += [labelled.unlabelled_fields[i] for i in named.given_unlabelled]
+        asked = queries or Inputs(named.kind, (), ())
+        if asked.contents and asked.kind != named.kind:
+            raise InvalidRequest(asked.fields[0], f"{asked.kind} for examples of {named.kind}")
+        everything = Inputs(named.kind, (*contents, *asked.contents), (*fields, *asked.fields))
+        vectors, num_tokens, receipt = await self._vectors(named, everything, deadline, request_digest)
+        num_examples, num_inputs = len(named.examples), len(contents)
+        context = EmbeddedContext(
+            named,
+            np.ascontiguousarray(vectors[:num_examples]),
+            np.ascontiguousarray(vectors[num_examples:num_inputs]) if named.unlabelled else None,
+        )
+        return Embedded(context, np.ascontiguousarray(vectors[num_inputs:]), num_tokens, receipt)
+
+    async def embed_queries(
+        self, stored: Stored, queries: Inputs, deadline: Deadline, request_digest: str
+    ) -> tuple[np.ndarray, int, Receipt]:
+        """Vectors of queries to a stored context, the tokens read, and what made them."""
+        card = stored.card
+        if queries.kind != card["input"]:
+            raise InvalidRequest(queries.fields[0], f"{queries.kind}; the inputs of {stored.id} are of {card['input']}")
+        named = _shell(card)
+        vectors, num_tokens, receipt = await self._vectors(named, queries, deadline, request_digest)
+        if vectors.shape[1] != card["width"]:
+            raise InvalidRequest(
+                queries.fields[0], f"{vectors.shape[1]} numbers; the vectors of {stored.id} have {card['width']}"
+            )
+        return vectors, num_tokens, receipt
+
+    async def _embed_more(
+        self, old: EmbeddedContext, named: NamedContext, labelled: Labelled, deadline: Deadline, request_digest: str
+    ) -> Embedded:
+        """Only the new examples are embedded."""
+        more = Inputs(labelled.kind, tuple(one.content for one in labelled.examples), labelled.fields)
+        vectors, num_tokens, receipt = await self._vectors(named, more, deadline, request_digest)
+        vectors = np.concatenate([old.vectors, vectors])[list(named.given)]
+        context = EmbeddedContext(named, np.ascontiguousarray(vectors), old.unlabelled)
+        return Embedded(context, np.empty((0, vectors.shape[1]), np.float32), num_tokens, receipt)
+
+    async def _vectors(
+        self, named: NamedContext, inputs: Inputs, deadline: Deadline, request_digest: str
+    ) -> tuple[np.ndarray, int, Receipt]:
+        if named.kind == "vector":
+            widths = [len(one) for one in inputs.contents]
+            for width, field in zip(widths, inputs.fields, strict=True):
+                if width != widths[0]:
+                    raise InvalidRequest(
+                        field, f"{width // 4} numbers, where {inputs.fields[0]} has {widths[0] // 4}; use one width"
+                    )
+            return vectors_of_contents(inputs.contents), 0, Receipt(request=request_digest)
+        if named.protocol != "stream":
+            raise NotSupported(f"the protocol {named.protocol}", "use stream")
+        assert named.encoder is not None
+        encoder = await self._served_encoder(named.encoder)
+        found = await self._embedding.embed(encoder, inputs.contents, inputs.fields, deadline, request_digest)
+        return found.vectors, found.num_tokens, found.receipt
+
+    # -- finding -------------------------------------------------------------------------------------------------------
+
+    async def find(self, id_: str, *, usable: bool = True) -> Stored:
+        """A context by its id. Raises UnknownName, DeletedName, and Outdated where it cannot answer here (`usable`)."""
+        digest = digest_of_name(id_)
+        if digest is None:
+            raise UnknownName("context", id_[:80], await self._known())
+        try:
+            artefact = await self._catalogue.resolve("context", digest, OWNER, deleted=True)
+        except UnknownName:
+            raise UnknownName("context", id_, await self._known()) from None
+        if artefact.deleted_unix_s is not None:
+            raise DeletedName("context", id_, artefact.deleted_unix_s)
+        stored = Stored(artefact)
+        if usable:
+            await self._check_usable(stored)
+        return stored
+
+    async def blob(self, stored: Stored) -> EmbeddedContext:
+        blob = await self._catalogue.get(stored.artefact.digest)
+        return await asyncio.to_thread(EmbeddedContext.from_bytes, blob, stored.artefact.digest)
+
+    async def get(self, id_: str) -> dict[str, Any]:
+        """Answers GET /v1/contexts/{id}; also of a context that cannot answer here now."""
+        return await self._context_json(await self.find(id_, usable=False))
+
+    async def listing(self, after: str | None, limit: int) -> dict[str, Any]:
+        """Answers GET /v1/contexts: a page in order of id. Raises InvalidRequest for `after` that is no id."""
+        behind = "" if after is None else digest_of_name(after)
+        if behind is None:
+            raise InvalidRequest("after", "must be the id of a context")
+        found = await self._catalogue.list("context", OWNER, after=behind, limit=limit + 1)
+        data = [await self._context_json(Stored(one)) for one in found[:limit]]
+        return {
+            "object": "list",
+            "data": data,
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+            "has_more": len(found) > limit,
+        }
+
+    async def examples(self, id_: str, begin: int, limit: int) -> dict[str, Any]:
+        """Answers GET /v1/contexts/{id}/examples: labels and texts, numbered as explanations number them."""
+        stored = await self.find(id_, usable=False)
+        named = (await self.blob(stored)).named
+        data = [
+            {"example": begin + i, "label": one.label} | ({"text": one.content} if named.kind == "text" else {})
+            for i, one in enumerate(named.examples[begin : begin + limit])
+        ]
+        has_more = begin + limit < len(named.examples)
+        return {"object": "list", "context": id_, "data": data, "has_more": has_more}
+
+    async def delete(self, id_: str) -> dict[str, Any]:
+        """Answers DELETE /v1/contexts/{id}; a second time the same."""
+        try:
+            await self.find(id_, usable=False)
+            digest = id_.removeprefix(PREFIX)
+            when = (await self._catalogue.delete("context", digest, OWNER)).deleted_unix_s
+        except DeletedName as error:
+            when = error.deleted_unix_s
+        return {"id": id_, "object": "context.deleted", "deleted": True, "deleted_at": int(when or 0)}
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    async def _register(
+        self, embedded: Embedded, request_digest: str, began_s: float, deadline: Deadline
+    ) -> dict[str, Any]:
+        """Compiled and checked first, so that what cannot be compiled is never registered; then durable."""
+        named = embedded.context.named
+        labelled: LabelledVectors = labelled_vectors(embedded.context)
+        async with deadline.limit("building the context"):
+            built = await self._reasoning.build(
+                Build(module=named.module, context=labelled, deadline_unix_s=deadline.unix_s)
+            )
+            blob = await asyncio.to_thread(embedded.context.to_bytes)
+            card: dict[str, object] = {
+                "input": named.kind,
+                "encoder": dataclasses.asdict(named.encoder) if named.encoder else None,
+                "module": {"id": self._module_name(named.module), "digest": named.module},
+                "protocol": named.protocol,
+                "seed": named.seed,
+                "width": int(embedded.context.vectors.shape[1]),
+                "classes": list(named.classes),
+                "num_examples": len(named.examples),
+                "num_unlabelled": len(named.unlabelled),
+                "self_check": {
+                    "accuracy": round(built.accuracy, 6),
+                    "left_out": built.num_left_out,
+                    "method": built.method,
+                },
+            }
+            artefact = await self._catalogue.put(
+                "context", blob, digest=named.digest, name=None, owner=OWNER, card=card
+            )
+        made = self._made_json(Stored(artefact), request_digest, began_s, cached=False)
+        made["receipt"] = receipt_json(
+            dataclasses.replace(embedded.receipt, context=named.digest, module=named.module, seed=named.seed)
+        )
+        made["usage"] = {"prompt_tokens": embedded.num_tokens, "total_tokens": embedded.num_tokens}
+        return made
+
+    async def _live(self, digest: str) -> Stored | None:
+        try:
+            return Stored(await self._catalogue.resolve("context", digest, OWNER))
+        except UnknownName:
+            return None
+
+    async def _known(self) -> tuple[str, ...]:
+        found = await self._catalogue.list("context", OWNER, limit=NUM_KNOWN + 1)
+        names = tuple(PREFIX + one.digest for one in found)
+        return names if len(names) <= NUM_KNOWN else (*names[:NUM_KNOWN], "and more (GET /v1/contexts)")
+
+    async def _encoder(self, name: str | None) -> EncoderName:
+        """Raises UnknownName."""
+        name = name or next(iter(self._names.encoders))
+        served = await self._encoders()
+        if name not in served:
+            raise UnknownName("encoder", name, tuple(served))
+        return EncoderName(name, served[name])
+
+    async def _encoders(self) -> dict[str, str]:
+        """Digests of everything that embeds, by name."""
+        infos = await asyncio.gather(*(one.info() for one in self._names.encoders.values()))
+        served = {id_: info.digest for id_, info in zip(self._names.encoders, infos, strict=True)}
+        return served | {one.id: one.prepared.digest for one in self._names.backbones.values()}
+
+    async def _served_encoder(self, encoder: EncoderName) -> str:
+        """The name that the encoder has here now. Raises Outdated."""
+        served = await self._encoders()
+        for name, digest in served.items():
+            if digest == encoder.digest:
+                return name
+        raise Outdated(
+            "the context",
+            "encoder",
+            f"{encoder.id} ({short(encoder.digest)})",
+            tuple(f"{name} ({short(digest)})" for name, digest in served.items()),
+        )
+
+    async def _check_usable(self, stored: Stored) -> None:
+        """Raises Outdated for another module or encoder than those of then."""
+        module = stored.card["module"]
+        served = {one.digest: one.name for one in self._reasoning.modules}
+        if module["digest"] not in served:
+            raise Outdated(
+                f"the context {stored.id}",
+                "reasoning module",
+                f"{module['id']} ({short(module['digest'])})",
+                tuple(f"{name} ({short(digest)})" for digest, name in served.items()),
+            )
+        encoder = stored.card["encoder"]
+        if encoder is not None:
+            try:
+                await self._served_encoder(EncoderName(**encoder))
+            except Outdated as error:
+                raise Outdated(f"the context {stored.id}", error.part, error.made_with, error.served) from None
+
+    def _module_name(self, digest: str) -> str:
+        return next((one.name for one in self._reasoning.modules if one.digest == digest), short(digest))
+
+    async def _context_json(self, stored: Stored) -> dict[str, Any]:
+        try:
+            await self._check_usable(stored)
+            usable = True
+        except Outdated:
+            usable = False
+        return context_json(stored) | {"usable": usable}
+
+    def _made_json(self, stored: Stored, request_digest: str, began_s: float, *, cached: bool) -> dict[str, Any]:
+        card = stored.card
+        encoder: dict[str, str] | None = card["encoder"]
+        on_backbone = encoder is not None and encoder["digest"] in {
+            one.prepared.digest for one in self._names.backbones.values()
+        }
+        receipt = Receipt(
+            request=request_digest,
+            backbone=encoder["digest"] if encoder is not None and on_backbone else None,
+            encoder=encoder["digest"] if encoder is not None and not on_backbone else None,
+            context=stored.artefact.digest,
+            module=card["module"]["digest"],
+            seed=card["seed"],
+        )
+        return context_json(stored) | {
+            "cached": cached,
+            "build_ms": round(1000 * (time.monotonic() - began_s), 1),
+            "usage": {"prompt_tokens": 0, "total_tokens": 0},
+            "receipt": receipt_json(receipt),
+        }
+
+
+def context_json(stored: Stored) -> dict[str, Any]:
+    """A context as every route shows it."""
+    card = stored.card
+    encoder, module = card["encoder"], card["module"]
+    return {
+        "id": stored.id,
+        "object": "context",
+        "created": int(stored.artefact.created_unix_s),
+        "input": card["input"],
+        "encoder": encoder and encoder["id"],
+        "encoder_digest": encoder and encoder["digest"],
+        "module": module["id"],
+        "module_digest": module["digest"],
+        "protocol": card["protocol"],
+        "seed": card["seed"],
+        "width": card["width"],
+        "classes": card["classes"],
+        "num_examples": card["num_examples"],
+        "num_unlabelled": card["num_unlabelled"],
+        "self_check": card["self_check"],
+    }
+
+
+def _shell(card: dict[str, Any]) -> NamedContext:
+    """What of a context decides how its queries are embedded."""
+    return NamedContext(
+        kind=card["input"],
+        examples=(),
+        encoder=EncoderName(**card["encoder"]) if card["encoder"] else None,
+        module=card["module"]["digest"],
+        protocol=card["protocol"],
+    )
+
+
+def number_of(query: Any, name: str, default: int, low: int, high: int) -> int:
+    """A whole number in the query string. Raises InvalidRequest."""
+    text: str | None = query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        raise InvalidRequest(name, f"must be a whole number from {low} to {high}, got {text[:40]!r}")
+    return int(text)
+
+
+def positions(named: NamedContext) -> Sequence[int]:
+    """Where each example of the caller's list stands in the context's own order."""
+    places = [0] * len(named.given)
+    for place, given in enumerate(named.given):
+        places[given] = place
+    return places
