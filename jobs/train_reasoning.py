@@ -1,6 +1,6 @@
-"""Pretrains a reasoning module on synthetic logistic regression and leaves weights, card, loss log and picture.
+"""Pretrains a reasoning module on synthetic problems and leaves weights, card, loss log and picture.
 
-    python -m jobs.train_reasoning --preset small
+    python -m jobs.train_reasoning --preset set
     python -m jobs.train_reasoning --preset paper --device cuda --precision bfloat16 --out runs/paper --max-seconds 560
 
 The same command run again goes on from `OUT/checkpoint.safetensors` to the same weights that one uninterrupted run
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from metasepia.errors import MetasepiaError
+from metasepia.errors import InvalidSettings, MetasepiaError
 from metasepia.reasoning import shipped
+from metasepia.reasoning.set_training import SET_PRESETS, SetRecipe, SetTrainingRun
 from metasepia.reasoning.training import PRESETS, Recipe, TrainingRun
 
 LOG_EVERY = 50
@@ -63,7 +64,7 @@ class Progress:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | SetRecipe,
     out: Path,
     *,
     command: str,
@@ -83,9 +84,7 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = out / "checkpoint.safetensors", out / "loss.jsonl"
-    ends = recipe.curriculum.pairs
-    lengths = tuple(sorted({-(-ends.end * i // 3) for i in (1, 2, 3)})) if compile_blocks else ()
-    run = TrainingRun(recipe, device=device, precision=precision, lengths=lengths)
+    run, lengths = _run(recipe, device, precision, compile_blocks)
     if checkpoint.is_file():
         run.restore(checkpoint)
         print(f"goes on from step {run.step} of {checkpoint}", flush=True)
@@ -99,7 +98,7 @@ def train(
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     rows = [row for row in rows if row["step"] <= run.step]  # lines after the checkpoint will be written again
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if compile_blocks and run.step < recipe.num_steps:
+    if isinstance(run, TrainingRun) and compile_blocks and run.step < recipe.num_steps:
         began = time.monotonic()
         try:
             run.compile_blocks()
@@ -112,7 +111,7 @@ def train(
     count = 0
     try:
         while run.step < recipe.num_steps:
-            pairs, dims = recipe.curriculum.pairs.at(run.step), recipe.curriculum.dims.at(run.step)
+            facts = run.facts()
             total, count = total + run.advance(), count + 1
             if run.step % LOG_EVERY and run.step < recipe.num_steps:
                 continue
@@ -120,11 +119,11 @@ def train(
             total, count = torch.zeros_like(total), 0
             if not loss < float("inf"):
                 raise SystemExit(f"the loss is {loss} at step {run.step}; the last good checkpoint is {checkpoint}")
-            row = {"step": run.step, "loss": round(loss, 6), "pairs": pairs, "dims": dims}
+            row = {"step": run.step, "loss": round(loss, 6), **facts}
             rows.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            progress.show(run.step, loss, f"pairs {pairs} dims {dims}")
+            progress.show(run.step, loss, " ".join(f"{name} {value}" for name, value in facts.items()))
             if run.step % checkpoint_every < LOG_EVERY or time.monotonic() > stop_at:
                 run.save(checkpoint)
             if time.monotonic() > stop_at:
@@ -133,7 +132,12 @@ def train(
         progress.close()
     run.save(checkpoint)
     done = run.step >= recipe.num_steps
-    picture = draw(rows, out / "loss.png", f"{preset}: mean cross-entropy on fresh synthetic tasks")
+    picture = draw(
+        rows,
+        out / "loss.png",
+        f"{preset}: mean cross-entropy on fresh synthetic tasks",
+        "share of a guess's" if isinstance(recipe, SetRecipe) else "nats a label",
+    )
     card = {
         "name": out.name,
         "preset": preset,
@@ -148,7 +152,7 @@ def train(
         "licence": "that of this repository; trained on synthetic data alone",
     }
     for folder in (out, *([copies] if copies else [])):
-        shipped.export(run.module, folder, card, dtype=dtype)
+        shipped.export(run.exported, folder, card, dtype=dtype)
         if folder != out:
             (folder / "loss.jsonl").write_text(log.read_text())
             if picture:
@@ -157,7 +161,21 @@ def train(
     return done
 
 
-def draw(rows: list[dict[str, float]], path: Path, title: str) -> bool:
+def _run(
+    recipe: Recipe | SetRecipe, device: str, precision: str, compile_blocks: bool
+) -> tuple[TrainingRun | SetTrainingRun, tuple[int, ...]]:
+    """A run at its start, and the lengths that its blocks will be compiled for."""
+    if isinstance(recipe, SetRecipe):
+        for name, value, only in (("precision", precision, "float32"), ("compile", compile_blocks, False)):
+            if value != only:
+                raise InvalidSettings(name, value, f"{only} for a set module")
+        return SetTrainingRun(recipe, device=device), ()
+    end = recipe.curriculum.pairs.end
+    lengths = tuple(sorted({-(-end * i // 3) for i in (1, 2, 3)})) if compile_blocks else ()
+    return TrainingRun(recipe, device=device, precision=precision, lengths=lengths), lengths
+
+
+def draw(rows: list[dict[str, float]], path: Path, title: str, unit: str) -> bool:
     """The loss curve; without matplotlib says so and returns False."""
     try:
         import matplotlib
@@ -169,15 +187,16 @@ def draw(rows: list[dict[str, float]], path: Path, title: str) -> bool:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.9)
-    axes.set(xlabel="step", ylabel="nats a label", title=title)
+    axes.set(xlabel="step", ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return True
 
 
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    recipe = PRESETS[arguments.preset]
+def recipe_of(arguments: argparse.Namespace) -> Recipe | SetRecipe:
+    """The preset with the changes asked for. Raises InvalidSettings for one that this kind of module does not have."""
+    recipe: Recipe | SetRecipe = {**PRESETS, **SET_PRESETS}[arguments.preset]
     changes = {
         "num_steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
@@ -186,15 +205,20 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         "clip_norm": arguments.clip_norm,
         "module_seed": arguments.seed,
     }
-    recipe = dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-    if arguments.alphas is not None:
+    changes = {name: value for name, value in changes.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(recipe)}
+    for name in changes if arguments.alphas is None or isinstance(recipe, Recipe) else ["alphas"]:
+        if name not in known:
+            raise InvalidSettings(name, getattr(arguments, name), f"left out: {arguments.preset} has no such part")
+    recipe = dataclasses.replace(recipe, **changes)
+    if arguments.alphas is not None and isinstance(recipe, Recipe):
         recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, alphas=tuple(arguments.alphas)))
     return recipe
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m jobs.train_reasoning", description=(__doc__ or "").split("\n\n")[0])
-    p.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    p.add_argument("--preset", choices=sorted({**PRESETS, **SET_PRESETS}), default="set")
     p.add_argument("--out", type=Path, help="folder of this run (default runs/reasoning-PRESET); resumes from it")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")

@@ -60,7 +60,7 @@ def compile_subsets(
 
 
 def answer(
-    module: ReasoningModule | SetModule, asked: Sequence[tuple[CompiledContext, Float[np.ndarray, "_ width"]]]
+    module: ReasoningModule | SetModule, asked: Sequence[tuple[CompiledContext, Float[np.ndarray, "_ _"]]]
 ) -> list[Float[np.ndarray, "_ _"]]:
     """Class probabilities [queries, classes] of each context's queries, all contexts' in as few forwards as fit.
 

@@ -88,7 +88,8 @@ class LayerSays:
     """Linear heads over examples, then over unlabelled vectors, folded: a query hears z @ this."""
     soft: Float[Tensor, "*batch soft_heads examples spoken"]
     unlabelled: Float[Tensor, "*batch geometries unlabelled spoken"] | None
-    sharpness: Float[Tensor, "*batch soft_heads"]
+    sharpness: Float[Tensor, "*batch sharp_heads"]
+    """Of the soft heads over examples, then over unlabelled vectors."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _padded(heard: Tensor, module: SetModule) -> Tensor:
 
 @torch.no_grad()
 def answer_sets(
-    module: SetModule, asked: Sequence[tuple[CompiledSet, Float[np.ndarray, "_ width"]]]
+    module: SetModule, asked: Sequence[tuple[CompiledSet, Float[np.ndarray, "_ _"]]]
 ) -> list[Float[np.ndarray, "_ _"]]:
     """Class probabilities [queries, classes] of each context's queries; contexts of as many classes share forwards.
 

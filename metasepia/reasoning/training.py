@@ -155,6 +155,15 @@ class TrainingRun:
             self.module.parameters(), lr=recipe.learning_rate, fused=True if self.device.type == "cuda" else None
         )
 
+    @property
+    def exported(self) -> ReasoningModule:
+        return self.module
+
+    def facts(self) -> dict[str, int]:
+        """What one line of the loss log says beside step and loss."""
+        curriculum = self.recipe.curriculum
+        return {"pairs": curriculum.pairs.at(self.step), "dims": curriculum.dims.at(self.step)}
+
     def advance(self) -> Float[Tensor, ""]:
         """One step on this step's batch; its loss, still on the device and not waited for."""
         for group in self._adam.param_groups:

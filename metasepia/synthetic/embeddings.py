@@ -35,28 +35,30 @@ class EmbeddingBatch:
 class EmbeddingLikeTasks:
     """The distribution of problems; pairs are the ends of a range, drawn log-uniformly unless said otherwise."""
 
-    dims: tuple[int, int] = (10, 384)
-    examples: tuple[int, int] = (6, 300)
+    dims: tuple[int, int] = (32, 512)
+    examples: tuple[int, int] = (4, 320)
     unlabelled: tuple[int, int] = (30, 300)
     unlabelled_share: float = 0.35
     """Of the batches that have unlabelled vectors, in [0, 1]."""
     classes: tuple[int, int] = (3, 12)
-    binary_share: float = 0.6
+    binary_share: float = 0.5
     """Of the batches of two classes, in [0, 1]."""
     many_classes: tuple[int, int] = (13, 80)
-    many_share: float = 0.0
+    many_share: float = 0.08
     """Of the batches with so many classes, in [0, 1]."""
     queries: int = 48
-    decay: tuple[float, float] = (0.4, 2.4)
+    decay: tuple[float, float] = (0.3, 2.0)
     """Uniform: exponent of the eigenvalues, (1 + i / shift) ** -decay."""
     shift: tuple[float, float] = (1.0, 30.0)
-    alignment: tuple[float, float] = (0.6, 2.4)
+    alignment: tuple[float, float] = (0.8, 3.0)
     """Uniform: the signal's variance in a direction goes as the eigenvalue to this power."""
-    distance: tuple[float, float] = (0.7, 14.0)
+    concentration: tuple[float, float] = (0.0, 1.0)
+    """Uniform: standard deviation of the logarithm of each direction's share in the signal; 0 is even."""
+    distance: tuple[float, float] = (0.5, 14.0)
     """Between class means, in standard deviations within a class."""
     slope: tuple[float, float] = (0.5, 12.0)
     """Of labels that are a function of the vector, in logits a standard deviation."""
-    states: int = 18_000
+    states: int = 8_000
     """Tokens times classes that a batch has, about: its number of problems follows; at most 64."""
 
     def batch(self, seeds: Seeds, step: int) -> EmbeddingBatch:
@@ -132,7 +134,9 @@ class _Draw:
 
     def _labelled(self, vectors: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Int[Tensor, "problems tokens"]]:
         alignment = self._uniform(self.problems, 1, ends=self.tasks.alignment)
-        signal = eigenvalues ** (alignment / 2)
+        uneven = self._uniform(self.problems, 1, ends=self.tasks.concentration)
+        uneven = (uneven * self._normal(self.problems, self.dims, of=self.task)).exp()
+        signal = eigenvalues ** (alignment / 2) * uneven
         signal = signal / signal.square().sum(1, keepdim=True).sqrt()
         if self._chance() < 0.6:
             return self._by_class_means(vectors, eigenvalues, signal)

@@ -1,0 +1,173 @@
+"""Training the set module on synthetic problems with the geometry of embeddings: recipe, one step, checkpoints.
+
+A run is a pure function of its recipe: killed and resumed from its checkpoint it ends with the same weights, on the
+same device type and number of threads. What is exported is the running mean of the weights.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from metasepia.errors import CorruptArtefact, InvalidSettings
+from metasepia.reasoning.set_module import SetModule, SetShape
+from metasepia.reasoning.training import write_tensors
+from metasepia.synthetic.embeddings import EmbeddingBatch, EmbeddingLikeTasks
+from metasepia.synthetic.tasks import Seeds
+
+MEAN_OVER = 1000
+"""Steps that the running mean of the weights reaches back over, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetRecipe:
+    """Everything that the trained weights are a function of."""
+
+    shape: SetShape
+    tasks: EmbeddingLikeTasks
+    num_steps: int
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    """Linear from zero; then half a cosine down to `last_rate` times the rate."""
+    last_rate: float = 0.02
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    seeds: Seeds = field(default_factory=Seeds)
+    module_seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.num_steps)))
+        rate = self.learning_rate * (self.last_rate + (1 - self.last_rate) * cosine)
+        return rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+    def batch_at(self, step: int) -> EmbeddingBatch:
+        return self.tasks.batch(self.seeds, step)
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+SET_PRESETS: Mapping[str, SetRecipe] = {
+    "set": SetRecipe(
+        shape=SetShape(width=32, layers=6, value_dim=8, soft_heads=4, mlp=64),
+        tasks=EmbeddingLikeTasks(),
+        num_steps=16_000,
+    ),
+    "set-large": SetRecipe(
+        shape=SetShape(width=64, layers=10, value_dim=8, soft_heads=8, mlp=192),
+        tasks=EmbeddingLikeTasks(examples=(4, 1000), states=120_000),
+        num_steps=60_000,
+        learning_rate=1e-3,
+    ),
+    "set-tiny": SetRecipe(
+        shape=SetShape(width=8, layers=2, value_dim=4, soft_heads=2, mlp=16),
+        tasks=EmbeddingLikeTasks(dims=(4, 12), examples=(6, 20), unlabelled=(5, 10), queries=8, states=1000),
+        num_steps=40,
+        warmup_steps=10,
+    ),
+}
+"""`set`: the shipped default, an hour of a CPU core. `set-large`: for a GPU, not run. `set-tiny`: for tests."""
+
+
+def loss_of(logits: Float[Tensor, "problems hidden classes"], batch: EmbeddingBatch) -> Float[Tensor, ""]:
+    """Mean cross-entropy over unlabelled vectors and queries as a share of a guess's, ln(classes)."""
+    return F.cross_entropy(logits.flatten(0, 1), batch.hidden_labels.flatten()) / math.log(batch.num_classes)
+
+
+class SetTrainingRun:
+    """A set module, its AdamW state, its running mean and its step; `advance` takes one optimisation step."""
+
+    def __init__(self, recipe: SetRecipe, *, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.device, self.step = recipe, torch.device(device), 0
+        self.module = SetModule(recipe.shape, seed=recipe.module_seed).to(self.device)
+        self.mean = SetModule(recipe.shape, seed=recipe.module_seed).to(self.device).requires_grad_(False)
+        self._adam = torch.optim.AdamW(
+            self.module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+        )
+        # Batches without unlabelled vectors leave some weights without a gradient: they count as zeros, so that Adam
+        # has taken as many steps with every weight, and a checkpoint needs one number for all.
+        for parameter in self.module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def exported(self) -> SetModule:
+        return self.mean
+
+    def facts(self) -> dict[str, int]:
+        """What one line of the loss log says beside step and loss: none here, sizes differ from batch to batch."""
+        return {}
+
+    def advance(self) -> Float[Tensor, ""]:
+        """One step on this step's batch; its loss."""
+        for group in self._adam.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step)
+        batch = _to(self.recipe.batch_at(self.step), self.device)
+        logits = self.module(batch.x, batch.y, batch.queries, batch.num_classes, batch.unlabelled)
+        loss = loss_of(logits, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=False)
+        self.step += 1
+        kept = min(1 - 1 / MEAN_OVER, self.step / (self.step + 50))
+        with torch.no_grad():
+            for mean, now in zip(self.mean.parameters(), self.module.parameters(), strict=True):
+                mean.lerp_(now, 1 - kept)
+        return loss.detach()
+
+    def save(self, path: Path) -> None:
+        """Weights, their mean, both Adam moments and the step in one safetensors file, replaced as a whole."""
+        tensors: dict[str, Tensor] = {}
+        for (name, parameter), mean in zip(self.module.named_parameters(), self.mean.parameters(), strict=True):
+            tensors[f"module.{name}"], tensors[f"mean.{name}"] = parameter.detach(), mean
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self._adam.state[parameter].get(moment, torch.zeros_like(parameter))
+        # One key alone: safetensors writes several in any order, and equal runs leave equal bytes.
+        state = json.dumps({"step": self.step, "recipe": self.recipe.to_json()}, sort_keys=True)
+        write_tensors(path, tensors, {"state": state})
+
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint of the same recipe.
+
+        Raises CorruptArtefact for a file that cannot be read, InvalidSettings for another recipe's.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
+                state = json.loads(file.metadata()["state"])
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CorruptArtefact(path.name, str(error)) from error
+        ours, theirs = json.loads(json.dumps(self.recipe.to_json(), sort_keys=True)), state["recipe"]
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                allowed = f"as in the checkpoint {path}: {theirs.get(name)!r}, or begin in another --out"
+                raise InvalidSettings(name, ours.get(name), allowed)
+        self.step = state["step"]
+        with torch.no_grad():
+            for (name, parameter), mean in zip(self.module.named_parameters(), self.mean.parameters(), strict=True):
+                parameter.copy_(stored[f"module.{name}"])
+                mean.copy_(stored[f"mean.{name}"])
+                self._adam.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": stored[f"exp_avg.{name}"].clone(),
+                    "exp_avg_sq": stored[f"exp_avg_sq.{name}"].clone(),
+                }
+
+
+def _to(batch: EmbeddingBatch, device: torch.device) -> EmbeddingBatch:
+    return dataclasses.replace(
+        batch,
+        x=batch.x.to(device),
+        y=batch.y.to(device),
+        unlabelled=None if batch.unlabelled is None else batch.unlabelled.to(device),
+        queries=batch.queries.to(device),
+        hidden_labels=batch.hidden_labels.to(device),
+    )
