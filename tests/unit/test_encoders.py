@@ -158,6 +158,13 @@ def test_the_digest_changes_with_weights_tokenizer_and_window_only(bert: Path):
     assert len(set(changes)) == 4
 
 
+def test_an_encoder_on_a_cpu_has_packed_all_its_linear_layers(minilm: TextEncoder):
+    modules = list(minilm._model.modules())
+    assert not any(isinstance(one, torch.nn.Linear) for one in modules)
+    gelus = [m.dense.gelu for m in modules if hasattr(m, "intermediate_act_fn")]
+    assert gelus == ["erf"] * minilm._model.config.num_hidden_layers
+
+
 def test_what_mean_pooling_would_embed_wrongly_is_refused_in_words(bert: Path):
     config = json.loads((bert / "config.json").read_text())
 
