@@ -36,12 +36,12 @@ from metasepia.synthetic.tasks import Batch, ProbabilisticLogisticRegression, Se
 
 SEEDS = Seeds(task=1_000_000, data=1_000_001, noise=1_000_002)
 NUM_QUERIES = 64
-SET_SOURCE = """The set module (`metasepia/reasoning/set_module.py`): examples are single tokens without order. It learned from synthetic
-problems with the geometry of embeddings only (`metasepia/synthetic/embeddings.py`); it has seen no real data. The ranges
-of those problems were chosen by looking at training splits of public text sets."""
-CAUSAL_SOURCE = """The causal reasoning module of TART (arXiv:2306.07536), smaller than the paper's, which has 16 dims, 258 pairs and 12
-layers x 256: the preset `paper` trains that one on a GPU and was not run. It learned from synthetic logistic regression
-only, with w ~ alpha N(0, I), alpha {alphas}; it has seen no real data."""
+SET_SOURCE = """The set module (`metasepia/reasoning/set_module.py`): examples are single tokens without order. It
+learned from synthetic problems with the geometry of embeddings only (`metasepia/synthetic/embeddings.py`); it has
+seen no real data. The ranges of those problems were chosen by looking at training splits of public text sets."""
+CAUSAL_SOURCE = """The causal reasoning module of TART (arXiv:2306.07536), smaller than the paper's of 16 dims, 258
+pairs and 12 layers x 256: the preset `paper` trains that one on a GPU and was not run. It learned from synthetic
+logistic regression only, with w ~ alpha N(0, I), alpha {alphas}; it has seen no real data."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(
-        f"{loaded.name} {short(loaded.digest)}: {arguments.problems} fresh problems, {NUM_QUERIES} queries each, per cent"
+        f"{loaded.name} {short(loaded.digest)}: {arguments.problems} fresh problems of {NUM_QUERIES} queries, per cent"
     )
     ks = [int(k) for k in arguments.k.split(",")]
     if isinstance(loaded.module, SetModule):

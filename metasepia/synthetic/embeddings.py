@@ -18,6 +18,9 @@ from torch import Tensor
 from metasepia.synthetic.sampling import key_of
 from metasepia.synthetic.tasks import Seeds
 
+MAX_EXAMPLES = 640
+"""Of one problem with many classes."""
+
 
 @dataclass(frozen=True)
 class EmbeddingBatch:
@@ -43,9 +46,12 @@ class EmbeddingLikeTasks:
     classes: tuple[int, int] = (3, 12)
     binary_share: float = 0.5
     """Of the batches of two classes, in [0, 1]."""
-    many_classes: tuple[int, int] = (13, 80)
+    many_classes: tuple[int, int] = (13, 160)
     many_share: float = 0.08
-    """Of the batches with so many classes, in [0, 1]."""
+    """Of the batches with so many classes, in [0, 1]; they have `many_examples` a class, whatever `examples` says."""
+    many_examples: tuple[int, int] = (2, 10)
+    balanced_share: float = 0.6
+    """Of the batches whose examples are drawn as people draw them, as many of each class; queries likewise."""
     queries: int = 48
     decay: tuple[float, float] = (0.3, 2.0)
     """Uniform: exponent of the eigenvalues, (1 + i / shift) ** -decay."""
@@ -54,7 +60,7 @@ class EmbeddingLikeTasks:
     """Uniform: the signal's variance in a direction goes as the eigenvalue to this power."""
     concentration: tuple[float, float] = (0.0, 1.0)
     """Uniform: standard deviation of the logarithm of each direction's share in the signal; 0 is even."""
-    distance: tuple[float, float] = (0.5, 14.0)
+    distance: tuple[float, float] = (0.3, 16.0)
     """Between class means, in standard deviations within a class."""
     slope: tuple[float, float] = (0.5, 12.0)
     """Of labels that are a function of the vector, in logits a standard deviation."""
@@ -77,6 +83,7 @@ class _Draw:
         )
         self.num_examples = self._size(tasks.examples)
         self.num_classes = self._num_classes()
+        self.balanced = self._chance() < tasks.balanced_share
         self.dims = self._size(tasks.dims)
         self.num_unlabelled = self._size(tasks.unlabelled) if self._chance() < tasks.unlabelled_share else 0
         self.tokens = self.num_examples + self.num_unlabelled + tasks.queries
@@ -84,8 +91,7 @@ class _Draw:
 
     def batch(self) -> EmbeddingBatch:
         eigenvalues = self._eigenvalues()
-        vectors = self._vectors(eigenvalues)
-        vectors, labels = self._labelled(vectors, eigenvalues)
+        vectors, labels = self._labelled(eigenvalues)
         if self._chance() < 0.3:
             wrong = self._uniform(self.problems, self.tokens) < 0.25 * self._uniform(self.problems, 1)
             other = torch.randint(0, self.num_classes, labels.shape, generator=self.noise)
@@ -108,8 +114,11 @@ class _Draw:
         kind, tasks = self._chance(), self.tasks
         if kind < tasks.binary_share:
             return 2
-        classes = self._size(tasks.many_classes if kind > 1 - tasks.many_share else tasks.classes)
-        return max(2, min(classes, self.num_examples // 2))
+        if kind > 1 - tasks.many_share:
+            classes = self._size(tasks.many_classes)
+            self.num_examples = min(MAX_EXAMPLES, classes * self._size(tasks.many_examples))
+            return classes
+        return max(2, min(self._size(tasks.classes), self.num_examples // 2))
 
     def _eigenvalues(self) -> Float[Tensor, "problems dims"]:
         """They sum to 1."""
@@ -119,36 +128,44 @@ class _Draw:
         eigenvalues = eigenvalues * (0.3 * self._normal(self.problems, self.dims, of=self.task)).exp()
         return eigenvalues / eigenvalues.sum(1, keepdim=True)
 
-    def _vectors(self, eigenvalues: Tensor) -> Float[Tensor, "problems tokens dims"]:
+    def _vectors(self, eigenvalues: Tensor, tokens: int) -> Float[Tensor, "problems _ dims"]:
         scale = eigenvalues.sqrt()[:, None]
-        vectors = self._normal(self.problems, self.tokens, self.dims) * scale
+        vectors = self._normal(self.problems, tokens, self.dims) * scale
         if self._chance() < 0.25:  # heavy tails
-            vectors = vectors * (0.35 * self._normal(self.problems, self.tokens, 1)).exp()
+            vectors = vectors * (0.35 * self._normal(self.problems, tokens, 1)).exp()
         if self._chance() < 0.35:  # clusters that have nothing to do with the labels
             count = int(torch.randint(2, 12, (1,), generator=self.task))
             size = 0.4 + 0.8 * self._uniform(self.problems, 1, 1)
             centres = self._normal(self.problems, count, self.dims, of=self.task) * scale * size
-            member = torch.randint(0, count, (self.problems, self.tokens), generator=self.data)
+            member = torch.randint(0, count, (self.problems, tokens), generator=self.data)
             vectors = vectors + _rows(centres, member)
         return vectors
 
-    def _labelled(self, vectors: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Int[Tensor, "problems tokens"]]:
+    def _labelled(self, eigenvalues: Tensor) -> tuple[Tensor, Int[Tensor, "problems tokens"]]:
         alignment = self._uniform(self.problems, 1, ends=self.tasks.alignment)
         uneven = self._uniform(self.problems, 1, ends=self.tasks.concentration)
         uneven = (uneven * self._normal(self.problems, self.dims, of=self.task)).exp()
         signal = eigenvalues ** (alignment / 2) * uneven
         signal = signal / signal.square().sum(1, keepdim=True).sqrt()
         if self._chance() < 0.6:
-            return self._by_class_means(vectors, eigenvalues, signal)
-        return vectors, self._by_function(vectors, eigenvalues, signal)
+            return self._by_class_means(self._vectors(eigenvalues, self.tokens), eigenvalues, signal)
+        vectors = self._vectors(eigenvalues, self.tokens * (2 if self.balanced else 1))
+        labels = self._by_function(vectors, eigenvalues, signal)
+        if self.balanced:  # the first of each class, then the second of each, and so on, as far as they go
+            one_hot = F.one_hot(labels, self.num_classes)
+            turn = (one_hot.cumsum(1) * one_hot).sum(2)
+            order = turn.argsort(dim=1, stable=True)[:, : self.tokens]
+            vectors, labels = _rows(vectors, order), labels.gather(1, order)
+        return vectors, labels
 
     def _by_class_means(self, vectors: Tensor, eigenvalues: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         classes, shape = self.num_classes, (self.problems, self.num_classes)
-        share = torch.full(shape, 1 / classes)
-        if self._chance() > 0.6:  # uneven
+        if self.balanced:
+            labels = (torch.arange(self.tokens) % classes).repeat(self.problems, 1)
+        else:
             drawn = -self._uniform(*shape).clamp_min(1e-6).log()
             share = 0.15 / classes + 0.85 * drawn / drawn.sum(1, keepdim=True)
-        labels = torch.multinomial(share, self.tokens, replacement=True, generator=self.noise)
+            labels = torch.multinomial(share, self.tokens, replacement=True, generator=self.noise)
         if self._chance() < 0.4:  # classes of different widths
             widths = 0.3 * self._uniform(self.problems, 1, 1) * self._normal(*shape, self.dims, of=self.task)
             widths = widths + 0.25 * self._uniform(self.problems, 1, 1) * self._normal(*shape, 1, of=self.task)
@@ -183,7 +200,7 @@ class _Draw:
         slope = self._log_uniform(self.problems, 1, 1, ends=self.tasks.slope)
         chances = torch.softmax(slope * (scores - scores.mean(1, keepdim=True)), dim=2)
         drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=self.noise)
-        return drawn.view(self.problems, self.tokens)
+        return drawn.view(vectors.shape[:2])
 
     def _chance(self) -> float:
         return float(torch.rand(1, generator=self.task))

@@ -56,16 +56,16 @@ def test_a_batch_is_a_function_of_the_seeds_and_the_step():
     assert torch.equal(first.x, again.x) and torch.equal(first.hidden_labels, again.hidden_labels)
     other = tasks.batch(Seeds(), 8)
     assert other.x.shape != first.x.shape or not torch.equal(other.x, first.x)
-    redrawn = tasks.batch(dataclasses.replace(Seeds(), noise=99), 7)
-    assert not torch.equal(redrawn.y, first.y)
+    redrawn = [tasks.batch(dataclasses.replace(Seeds(), noise=99), step) for step in range(8)]
+    assert not all(torch.equal(tasks.batch(Seeds(), step).y, other.y) for step, other in enumerate(redrawn))
 
 
 def test_batches_keep_to_their_ranges_and_every_kind_occurs():
     tasks = EmbeddingLikeTasks(states=300)
     batches = [tasks.batch(Seeds(), step) for step in range(120)]
     for batch in batches:
-        assert 4 <= batch.x.shape[1] <= 320 and 32 <= batch.x.shape[2] <= 512
-        assert 2 <= batch.num_classes <= min(80, max(2, batch.x.shape[1] // 2))
+        assert 4 <= batch.x.shape[1] <= (320 if batch.num_classes < 13 else 640) and 32 <= batch.x.shape[2] <= 512
+        assert 2 <= batch.num_classes <= min(160, max(2, batch.x.shape[1] // 2))
         assert int(batch.y.min()) >= 0 and int(batch.y.max()) < batch.num_classes
         assert bool(batch.x.isfinite().all()) and batch.queries.shape[1] == 48
         beside = 0 if batch.unlabelled is None else batch.unlabelled.shape[1]
@@ -73,6 +73,9 @@ def test_batches_keep_to_their_ranges_and_every_kind_occurs():
     assert 40 < sum(batch.num_classes == 2 for batch in batches) < 90
     assert 20 < sum(batch.unlabelled is not None for batch in batches) < 65
     assert max(batch.num_classes for batch in batches) > 12
+    counts = [torch.stack([one.bincount(minlength=batch.num_classes) for one in batch.y]) for batch in batches]
+    balanced = sum(bool((count.amax(1) - count.amin(1) <= 1).all()) for count in counts)
+    assert 40 < balanced < 100
 
 
 def test_training_learns_and_begins_at_a_guess():
