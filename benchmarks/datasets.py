@@ -59,6 +59,29 @@ class TextSet:
         return TextSet(self.name, self.labels, *halved)
 
 
+@dataclass(frozen=True)
+class PictureSet:
+    """Labelled pictures as vectors of their pixels, from 0 to 1."""
+
+    name: str
+    train: np.ndarray
+    train_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+
+    def of_classes(self, labels: Sequence[str]) -> "PictureSet":
+        learn, judge = np.isin(self.train_labels, labels), np.isin(self.test_labels, labels)
+        return PictureSet(
+            self.name, self.train[learn], self.train_labels[learn], self.test[judge], self.test_labels[judge]
+        )
+
+    def within_train(self) -> "PictureSet":
+        """As a TextSet's."""
+        learn = halves(self.train_labels.tolist())
+        parts = (part for want in (learn, ~learn) for part in (self.train[want], self.train_labels[want]))
+        return PictureSet(self.name, *parts)
+
+
 def balanced_order(labels: Sequence[str], seed: int) -> np.ndarray:
     """All examples, shuffled within their class, the classes taking turns."""
     rng = np.random.default_rng(seed)
@@ -71,10 +94,9 @@ def balanced_order(labels: Sequence[str], seed: int) -> np.ndarray:
 
 def balanced_draw(labels: Sequence[str], num_each: int, seed: int) -> np.ndarray:
     """The first `num_each` of every class in `balanced_order`."""
-    order = balanced_order(labels, seed)
     left: dict[str, int] = {label: num_each for label in set(labels)}
-    drawn = []
-    for i in order.tolist():
+    drawn: list[int] = []
+    for i in map(int, balanced_order(labels, seed)):
         if left[labels[i]]:
             left[labels[i]] -= 1
             drawn.append(i)
@@ -127,3 +149,30 @@ def read_all(directory: Path) -> list[TextSet]:
     if not sets:
         raise SystemExit(f"{directory} holds no .parquet file with columns text and label_name (or label)")
     return sets
+
+
+def read_pictures(path: Path) -> PictureSet | None:
+    """The set of one file with columns image (uint8, row-major), label_name or label; None where it has none.
+
+    Pixels are divided by the largest value of the set (16 in digits8x8, 255 in mnist).
+    """
+    columns = pq.read_schema(path).names
+    label = next((name for name in ("label_name", "label") if name in columns), None)
+    if "image" not in columns or label is None:
+        return None
+    table = pq.read_table(path)
+    pixels = [np.frombuffer(image, np.uint8) for image in table.column("image").to_pylist()]
+    if len({len(one) for one in pixels}) != 1:
+        return None  # pictures of several sizes have no pixel vectors
+    vectors = np.stack(pixels).astype(np.float32)
+    vectors /= max(1, vectors.max())
+    labels = np.array([str(y) for y in table.column(label).to_pylist()])
+    splits = np.array(table.column("split").to_pylist() if "split" in columns else ["all"] * len(labels))
+    held_out = held_out_split(set(splits.tolist()))
+    learn = halves(labels.tolist()) if held_out is None else splits == "train"
+    judge = ~learn if held_out is None else splits == held_out
+    return PictureSet(path.stem, vectors[learn], labels[learn], vectors[judge], labels[judge])
+
+
+def read_all_pictures(directory: Path) -> list[PictureSet]:
+    return [one for path in sorted(directory.glob("*.parquet")) if (one := read_pictures(path)) is not None]

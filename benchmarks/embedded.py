@@ -22,6 +22,7 @@ from cluster import settings as settings_of
 from metasepia import checkpoints, encoders
 from metasepia.digests import digest_of
 from metasepia.errors import WindowExceeded
+from metasepia.prepared import PreparedBackbone
 
 CHUNK = 64
 """Texts computed between two writes."""
@@ -144,9 +145,12 @@ class Models:
         self._embedded: dict[str, EmbeddedTexts] = {}
         self._backbone: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
+    def _prepared(self) -> PreparedBackbone:
+        return checkpoints.prepare(self._settings.backbones[0].source, self._settings.home)
+
     def backbone(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._backbone is None:
-            prepared = checkpoints.prepare(self._settings.backbones[0].source, self._settings.home)
+            prepared = self._prepared()
             tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
             self._backbone = checkpoints.load(prepared, torch.float32, "cpu"), tokenizer
         return self._backbone
@@ -157,10 +161,18 @@ class Models:
             if embedder == "encoder":
                 made: Embedder = encoders.load(self._settings.encoders[0].source)
             else:
-                prepared = checkpoints.prepare(self._settings.backbones[0].source, self._settings.home)
+                prepared = self._prepared()
                 made = MeanStates(*self.backbone(), digest=prepared.digest, window=prepared.window)
             self._embedded[embedder] = EmbeddedTexts(made, self._folder)
         return self._embedded[embedder]
+
+    @property
+    def encoder_source(self) -> str:
+        return self._settings.encoders[0].source
+
+    @property
+    def backbone_window(self) -> int:
+        return self._prepared().window
 
     def name(self, embedder: str) -> str:
         return (self._settings.encoders if embedder == "encoder" else self._settings.backbones)[0].id

@@ -38,6 +38,11 @@ class Row:
     """For programs that read the JSON: a difference's standard error, the figures of each set."""
 
 
+def figure(id: str, what: str, ours: float, unit: str, note: str = "", **more: Any) -> Row:
+    """A figure that stands alone."""
+    return Row(id=id, what=what, ours=ours, against=None, ratio=None, unit=unit, note=note, **more)
+
+
 def rate(id: str, what: str, ours: float, against: float | None, unit: str, note: str = "", **more: Any) -> Row:
     """A figure of which more is better (requests a second, accuracy)."""
     ratio = ours / against if against else None

@@ -1,7 +1,7 @@
 """What every side scored on every set and seed, and the rows that compare ours with the best of others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from benchmarks.sides import Judged
 
 LOSS_POINTS = 0.5
 """A set on which we are behind by more is named in the row."""
+
+MAX_NAMED = 9
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Difference:
     per_set: dict[str, float]
     num_sets: int
     num_seeds: int
+    unit: str = "sets"
+    """What the sets are called."""
 
     @classmethod
     def of(
@@ -71,14 +75,16 @@ class Difference:
         return cls(float(values.mean()), error, per_set, *values.shape)
 
     def __str__(self) -> str:
-        over = f"{self.num_sets} sets x {self.num_seeds} seeds" if self.num_sets > 1 else f"{self.num_seeds} seeds"
-        return f"{self.points:+.1f} points (se {self.standard_error:.1f}; {over})"
+        sets = f"{self.num_sets} {self.unit} x " if self.num_sets > 1 else ""
+        return f"{self.points:+.1f} points (se {self.standard_error:.1f}; {sets}{self.num_seeds} seeds)"
 
     @property
     def losses(self) -> str:
         """The sets where we are behind, worst first, as a phrase; empty where there is none."""
         behind = sorted((value, name) for name, value in self.per_set.items() if value < -LOSS_POINTS)
-        return "; behind on " + ", ".join(f"{name} {-value:.1f}" for value, name in behind) if behind else ""
+        named = ", ".join(f"{name} {-value:.1f}" for value, name in behind[:MAX_NAMED])
+        more = f" and {len(behind) - MAX_NAMED} more" if len(behind) > MAX_NAMED else ""
+        return f"; behind on {named}{more}" if behind else ""
 
 
 def accuracy_row(
@@ -91,11 +97,12 @@ def accuracy_row(
     what: str,
     sets: Sequence[str] | None = None,
     more: str = "",
+    of: str = "sets",
     detail: bool = False,
 ) -> report.Row:
     """Our mean accuracy against the best of the others by its mean, chosen afterwards."""
     best = tally.best(size, others, sets=sets)
-    difference = Difference.of(tally, size, ours, best, sets=sets)
+    difference = replace(Difference.of(tally, size, ours, best, sets=sets), unit=of)
     per_set = difference.per_set if difference.num_sets > 1 else {}
     note = f"{difference} against {best}{difference.losses if per_set else ''}{more}"
     extra = {"points": round(difference.points, 3), "standard_error": round(difference.standard_error, 3)}
