@@ -59,7 +59,7 @@ SET_PRESETS: Mapping[str, SetRecipe] = {
     "set": SetRecipe(
         shape=SetShape(width=32, layers=6, value_dim=8, soft_heads=4, mlp=64),
         tasks=EmbeddingLikeTasks(),
-        num_steps=16_000,
+        num_steps=14_000,
     ),
     "set-large": SetRecipe(
         shape=SetShape(width=64, layers=10, value_dim=8, soft_heads=8, mlp=192),

@@ -18,7 +18,7 @@ from torch import Tensor
 from metasepia.synthetic.sampling import key_of
 from metasepia.synthetic.tasks import Seeds
 
-MAX_EXAMPLES = 640
+MAX_EXAMPLES = 480
 """Of one problem with many classes."""
 
 
@@ -47,9 +47,9 @@ class EmbeddingLikeTasks:
     binary_share: float = 0.5
     """Of the batches of two classes, in [0, 1]."""
     many_classes: tuple[int, int] = (13, 160)
-    many_share: float = 0.08
+    many_share: float = 0.05
     """Of the batches with so many classes, in [0, 1]; they have `many_examples` a class, whatever `examples` says."""
-    many_examples: tuple[int, int] = (2, 10)
+    many_examples: tuple[int, int] = (2, 8)
     balanced_share: float = 0.6
     """Of the batches whose examples are drawn as people draw them, as many of each class; queries likewise."""
     queries: int = 48
@@ -64,7 +64,7 @@ class EmbeddingLikeTasks:
     """Between class means, in standard deviations within a class."""
     slope: tuple[float, float] = (0.5, 12.0)
     """Of labels that are a function of the vector, in logits a standard deviation."""
-    states: int = 8_000
+    states: int = 6_000
     """Tokens times classes that a batch has, about: its number of problems follows; at most 64."""
 
     def batch(self, seeds: Seeds, step: int) -> EmbeddingBatch:

@@ -64,7 +64,7 @@ def test_batches_keep_to_their_ranges_and_every_kind_occurs():
     tasks = EmbeddingLikeTasks(states=300)
     batches = [tasks.batch(Seeds(), step) for step in range(120)]
     for batch in batches:
-        assert 4 <= batch.x.shape[1] <= (320 if batch.num_classes < 13 else 640) and 32 <= batch.x.shape[2] <= 512
+        assert 4 <= batch.x.shape[1] <= (320 if batch.num_classes < 13 else 480) and 32 <= batch.x.shape[2] <= 512
         assert 2 <= batch.num_classes <= min(160, max(2, batch.x.shape[1] // 2))
         assert int(batch.y.min()) >= 0 and int(batch.y.max()) < batch.num_classes
         assert bool(batch.x.isfinite().all()) and batch.queries.shape[1] == 48
