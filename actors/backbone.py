@@ -133,6 +133,7 @@ class BackboneGroup:
             max_rows=settings.max_rows,
             max_batch_tokens=settings.max_batch_tokens,
             max_queued_tokens=settings.max_queued_tokens,
+            max_prefix_tokens=settings.max_prefix_tokens,
         )
         placement = Placement(group=placement_group, first_bundle=first_bundle)
         parts = GangParts(settings=settings, prepared=prepared, home=home, placement=placement, limits=limits)

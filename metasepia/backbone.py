@@ -124,6 +124,9 @@ class ReferenceBackbone:
         states = hidden[list(row.hidden.layers)]
         if row.hidden.pooling == "mean":
             states = states.double().mean(1).float()
+        elif row.hidden.pooling == "spans":
+            means = [states[:, begin:end].double().mean(1) for begin, end in row.hidden.spans]
+            states = torch.stack(means, dim=1).float()
         elif row.hidden.pooling == "last":
             states = states[:, -1]
         return HiddenStates(request_id=row.request_id, states=states.numpy(), executed=self._executed(row))

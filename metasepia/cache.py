@@ -88,6 +88,14 @@ class RowCache(Cache):
         self.num_rows += 1
         self.begin = min(self.begin, begin)
 
+    def preload(self, row: int, source: "RowCache", begin: int, end: int) -> None:
+        """Columns [begin, end) of a row become the first columns of `source`, which holds one row."""
+        for mine, theirs in ((self._keys, source._keys), (self._values, source._values)):
+            for layer, origin in enumerate(theirs):
+                if len(mine) <= layer:
+                    mine.append(self._buffer(origin))
+                mine[layer][row, :, begin:end] = origin[0, :, source.begin : source.begin + end - begin]
+
     def leave(self, row: int) -> None:
         """Removes a row; the last row takes its index."""
         last = self.num_rows - 1

@@ -47,6 +47,7 @@ class _Group:
     adapters: list[Adapter]
     cache: RowCache | None
     done: int = 0
+    """Read, or taken from a kept prefix."""
     parts: list[list[Tensor]] = field(default_factory=list)
     """By row: log-probabilities or hidden states, piece by piece."""
 
@@ -89,6 +90,8 @@ class RowDecoder:
         self._live: list[_Live] = []
         self._cache = RowCache(0, 0)
         self._groups: dict[int, _Group] = {}
+        self._kept: dict[int, RowCache] = {}
+        """Prefixes by key, one row each."""
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> StepResult:
@@ -107,6 +110,8 @@ class RowDecoder:
     # -- live rows -----------------------------------------------------------------------------------------------------
 
     def _drop(self, keys: set[int]) -> None:
+        for key in keys & self._kept.keys():
+            del self._kept[key]
         for index in reversed([i for i, row in enumerate(self._live) if row.new.key in keys]):
             self._leave(index)
         for name, group in list(self._groups.items()):
@@ -198,12 +203,20 @@ class RowDecoder:
         for i, row in enumerate(rows):
             token_ids[i, width - len(row.token_ids) :] = torch.tensor(row.token_ids)
             mask[i, width - len(row.token_ids) :] = 1
+        cache = RowCache(len(rows), width)
+        # All rows end at one column, so a shorter one reads again what a longer one has not read before.
+        cache.end = width - max(len(row.token_ids) - (row.reuse[1] if row.reuse else 0) for row in rows)
+        for i, row in enumerate(rows):
+            first = width - len(row.token_ids)
+            if row.reuse and first < cache.end:
+                cache.preload(i, self._kept[row.reuse[0]], first, cache.end)
         self._groups[begin.group] = _Group(
             rows=list(rows),
             token_ids=token_ids,
             mask=mask,
             adapters=[row.adapter for row in rows],
-            cache=RowCache(len(rows), width),
+            cache=cache,
+            done=cache.end,
             parts=[[] for _ in rows],
         )
 
@@ -213,7 +226,7 @@ class RowDecoder:
             return
         start, stop = group.done, min(group.done + advance.num_columns, group.width)
         want = group.kind.want
-        if want != "tokens" and (start, stop) == (0, group.width):
+        if want in ("logprobs", "hidden_states") and (start, stop) == (0, group.width):
             group.cache = None  # read at once, and nothing follows
         keep = 1
         if want == "logprobs":  # from the first column that predicts a scored token of any row
@@ -266,7 +279,15 @@ class RowDecoder:
         for i, row in enumerate(group.rows):
             if row is None:
                 continue
-            states = hidden[:, i, max(0, group.width - len(row.token_ids) - start) :].float().cpu()
+            first = group.width - len(row.token_ids)
+            if row.hidden.pooling == "spans":
+                cuts = [
+                    hidden[:, i, max(0, first + begin - start) : max(0, first + end - start)].float().cpu()
+                    for begin, end in row.hidden.spans
+                ]
+                group.parts[i].append(torch.stack([cut.sum(1, dtype=torch.float64) for cut in cuts], dim=1))
+                continue
+            states = hidden[:, i, max(0, first - start) :].float().cpu()
             if row.hidden.pooling == "mean":
                 group.parts[i].append(states.sum(1, dtype=torch.float64))
             elif row.hidden.pooling == "none":
@@ -276,7 +297,10 @@ class RowDecoder:
 
     def _finish(self, group: _Group, logits: Tensor, executed: Sequence[Executed], result: StepResult) -> None:
         rows = [(i, row) for i, row in enumerate(group.rows) if row is not None]
-        if group.kind.want == "tokens":
+        if group.kind.want == "prefix":
+            assert group.cache is not None and len(rows) == 1
+            self._kept[rows[0][1].key] = group.cache
+        elif group.kind.want == "tokens":
             assert group.cache is not None
             longest = max([len(row.token_ids) for _, row in rows] + [live.length for live in self._live])
             self._cache.reserve(len(self._live) + len(rows), longest)
@@ -343,6 +367,9 @@ def _joined(row: NewRow, parts: Sequence[Tensor]) -> np.ndarray:
     if row.hidden.pooling == "none":
         return torch.cat(list(parts), dim=1).numpy()
     pooled = torch.stack(list(parts)).sum(0)
+    if row.hidden.pooling == "spans":
+        lengths = torch.tensor([end - begin for begin, end in row.hidden.spans])
+        return (pooled / lengths[:, None]).float().numpy()
     return (pooled / len(row.token_ids) if row.hidden.pooling == "mean" else pooled).float().numpy()
 
 

@@ -1,13 +1,18 @@
 """What the scheduler knows of its rows: the bounds they must keep, where each of them is, how fast they go."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName, WindowExceeded
 from metasepia.prepared import PreparedBackbone
-from metasepia.rows import HiddenStates, HiddenStatesWanted, Row, Scores, TokenChunk
+from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from metasepia.steps import NewRow
+
+if TYPE_CHECKING:
+    from metasepia.prefixes import Prefix
 
 Answer = TokenChunk | Scores | HiddenStates | MetasepiaError
 """What a row's callback receives: token chunks, the last with `finish`; or one Scores or HiddenStates; or one error."""
@@ -23,6 +28,8 @@ class Limits:
     """Rows times the longest row, prompt and answer: once over the rows that decode, once over prompts being read."""
     max_queued_tokens: int
     """Waiting prompts and their answers."""
+    max_prefix_tokens: int = 0
+    """Prefixes kept for the rows that name them; 0 keeps none."""
     step_target_s: float = 0.25
     """Prompts are read in pieces that take about this long, so that live rows keep streaming."""
 
@@ -33,7 +40,8 @@ def check(row: Row, prepared: PreparedBackbone, limits: Limits) -> None:
         raise UnknownName("backbone", row.backbone, (prepared.digest,))
     if not row.token_ids:
         raise InvalidRequest("token_ids", "a row needs at least one token")
-    if not 0 <= min((*row.token_ids, *row.sent)) <= max((*row.token_ids, *row.sent)) < prepared.vocab_size:
+    tokens = (*row.token_ids, *row.sent, *row.prefix)
+    if not 0 <= min(tokens) <= max(tokens) < prepared.vocab_size:
         raise InvalidRequest("token_ids", f"tokens must lie from 0 to {prepared.vocab_size - 1}")
     total = len(row.token_ids)
     if row.want == "tokens":
@@ -51,6 +59,9 @@ def check(row: Row, prepared: PreparedBackbone, limits: Limits) -> None:
         num_layers = prepared.num_layers
         if not row.hidden.layers or not all(-num_layers - 1 <= layer <= num_layers for layer in row.hidden.layers):
             raise InvalidRequest("layers", f"must name layers from {-num_layers - 1} to {num_layers}")
+        spans = row.hidden.spans
+        if (row.hidden.pooling == "spans") != bool(spans) or not all(0 <= b < e <= total for b, e in spans):
+            raise InvalidRequest("spans", f"must be parts [begin, end) of the {total} tokens, given with pooling spans")
     bound = min(prepared.window, limits.max_batch_tokens)
     if total > bound:
         raise WindowExceeded("token_ids" if len(row.token_ids) > bound else "max_tokens", total, bound)
@@ -65,6 +76,16 @@ class Entry:
     token: int = -1
     """Live rows: the token chosen last, to be fed next."""
     num_answered: int = 0
+    reads_prefix: bool = False
+    """It is no caller's: it is read for the rows that share it."""
+    waits_for_prefix: bool = False
+    """It is read after a kept prefix, of which it takes the first `shared` tokens."""
+    shared: int = 0
+    prefix: "Prefix | None" = None
+
+    @property
+    def ready(self) -> bool:
+        return not self.waits_for_prefix or (self.prefix is not None and self.prefix.held)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -75,13 +96,22 @@ class Entry:
         return self.row.want == "tokens"
 
     @property
-    def kind(self) -> tuple[str, HiddenStatesWanted | None, int]:
+    def kind(self) -> tuple[object, ...]:
         """Rows of one kind can be read together."""
-        return self.row.want, self.row.hidden if self.row.want == "hidden_states" else None, self.row.priority
+        if self.reads_prefix:
+            return "prefix", self.key
+        hidden = dataclasses.replace(self.row.hidden, spans=()) if self.row.want == "hidden_states" else None
+        return self.row.want, hidden, self.row.priority
 
     @property
     def read_len(self) -> int:
+        """Its columns in a group."""
         return len(self.row.token_ids) + len(self.row.sent)
+
+    @property
+    def own_len(self) -> int:
+        """Tokens to be read, after those of a prefix that is held."""
+        return self.read_len - (self.shared if self.waits_for_prefix else 0)
 
     @property
     def total_len(self) -> int:
@@ -93,21 +123,34 @@ class Entry:
             key=self.key,
             token_ids=(*row.token_ids, *row.sent) if self.generates else row.token_ids,
             adapter=row.adapter,
-            want=row.want,
+            want="prefix" if self.reads_prefix else row.want,
             sampling=row.sampling,
             seed=row.seed,
             score_from=row.score_from,
             hidden=row.hidden,
+            reuse=(self.prefix.key, self.shared) if self.prefix is not None else None,
         )
 
 
 @dataclass
 class Group:
+    """Rows being read together; columns [0, done) are read, or were taken from prefixes."""
+
     entries: list[Entry]
     width: int
     num_rows: int
     """As begun: rows that leave meanwhile are still computed."""
-    done: int = 0
+    done: int
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> "Group":
+        width = max(entry.read_len for entry in entries)
+        return cls(entries, width, len(entries), width - max(entry.own_len for entry in entries))
+
+    @property
+    def num_reused(self) -> int:
+        """As begun: tokens in the columns that are done."""
+        return sum(max(0, self.done - (self.width - entry.read_len)) for entry in self.entries)
 
     @property
     def remaining(self) -> int:

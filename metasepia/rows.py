@@ -36,7 +36,9 @@ class HiddenStatesWanted:
 
     layers: tuple[int, ...] = (-1,)
     """0 is the embedding, n the output of block n, negative counts from the end (-1: last, after the final norm)."""
-    pooling: Literal["mean", "last", "none"] = "mean"
+    pooling: Literal["mean", "last", "none", "spans"] = "mean"
+    spans: tuple[tuple[int, int], ...] = ()
+    """pooling = spans: the mean over each part [begin, end) of the row's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ class Row:
     score_from: int = 1
     """want = logprobs: the first position whose token is scored given those before it. In [1, number of tokens]."""
     hidden: HiddenStatesWanted = field(default_factory=HiddenStatesWanted)
+    prefix: tuple[int, ...] = ()
+    """Tokens that other rows begin with too: their keys and values are computed once and kept, and this row takes as
+    many as it begins with. It changes what a row costs and not its answer; () where nothing is shared."""
     sent: tuple[int, ...] = ()
     """Tokens of the answer that already left: a row run again prefills them and goes on after them."""
 
@@ -98,7 +103,9 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
-    """A row's hidden states: [layers, hidden] pooled, [layers, tokens, hidden] for pooling "none". float32."""
+    """A row's hidden states: [layers, hidden] pooled, [layers, tokens, hidden] for pooling "none", [layers, spans,
+    hidden] for "spans". float32.
+    """
 
     request_id: str
     states: np.ndarray

@@ -20,6 +20,7 @@ from metasepia.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unava
 from metasepia.inflight import Answer as Answer
 from metasepia.inflight import Entry, Group, Rates, State, check
 from metasepia.inflight import Limits as Limits
+from metasepia.prefixes import Prefixes
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from metasepia.steps import Advance, Begin, Chosen, StepPlan, StepResult
@@ -48,6 +49,10 @@ class Load:
     tokens_per_s: float
     """Prompt and answer tokens done a second, recently; 0 before the first step."""
     steps: int
+    prefix_tokens: int
+    """Of kept prefixes."""
+    reused_tokens: int
+    """Taken from kept prefixes instead of read, since the start."""
 
 
 class Scheduler:
@@ -63,6 +68,7 @@ class Scheduler:
     ) -> None:
         self._run, self._limits, self._prepared, self._clock = run, limits, prepared, clock
         self._state, self._rates = State(), Rates()
+        self._prefixes = Prefixes(limits.max_prefix_tokens)
         self._changed = threading.Condition()
         self._keys = itertools.count()
         self._last_generated = False
@@ -79,6 +85,7 @@ class Scheduler:
         now = self._clock()
         entry = Entry(row, answer, next(self._keys), now)
         check(row, self._prepared, self._limits)
+        self._prefixes.admit(entry)
         if row.deadline_unix_s <= now:
             raise DeadlineExceeded("the row", 0.0)
         with self._changed:
@@ -115,6 +122,8 @@ class Scheduler:
                 cache_tokens=len(generating) * max((entry.total_len for entry in generating), default=0),
                 tokens_per_s=self._rates.tokens_per_s,
                 steps=state.steps,
+                prefix_tokens=self._prefixes.num_tokens,
+                reused_tokens=self._prefixes.reused,
             )
 
     # -- the stepping thread -------------------------------------------------------------------------------------------
@@ -173,13 +182,15 @@ class Scheduler:
     def _plan(self) -> StepPlan | None:
         state = self._state
         begin: list[Begin] = []
+        self._assign_prefixes()
         while len(state.groups) < MAX_GROUPS:
             entries = self._next_group()
             if not entries:
                 break
             name = state.steps * MAX_GROUPS + len(begin)
             state.waiting = [entry for entry in state.waiting if entry not in entries]
-            state.groups[name] = Group(entries, max(entry.read_len for entry in entries), len(entries))
+            group = state.groups[name] = Group.of(entries)
+            self._prefixes.reused += group.num_reused
             begin.append(Begin(group=name, rows=tuple(entry.new_row() for entry in entries)))
         drop, state.drops = tuple(sorted(state.drops)), set()
         feed = tuple((key, entry.token) for key, entry in state.live.items())
@@ -188,6 +199,17 @@ class Scheduler:
             return None
         state.steps += 1
         return StepPlan(step=state.steps, drop=drop, feed=feed, begin=tuple(begin), advance=advance)
+
+    def _assign_prefixes(self) -> None:
+        """Queues the prefixes that waiting rows lack. Dropped ones are forgotten before anything begins: whoever used
+        them has its own copy by then.
+        """
+        state = self._state
+        readers, dropped = self._prefixes.assign(state.waiting, self._keys, self._clock(), max_rows=MAX_LOOKAHEAD)
+        state.drops.update(dropped)
+        for reader in readers:
+            state.entries[reader.row.request_id] = reader
+            bisect.insort(state.waiting, reader, key=lambda one: one.order)
 
     def _budget(self) -> int:
         """Tokens to read in one step; twice as many while no live row waits for it."""
@@ -214,7 +236,7 @@ class Scheduler:
         state = self._state
         heads: dict[bool, Entry] = {}
         for entry in state.waiting:
-            if entry.generates not in heads:
+            if entry.ready and entry.generates not in heads:
                 heads[entry.generates] = entry  # in order: who has no room blocks those of his sort behind him
                 if len(heads) == 2:
                     break
@@ -223,15 +245,15 @@ class Scheduler:
             return []
         head = min(able, key=lambda one: (-one.row.priority, one.generates == self._last_generated, one.key))
         for group in state.groups.values():
-            overtakes = head.row.priority > group.entries[0].row.priority or 2 * head.read_len <= group.remaining
+            overtakes = head.row.priority > group.entries[0].row.priority or 2 * head.own_len <= group.remaining
             if not overtakes:
                 return []
         self._last_generated = head.generates
-        chosen, budget = [head], max(self._budget(), head.read_len)
+        chosen, budget = [head], max(self._budget(), head.own_len)
         for entry in itertools.islice(state.waiting, MAX_LOOKAHEAD):
-            if entry is head or entry.kind != head.kind:
+            if entry is head or not entry.ready or entry.kind != head.kind:
                 continue
-            lengths = [one.read_len for one in (*chosen, entry)]
+            lengths = [one.own_len for one in (*chosen, entry)]
             if len(lengths) * max(lengths) <= budget and max(lengths) <= max(2 * min(lengths), 16):
                 if not self._fits([*chosen, entry]):
                     break
@@ -242,7 +264,9 @@ class Scheduler:
         """Whether these rows keep the bounds; a row that is alone always does (checked on arrival)."""
         groups = self._state.groups.values()
         read = sum(group.num_rows * group.width for group in groups)
-        if groups and read + len(new) * max(entry.read_len for entry in new) > self._limits.max_batch_tokens:
+        if (groups or len(new) > 1) and read + len(new) * max(
+            entry.read_len for entry in new
+        ) > self._limits.max_batch_tokens:
             return False
         if not new[0].generates:
             return True
@@ -270,6 +294,8 @@ class Scheduler:
         for key, error in result.failed.items():
             if key in flying:
                 answers.append((flying[key], error))
+                if flying[key].reads_prefix:
+                    self._prefixes.failed(flying[key], state.waiting)
                 state.forget(flying.pop(key))
         for key, array in result.arrays.items():
             if key in flying:
@@ -280,7 +306,11 @@ class Scheduler:
             if key in flying:
                 answers.append((flying[key], self._token_answer(flying[key], chosen, result.executed[key])))
         for name, group in list(state.groups.items()):
-            if group.remaining == 0:  # its rows went live above, or left
+            if group.remaining == 0:  # its rows went live above, or left; a prefix is kept from now on
+                for entry in group.entries:
+                    if entry.reads_prefix:
+                        self._prefixes.read(entry)
+                        del state.entries[entry.row.request_id]
                 del state.groups[name]
         return answers
 

@@ -18,11 +18,15 @@ class NewRow:
     token_ids: tuple[int, ...]
     """Prompt, and the part of the answer that was sent before."""
     adapter: Adapter
-    want: Literal["tokens", "logprobs", "hidden_states"]
+    want: Literal["tokens", "logprobs", "hidden_states", "prefix"]
+    """prefix: nothing; its keys and values are kept under `key` until they are dropped, for rows that `reuse` them."""
     sampling: Sampling
     seed: int
     score_from: int
     hidden: HiddenStatesWanted
+    reuse: tuple[int, int] | None = None
+    """Key of a kept prefix with the same adapter, and how many of its first tokens this row begins with; at least one
+    token is left to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Begin:
 
 @dataclass(frozen=True, kw_only=True)
 class Advance:
-    """Reads the next `num_columns` of a group's left-padded prompts."""
+    """Reads the next `num_columns` of a group's left-padded prompts, after those that every row takes from a prefix."""
 
     group: int
     num_columns: int
@@ -48,7 +52,7 @@ class StepPlan:
 
     step: int
     drop: tuple[int, ...] = ()
-    """Keys of rows that leave, live or still being read; one that left already is ignored."""
+    """Keys of rows that leave, live or still being read, and of kept prefixes; one that left already is ignored."""
     feed: tuple[tuple[int, int], ...] = ()
     """(key, token) of every live row: the token chosen for it last. Empty: no decoding in this step."""
     begin: tuple[Begin, ...] = ()
