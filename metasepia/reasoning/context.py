@@ -51,10 +51,14 @@ def compile_context(
 def compile_subsets(
     context: Context, loaded: LoadedModule, keeps: Sequence[np.ndarray], reduction: FittedReduction
 ) -> list[CompiledContext]:
-    """Contexts of some of the examples each (canonical places), all under one fitted reduction."""
+    """Contexts of some of the examples each (canonical places), all under one fitted reduction.
+
+    The set module's are named after the whole context, whose digest is not made again for each.
+    """
     if isinstance(loaded.module, SetModule):
         assert isinstance(reduction, Directions)
-        digests = [context.subset(keep).digest(loaded.digest) for keep in keeps]
+        whole = context.digest(loaded.digest)
+        digests = [f"{whole}/{i}" for i in range(len(keeps))]
         return [*compile_subsets_of_set(context, loaded.module, digests, keeps, reduction)]
     return [compile_context(context.subset(keep), loaded, reduction=reduction) for keep in keeps]
 
