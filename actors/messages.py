@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metasepia.modalities.media import Modality
 from metasepia.registry import Artefact as Artefact
 from metasepia.rows import Adapter, Executed
 
@@ -56,6 +57,16 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Media:
+    """Files of pictures or of sounds for an encoder; answered as texts are."""
+
+    encoder: str
+    """Digest of the encoder that must answer."""
+    items: tuple[bytes, ...]
+    deadline_unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderInfo:
     """Which encoder a process holds."""
 
@@ -63,9 +74,11 @@ class EncoderInfo:
     digest: str
     width: int
     window: int
-    """Tokens of the longest text that it takes, the special tokens included."""
+    """Tokens of the largest item that it takes: of a text with the special tokens, of a sound 50 a second."""
     dtype: str
     device: str
+    modality: Modality = "text"
+    """What it reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

