@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 Example = tuple[str, str]
@@ -117,7 +118,7 @@ def read(path: Path) -> TextSet | None:
     """The set of one file, or None where it has no labelled texts. A test text that is in train too is left out."""
     columns = pq.read_schema(path).names
     label = next((name for name in ("label_name", "label") if name in columns), None)
-    if "text" not in columns or label is None:
+    if label is None or "text" not in columns or not _holds_strings(path, "text"):
         return None
     table = pq.read_table(path, columns=["text", label, *(["split"] if "split" in columns else [])])
     splits = table.column("split").to_pylist() if "split" in columns else ["all"] * len(table)
@@ -136,6 +137,11 @@ def read(path: Path) -> TextSet | None:
     return TextSet(path.stem, tuple(sorted({y for _, y in train})), tuple(train), tuple(test)) if test else None
 
 
+def _holds_strings(path: Path, column: str) -> bool:
+    kind = pq.read_schema(path).field(column).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def held_out_split(splits: set[str]) -> str | None:
     """The split to be judged on; None where there is no train split, or nothing beside it."""
     others = sorted(splits - {"train"})
@@ -143,9 +149,9 @@ def held_out_split(splits: set[str]) -> str | None:
 
 
 def read_all(directory: Path) -> list[TextSet]:
-    """Every text set of a directory with two classes or more, by name."""
+    """Every text set of a directory, by name. Labels that hardly repeat (numbers, sentences) are no classes."""
     sets = [one for path in sorted(directory.glob("*.parquet")) if (one := read(path)) is not None]
-    sets = [one for one in sets if len(one.labels) > 1]
+    sets = [one for one in sets if 1 < len(one.labels) <= len(one.train) / 2]
     if not sets:
         raise SystemExit(f"{directory} holds no .parquet file with columns text and label_name (or label)")
     return sets

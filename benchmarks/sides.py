@@ -96,11 +96,9 @@ def _svc_with_platt(cell: Cell) -> Said:
 
 
 def _centroid(cell: Cell) -> Said:
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # "self.within_class_std_dev_ has at least 1 zero": constant pixels
-        return Said(NearestCentroid().fit(cell.vectors, cell.labels).predict(cell.test).tolist())
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", UserWarning)  # both are about constant pixels, which change no answer
+        return Said(list(NearestCentroid().fit(cell.vectors, cell.labels).predict(cell.test)))
 
 
 def judge(cell: Cell, sides: Mapping[str, Side]) -> dict[str, Judged]:

@@ -69,6 +69,8 @@ def test_a_file_may_lack_splits_names_of_labels_and_texts(tmp_path: Path):
         assert one is not None and len(one.train) + len(one.test) == 10
         assert Counter(y for _, y in one.test).most_common()[0][1] == 2
     write(tmp_path / "no_texts.parquet", question=texts)
+    write(tmp_path / "numbers.parquet", text=texts, label=[float(i) for i in range(10)])
+    write(tmp_path / "one_class.parquet", text=texts, label=["a"] * 10)
     assert [one.name for one in datasets.read_all(tmp_path)] == ["alone", "whole"]
 
 
