@@ -156,17 +156,17 @@ def answer_rows(
         for i, row in enumerate(context.rows):
             rows.append(row)
             queries.append(reduced[i % context.num_views])
-    logits: list[list[Tensor]] = [[torch.empty(0)] for _ in rows]
+    pieces = [torch.empty(0)]  # of each row's logits in turn, in the rows' order
     for forward in _forwards([len(one) for one in queries], module.shape):
         cut = [queries[row][first:end] for row, first, end in forward]
-        for (row, _, _), one in zip(forward, module.answer([rows[row] for row, _, _ in forward], cut), strict=True):
-            logits[row].append(one.cpu())
-    results, first = [], 0
-    for context, _ in asked:
-        own = torch.stack([torch.cat(one) for one in logits[first : first + len(context.rows)]])
-        first += len(context.rows)
-        results.append(_probabilities(own.view(context.num_problems, context.num_views, -1).mean(1)).numpy())
-    return results
+        pieces += module.answer([rows[row] for row, _, _ in forward], cut)
+    sizes = [len(context.rows) * len(vectors) for context, vectors in asked]
+    return [
+        _probabilities(own.view(context.num_problems, context.num_views, len(vectors)).mean(1)).numpy()
+        for (context, vectors), own in zip(
+            asked, torch.cat([one.to("cpu") for one in pieces]).split(sizes), strict=True
+        )
+    ]
 
 
 def _forwards(counts: Sequence[int], shape: ModuleShape) -> list[list[tuple[int, int, int]]]:

@@ -63,6 +63,15 @@ def test_contexts_of_many_tenants_in_one_forward_equal_each_alone(loaded: Loaded
         np.testing.assert_allclose(whole.sum(axis=1), 1, atol=1e-5)
 
 
+def test_contexts_without_queries_have_empty_answers_beside_those_with(loaded: LoadedModule):
+    compiled = [compile_context(given(9, classes), loaded) for classes in ("ab", "abc")]
+    asked = [(compiled[0], QUERIES[:0]), (compiled[1], QUERIES[:2]), (compiled[1], QUERIES[:0])]
+    none, two, none_of_three = answer(loaded.module, asked)
+    assert none.shape == (0, 2) and none_of_three.shape == (0, 3)
+    np.testing.assert_allclose(two, answer(loaded.module, [asked[1]])[0], atol=1e-6)
+    assert [one.shape for one in answer(loaded.module, asked[:1])] == [(0, 2)]
+
+
 def test_the_order_in_which_examples_are_sent_changes_neither_digest_nor_answer(loaded: LoadedModule):
     vectors, labels = examples(14, "abc")
     order = np.random.default_rng(0).permutation(14)
