@@ -15,6 +15,7 @@ from actors.reasoning_pool import labelled_vectors
 from cluster.settings import HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Content
+from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, positions
 from serve.deadlines import Deadline
 from serve.inputs import read_inputs, read_labelled
@@ -40,8 +41,8 @@ class Shown:
 class Classification:
     """Answers /v1/classify: one embedding of all inputs, one question to the pool."""
 
-    def __init__(self, http: HttpSettings, contexts: Contexts, reasoning: Reasoning) -> None:
-        self._http, self._contexts, self._reasoning = http, contexts, reasoning
+    def __init__(self, http: HttpSettings, contexts: Contexts, vectors: ContextVectors, reasoning: Reasoning) -> None:
+        self._http, self._contexts, self._vectors, self._reasoning = http, contexts, vectors, reasoning
 
     async def classify(self, request: ClassifyRequest, request_digest: str, deadline: Deadline) -> dict[str, Any]:
         """The answer's JSON. `model` is the context's id, or `<encoder>+<reasoning module>`.
@@ -59,7 +60,7 @@ class Classification:
         named = await self._contexts.name(labelled, request.encoder, request.module, request.protocol, request.seed)
         if request.explain:
             self._check_explained(len(named.examples), len(inputs.contents), len(named.classes))
-        embedded = await self._contexts.embed(named, labelled, inputs, deadline, request_digest)
+        embedded = await self._vectors.new(named, labelled, inputs, deadline, request_digest)
         context = labelled_vectors(embedded.context)
         shown = Shown(named.labels, None, positions(named))
         encoder = named.encoder.id if named.encoder else named.kind
@@ -81,10 +82,12 @@ class Classification:
             named = (await self._contexts.blob(stored)).named
             texts = [one.content for one in named.examples] if named.kind == "text" else None
             shown = Shown(named.labels, texts, range(len(named.examples)))
-        queries, num_tokens, receipt = await self._contexts.embed_queries(stored, inputs, deadline, request_digest)
-        receipt = dataclasses.replace(receipt, seed=card["seed"])
+        found = await self._contexts.embed_queries(stored, inputs, deadline, request_digest)
+        receipt = dataclasses.replace(found.receipt, seed=card["seed"])
         module, digest = card["module"]["digest"], stored.artefact.digest
-        return await self._answer(request, stored.id, module, digest, queries, num_tokens, receipt, shown, deadline)
+        return await self._answer(
+            request, stored.id, module, digest, found.values, found.num_tokens, receipt, shown, deadline
+        )
 
     async def _answer(
         self,

@@ -7,17 +7,16 @@ a compiled copy may lose it at any time.
 import asyncio
 import dataclasses
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from actors.messages import Build, LabelledVectors, Receipt
 from actors.reasoning_pool import labelled_vectors
 from cluster.settings import HttpSettings
 from metasepia.digests import short
-from metasepia.errors import DeletedName, InvalidRequest, NotSupported, Outdated, UnknownName
+from metasepia.errors import DeletedName, InvalidRequest, Outdated, UnknownName
 from metasepia.reasoning.named import (
     PREFIX,
     EmbeddedContext,
@@ -25,12 +24,11 @@ from metasepia.reasoning.named import (
     NamedContext,
     Protocol,
     digest_of_name,
-    vectors_of_contents,
 )
 from metasepia.reasoning.reduction import ReductionRecipe
 from metasepia.registry import Artefact
+from serve.context_vectors import ContextVectors, Embedded, Vectors
 from serve.deadlines import Deadline
-from serve.embedding import Embedding
 from serve.inputs import Inputs, Labelled, check_classes, check_number, read_labelled
 from serve.names import OWNER, Names
 from serve.parts import Catalogue, Reasoning
@@ -38,19 +36,10 @@ from serve.receipts import receipt_json
 from serve.schemas import ContextRequest, MoreExamplesRequest
 from serve.shipped import ModuleCard
 
+NUM_PROMPTED = 64
+"""Contexts of the protocols vanilla and loo whose examples are kept at hand: their queries are read after them."""
 NUM_KNOWN = 5
 """Contexts that an error about an unknown one names."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A context with its vectors, the vectors of queries, and what made them."""
-
-    context: EmbeddedContext
-    queries: np.ndarray
-    """float32 [queries, width]"""
-    num_tokens: int
-    receipt: Receipt
 
 
 @dataclass(frozen=True)
@@ -72,10 +61,11 @@ class Contexts:
     """Makes and finds contexts."""
 
     def __init__(
-        self, http: HttpSettings, names: Names, embedding: Embedding, reasoning: Reasoning, catalogue: Catalogue
+        self, http: HttpSettings, names: Names, vectors: ContextVectors, reasoning: Reasoning, catalogue: Catalogue
     ) -> None:
-        self._http, self._names, self._embedding = http, names, embedding
+        self._http, self._names, self._vectors = http, names, vectors
         self._reasoning, self._catalogue = reasoning, catalogue
+        self._prompted: OrderedDict[str, NamedContext] = OrderedDict()
 
     # -- making --------------------------------------------------------------------------------------------------------
 
@@ -87,7 +77,7 @@ class Contexts:
         found = await self._live(named.digest)
         if found is not None:
             return self._made_json(found, request_digest, began_s, cached=True)
-        embedded = await self.embed(named, labelled, None, deadline, request_digest)
+        embedded = await self._vectors.new(named, labelled, None, deadline, request_digest)
         return await self._register(embedded, request_digest, began_s, deadline)
 
     async def extend(
@@ -105,7 +95,7 @@ class Contexts:
         found = await self._live(named.digest)
         if found is not None:
             return self._made_json(found, request_digest, began_s, cached=True)
-        embedded = await self._embed_more(old, named, labelled, deadline, request_digest)
+        embedded = await self._vectors.more(old, named, labelled, deadline, request_digest)
         return await self._register(embedded, request_digest, began_s, deadline)
 
     async def name(
@@ -121,7 +111,7 @@ class Contexts:
         if labelled.kind == "vector" and encoder is not None:
             raise InvalidRequest("encoder", "vectors need none; leave it out")
         protocol = protocol or "stream"
-        chosen = None if labelled.kind == "vector" else await self._encoder(encoder)
+        chosen = None if labelled.kind == "vector" else await self._vectors.encoder(encoder, labelled.kind)
         if protocol != "stream" and (chosen is None or chosen.id not in self._names.backbones):
             backbones = ", ".join(self._names.backbones)
             raise InvalidRequest(
@@ -148,75 +138,35 @@ class Contexts:
                 return one
         raise UnknownName("reasoning module", name, ("default", *(one.name for one in modules)))
 
-    # -- vectors -------------------------------------------------------------------------------------------------------
-
-    async def embed(
-        self,
-        named: NamedContext,
-        labelled: Labelled,
-        queries: Inputs | None,
-        deadline: Deadline,
-        request_digest: str,
-    ) -> Embedded:
-        """The vectors of a new context, and of queries to it, all in one go. `labelled` is what `named` was made of."""
-        contents = [*(one.content for one in named.examples), *named.unlabelled]
-        fields = [labelled.fields[i] for i in named.given]
-        fields += [labelled.unlabelled_fields[i] for i in named.given_unlabelled]
-        asked = queries or Inputs(named.kind, (), ())
-        if asked.contents and asked.kind != named.kind:
-            raise InvalidRequest(asked.fields[0], f"{asked.kind} for examples of {named.kind}")
-        everything = Inputs(named.kind, (*contents, *asked.contents), (*fields, *asked.fields))
-        vectors, num_tokens, receipt = await self._vectors(named, everything, deadline, request_digest)
-        num_examples, num_inputs = len(named.examples), len(contents)
-        context = EmbeddedContext(
-            named,
-            np.ascontiguousarray(vectors[:num_examples]),
-            np.ascontiguousarray(vectors[num_examples:num_inputs]) if named.unlabelled else None,
-        )
-        return Embedded(context, np.ascontiguousarray(vectors[num_inputs:]), num_tokens, receipt)
-
-    async def embed_queries(
-        self, stored: Stored, queries: Inputs, deadline: Deadline, request_digest: str
-    ) -> tuple[np.ndarray, int, Receipt]:
-        """Vectors of queries to a stored context, the tokens read, and what made them."""
+    async def embed_queries(self, stored: Stored, queries: Inputs, deadline: Deadline, request_digest: str) -> Vectors:
+        """Raises InvalidRequest for queries of another kind or width than the context's."""
         card = stored.card
         if queries.kind != card["input"]:
             raise InvalidRequest(queries.fields[0], f"{queries.kind}; the inputs of {stored.id} are of {card['input']}")
-        named = _shell(card)
-        vectors, num_tokens, receipt = await self._vectors(named, queries, deadline, request_digest)
-        if vectors.shape[1] != card["width"]:
+        found = await self._vectors.queries(await self._shell(stored), queries, deadline, request_digest)
+        if found.values.shape[1] != card["width"]:
             raise InvalidRequest(
-                queries.fields[0], f"{vectors.shape[1]} numbers; the vectors of {stored.id} have {card['width']}"
+                queries.fields[0], f"{found.values.shape[1]} numbers; the vectors of {stored.id} have {card['width']}"
             )
-        return vectors, num_tokens, receipt
+        return found
 
-    async def _embed_more(
-        self, old: EmbeddedContext, named: NamedContext, labelled: Labelled, deadline: Deadline, request_digest: str
-    ) -> Embedded:
-        """Only the new examples are embedded."""
-        more = Inputs(labelled.kind, tuple(one.content for one in labelled.examples), labelled.fields)
-        vectors, num_tokens, receipt = await self._vectors(named, more, deadline, request_digest)
-        vectors = np.concatenate([old.vectors, vectors])[list(named.given)]
-        context = EmbeddedContext(named, np.ascontiguousarray(vectors), old.unlabelled)
-        return Embedded(context, np.empty((0, vectors.shape[1]), np.float32), num_tokens, receipt)
-
-    async def _vectors(
-        self, named: NamedContext, inputs: Inputs, deadline: Deadline, request_digest: str
-    ) -> tuple[np.ndarray, int, Receipt]:
-        if named.kind == "vector":
-            widths = [len(one) for one in inputs.contents]
-            for width, field in zip(widths, inputs.fields, strict=True):
-                if width != widths[0]:
-                    raise InvalidRequest(
-                        field, f"{width // 4} numbers, where {inputs.fields[0]} has {widths[0] // 4}; use one width"
-                    )
-            return vectors_of_contents(inputs.contents), 0, Receipt(request=request_digest)
-        if named.protocol != "stream":
-            raise NotSupported(f"the protocol {named.protocol}", "use stream")
-        assert named.encoder is not None
-        encoder = await self._served_encoder(named.encoder)
-        found = await self._embedding.embed(encoder, inputs.contents, inputs.fields, deadline, request_digest)
-        return found.vectors, found.num_tokens, found.receipt
+    async def _shell(self, stored: Stored) -> NamedContext:
+        """As much of a context as decides how queries to it are embedded: of a prompted one, all of it."""
+        card, digest = stored.card, stored.artefact.digest
+        if card["protocol"] == "stream":
+            return NamedContext(
+                kind=card["input"],
+                examples=(),
+                encoder=EncoderName(**card["encoder"]) if card["encoder"] else None,
+                module=card["module"]["digest"],
+                protocol=card["protocol"],
+            )
+        if digest not in self._prompted:
+            self._prompted[digest] = (await self.blob(stored)).named
+            if len(self._prompted) > NUM_PROMPTED:
+                self._prompted.popitem(last=False)
+        self._prompted.move_to_end(digest)
+        return self._prompted[digest]
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
@@ -330,33 +280,6 @@ class Contexts:
         names = tuple(PREFIX + one.digest for one in found)
         return names if len(names) <= NUM_KNOWN else (*names[:NUM_KNOWN], "and more (GET /v1/contexts)")
 
-    async def _encoder(self, name: str | None) -> EncoderName:
-        """Raises UnknownName."""
-        name = name or next(iter(self._names.encoders))
-        served = await self._encoders()
-        if name not in served:
-            raise UnknownName("encoder", name, tuple(served))
-        return EncoderName(name, served[name])
-
-    async def _encoders(self) -> dict[str, str]:
-        """Digests of everything that embeds, by name."""
-        infos = await asyncio.gather(*(one.info() for one in self._names.encoders.values()))
-        served = {id_: info.digest for id_, info in zip(self._names.encoders, infos, strict=True)}
-        return served | {one.id: one.prepared.digest for one in self._names.backbones.values()}
-
-    async def _served_encoder(self, encoder: EncoderName) -> str:
-        """The name that the encoder has here now. Raises Outdated."""
-        served = await self._encoders()
-        for name, digest in served.items():
-            if digest == encoder.digest:
-                return name
-        raise Outdated(
-            "the context",
-            "encoder",
-            f"{encoder.id} ({short(encoder.digest)})",
-            tuple(f"{name} ({short(digest)})" for name, digest in served.items()),
-        )
-
     async def _check_usable(self, stored: Stored) -> None:
         """Raises Outdated for another module or encoder than those of then."""
         module = stored.card["module"]
@@ -370,10 +293,7 @@ class Contexts:
             )
         encoder = stored.card["encoder"]
         if encoder is not None:
-            try:
-                await self._served_encoder(EncoderName(**encoder))
-            except Outdated as error:
-                raise Outdated(f"the context {stored.id}", error.part, error.made_with, error.served) from None
+            await self._vectors.served(EncoderName(**encoder), f"the context {stored.id}")
 
     def _module_name(self, digest: str) -> str:
         return next((one.name for one in self._reasoning.modules if one.digest == digest), short(digest))
@@ -429,17 +349,6 @@ def context_json(stored: Stored) -> dict[str, Any]:
         "num_unlabelled": card["num_unlabelled"],
         "self_check": card["self_check"],
     }
-
-
-def _shell(card: dict[str, Any]) -> NamedContext:
-    """What of a context decides how its queries are embedded."""
-    return NamedContext(
-        kind=card["input"],
-        examples=(),
-        encoder=EncoderName(**card["encoder"]) if card["encoder"] else None,
-        module=card["module"]["digest"],
-        protocol=card["protocol"],
-    )
 
 
 def number_of(query: Any, name: str, default: int, low: int, high: int) -> int:

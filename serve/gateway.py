@@ -27,6 +27,7 @@ from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
 from serve import bodies, completion, failures
 from serve.classification import Classification
+from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
 from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
@@ -82,14 +83,15 @@ class Door:
         catalogue: Catalogue,
         dispatch: Sequence[str],
     ) -> None:
-        self._http, self._mixing = http, mixing
+        self._http, self._mixing, self._reasoning = http, mixing, reasoning
         self._routing = Routing(backbones[0], catalogue, dispatch)
         self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding
-        self._contexts = Contexts(http, self.names, embedding, reasoning, catalogue)
-        self._classification = Classification(http, self._contexts, reasoning)
+        vectors = ContextVectors(self.names, embedding, self.prompts)
+        self._contexts = Contexts(http, self.names, vectors, reasoning, catalogue)
+        self._classification = Classification(http, self._contexts, vectors, reasoning)
         self.metrics = Metrics()
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
@@ -229,7 +231,8 @@ class Door:
         return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
 
     async def prometheus(self, request: Request) -> Response:
-        return Response(await self.metrics.text(list(self.names.backbones.values())), media_type=CONTENT_TYPE)
+        text = await self.metrics.text(list(self.names.backbones.values()), self._reasoning)
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": importlib.metadata.version("metasepia")})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.parts import Backbone
+from serve.parts import Backbone, Reasoning
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SCRAPE_TIMEOUT_S = 1.0
@@ -35,6 +35,12 @@ class Metrics:
         self._queue = Gauge(
             "metasepia_backbone_queue", "A backbone's scheduler, now.", ("backbone", "what"), registry=self._registry
         )
+        self._reasoning = Gauge(
+            "metasepia_reasoning",
+            "A replica of the reasoning pool: contexts compiled, fetched and kept, queries and audits that wait.",
+            ("what",),
+            registry=self._registry,
+        )
 
     def begin(self) -> None:
         self._running.inc()
@@ -48,12 +54,18 @@ class Metrics:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("answer").inc(answer)
 
-    async def text(self, backbones: Sequence[Backbone]) -> bytes:
-        """Prometheus text. A backbone that does not answer within a second keeps no gauges."""
+    async def text(self, backbones: Sequence[Backbone], reasoning: Reasoning) -> bytes:
+        """Prometheus text. A part that does not answer within a second keeps no gauges."""
         self._queue.clear()
-        loads = await asyncio.gather(
-            *(asyncio.wait_for(one.load(), _SCRAPE_TIMEOUT_S) for one in backbones), return_exceptions=True
+        self._reasoning.clear()
+        statistics, *loads = await asyncio.gather(
+            asyncio.wait_for(reasoning.statistics(), _SCRAPE_TIMEOUT_S),
+            *(asyncio.wait_for(one.load(), _SCRAPE_TIMEOUT_S) for one in backbones),
+            return_exceptions=True,
         )
+        if not isinstance(statistics, BaseException):
+            for what, value in statistics.items():
+                self._reasoning.labels(what).set(value)
         for backbone, load in zip(backbones, loads, strict=True):
             if not isinstance(load, BaseException):
                 for what, value in load.items():

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
-from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Texts
+from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Media, Texts
 from metasepia.prepared import PreparedBackbone
 from metasepia.registry import Artefact, Kind
 from metasepia.rows import HiddenStates, Row, TokenChunk
@@ -33,13 +33,16 @@ class Backbone(Protocol):
 
 
 class TextEncoder(Protocol):
-    """One text encoder, somewhere else."""
+    """One encoder of texts, or of pictures or sounds, somewhere else."""
 
     id: str
 
     async def info(self) -> EncoderInfo: ...
-    async def embed(self, texts: Texts) -> tuple[np.ndarray, int]:
-        """Unit-norm vectors, and the tokens read. Raises WindowExceeded and InvalidRequest naming `texts[i]`."""
+    async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
+        """Unit-norm vectors, and the tokens read.
+
+        Raises WindowExceeded and InvalidRequest naming `texts[i]`, or `items[i]` of media.
+        """
         ...
 
     async def check(self) -> None:
@@ -56,6 +59,10 @@ class Reasoning(Protocol):
     async def classify(self, classify: Classify) -> Classified: ...
     async def build(self, build: Build) -> Built: ...
     async def explain(self, explain: Explain) -> Explained: ...
+    async def statistics(self) -> dict[str, float]:
+        """Counters and gauges by name."""
+        ...
+
     async def check(self) -> None:
         """One real forward."""
         ...
@@ -115,7 +122,7 @@ class ServedBackbone:
 
 
 class ServedEncoder:
-    """A text encoder behind a Serve handle."""
+    """An encoder behind a Serve handle."""
 
     def __init__(self, id_: str, handle: DeploymentHandle[Any]) -> None:
         self.id, self._handle = id_, handle
@@ -126,8 +133,8 @@ class ServedEncoder:
         self._info = info
         return info
 
-    async def embed(self, texts: Texts) -> tuple[np.ndarray, int]:
-        return await answered(self._handle.embed_counted.remote(texts))
+    async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
+        return await answered(self._handle.embed_counted.remote(items))
 
     async def check(self) -> None:
         await answered(self._handle.check.remote())
@@ -147,6 +154,9 @@ class ServedReasoning:
 
     async def explain(self, explain: Explain) -> Explained:
         return await answered(self._handle.explain.remote(explain))
+
+    async def statistics(self) -> dict[str, float]:
+        return await answered(self._handle.statistics.remote())
 
     async def check(self) -> None:
         await answered(self._handle.check.remote())

@@ -334,6 +334,7 @@ def test_metrics_count_requests_by_route_and_status(bench: Bench):
     assert 'metasepia_requests_total{route="/v1/chat/completions",status="404"} 1.0' in text
     assert 'metasepia_requests_total{route="unmatched",status="404"} 1.0' in text
     assert 'metasepia_backbone_queue{backbone="tiny",what="num_waiting"} 3.0' in text
+    assert 'metasepia_reasoning{what="contexts_kept"} 2.0' in text
     assert 'metasepia_tokens_total{kind="answer"} 1.0' in text
 
 
