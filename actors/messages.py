@@ -156,16 +156,25 @@ class Build:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfChecked:
+    """How a context does on its own examples when they are left out."""
+
+    accuracy: float
+    """Share of those that it labels right; from 0 to 1."""
+    num_left_out: int
+    method: str
+    """`leave-one-out`, or `10-fold`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Built:
     """A context that was compiled, and its self-check."""
 
     classes: tuple[str, ...]
     num_bytes: int
     """Of the compiled context in memory."""
-    accuracy: float
-    """Share of its own examples that it labels right when they are left out; from 0 to 1."""
-    num_left_out: int
-    method: str
+    self_check: SelfChecked | None
+    """None where there was no time for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

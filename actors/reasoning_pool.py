@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from actors.audits import AuditThread, Steps
-from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
+from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors, SelfChecked
 from actors.waiting import answer_within, remaining_s
 from cluster.settings import ReasoningSettings
 from metasepia.errors import (
@@ -167,16 +167,14 @@ class ReasoningPool:
         """
         module = self._module(message.module)
         compiled = await self._compiled(module, message.context, message.deadline_unix_s)
-        context = _context(message.context)
-        steps = _self_check(context, module, compiled)
-        accuracy, num_left_out, method = await self._audits.run(steps, "the self-check", message.deadline_unix_s)
-        return Built(
-            classes=compiled.classes,
-            num_bytes=compiled.num_bytes,
-            accuracy=accuracy,
-            num_left_out=num_left_out,
-            method=method,
-        )
+        steps = _self_check(_context(message.context), module, compiled)
+        # A context is worth having without it: the self-check may use half of the time that is left.
+        until_s = time.time() + remaining_s(message.deadline_unix_s, "building the context") / 2
+        try:
+            self_check = await self._audits.run(steps, "the self-check", until_s)
+        except DeadlineExceeded:
+            self_check = None
+        return Built(classes=compiled.classes, num_bytes=compiled.num_bytes, self_check=self_check)
 
     async def explain(self, message: Explain) -> Explained:
         """The influence of each example on the answers, by leaving it out. Raises as `build` does."""
@@ -419,12 +417,10 @@ def _context(given: LabelledVectors) -> "Context":
 
 
 def _self_check(context: "Context", module: "LoadedModule", compiled: "CompiledContext") -> Steps:
-    """Accuracy, number left out, method."""
     from metasepia.reasoning import audit
 
-    yield
-    checked = audit.self_check(context, module, compiled)
-    return checked.accuracy, checked.num_left_out, checked.method
+    checked = yield from audit.self_check_in_steps(context, module, compiled)
+    return SelfChecked(accuracy=checked.accuracy, num_left_out=checked.num_left_out, method=checked.method)
 
 
 def _explained(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.messages import Build, LabelledVectors, Receipt
+from actors.messages import Build, LabelledVectors, Receipt, SelfChecked
 from actors.reasoning_pool import labelled_vectors
 from cluster.settings import HttpSettings
 from metasepia.digests import short
@@ -253,11 +253,7 @@ class Contexts:
                 "classes": list(named.classes),
                 "num_examples": len(named.examples),
                 "num_unlabelled": len(named.unlabelled),
-                "self_check": {
-                    "accuracy": round(built.accuracy, 6),
-                    "left_out": built.num_left_out,
-                    "method": built.method,
-                },
+                "self_check": built.self_check and _self_check_json(built.self_check),
             }
             artefact = await self._catalogue.put(
                 "context", blob, digest=named.digest, name=None, owner=OWNER, card=card
@@ -349,6 +345,10 @@ def context_json(stored: Stored) -> dict[str, Any]:
         "num_unlabelled": card["num_unlabelled"],
         "self_check": card["self_check"],
     }
+
+
+def _self_check_json(checked: SelfChecked) -> dict[str, Any]:
+    return {"accuracy": round(checked.accuracy, 6), "left_out": checked.num_left_out, "method": checked.method}
 
 
 def number_of(query: Any, name: str, default: int, low: int, high: int) -> int:

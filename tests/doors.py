@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from actors.encoder import Encoder
 from actors.messages import (
     Build,
     Built,
@@ -17,10 +18,12 @@ from actors.messages import (
     Explain,
     Explained,
     LabelledVectors,
+    Media,
+    SelfChecked,
     Texts,
 )
 from actors.reasoning_pool import labelled_vectors
-from cluster.settings import HttpSettings
+from cluster.settings import EncoderSettings, HttpSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import EmbeddedContext
@@ -98,7 +101,9 @@ class FakeEncoder:
     async def info(self) -> EncoderInfo:
         return EncoderInfo(id=self.id, digest=self.digest, width=2, window=8, dtype="float32", device="cpu")
 
-    async def embed(self, texts: Texts) -> tuple[np.ndarray, int]:
+    async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
+        texts = items
+        assert isinstance(texts, Texts)
         for index, text in enumerate(texts.texts):
             if len(text.split()) > 8:
                 raise WindowExceeded(f"texts[{index}]", len(text.split()), 8)
@@ -107,6 +112,22 @@ class FakeEncoder:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), len(texts.texts)
 
     async def check(self) -> None: ...
+
+
+class NearEncoder:
+    """A real encoder's worker in this process, where the graph would have it in another."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.id, self.worker = settings.id, Encoder(settings)
+
+    async def info(self) -> EncoderInfo:
+        return self.worker.info()
+
+    async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
+        return await self.worker.embed_counted(items)
+
+    async def check(self) -> None:
+        await self.worker.check()
 
 
 class FakeReasoning:
@@ -118,6 +139,7 @@ class FakeReasoning:
         self.blobs: Callable[[str], bytes] | None = None
         self.asked: list[Classify | Build | Explain] = []
         self.certainty = 1.0
+        self.has_time = True
 
     def _labelled(self, context: LabelledVectors | str) -> LabelledVectors:
         if isinstance(context, LabelledVectors):
@@ -146,7 +168,8 @@ class FakeReasoning:
         self.asked.append(build)
         classes = tuple(sorted(set(build.context.labels)))
         num = len(build.context.labels)
-        return Built(classes=classes, num_bytes=1, accuracy=0.75, num_left_out=num, method="leave-one-out")
+        checked = SelfChecked(accuracy=0.75, num_left_out=num, method="leave-one-out")
+        return Built(classes=classes, num_bytes=1, self_check=checked if self.has_time else None)
 
     async def explain(self, explain: Explain) -> Explained:
         """An example's influence on every class is its similarity to the query."""
@@ -224,11 +247,11 @@ class FakeCatalogue:
 class Bench:
     """A door over fakes, and a client that calls it without a network."""
 
-    def __init__(self, directory: Path, http: HttpSettings = HTTP) -> None:
+    def __init__(self, directory: Path, http: HttpSettings = HTTP, media: Sequence[NearEncoder] = ()) -> None:
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
         self.door = Door(
-            http, [self.backbone], [self.encoder], self.reasoning, FakeMixing(), self.catalogue, ("centroid",)
+            http, [self.backbone], [self.encoder, *media], self.reasoning, FakeMixing(), self.catalogue, ("centroid",)
         )
         self.app = create_app(self.door)
 

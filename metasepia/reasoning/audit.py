@@ -9,7 +9,7 @@ it: its probability is 0.
 Examples are numbered as the caller of `Context.of` gave them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,6 +71,23 @@ def self_check(
 
     Either way each example is judged once. One that is alone in its class is wrong by necessity.
     """
+    steps = self_check_in_steps(context, loaded, compiled, limit=limit, folds=folds)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+def self_check_in_steps(
+    context: Context,
+    loaded: LoadedModule,
+    compiled: CompiledContext | None = None,
+    *,
+    limit: int = EXACT_EXAMPLES,
+    folds: int = FOLDS,
+) -> Generator[None, None, SelfCheck]:
+    """`self_check` for who has other work to do between two of its forwards: returns it, yielding after each group."""
     compiled = compiled or compile_context(context, loaded)
     num_examples = len(context.labels)
     if num_examples <= limit:
@@ -82,6 +99,7 @@ def self_check(
     for group, probabilities in zip(groups, answers, strict=True):
         said = probabilities.argmax(axis=1)
         right += sum(context.classes[best] == context.labels[i] for best, i in zip(said, group, strict=True))
+        yield
     return SelfCheck(int(right) / num_examples, num_examples, method)
 
 

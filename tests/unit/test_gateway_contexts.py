@@ -80,6 +80,11 @@ def test_a_context_is_in_the_registry_with_its_vectors_before_it_is_acknowledged
         assert vector[0] / vector[1] == pytest.approx(len(example.content))
 
 
+def test_a_self_check_without_time_is_null(bench: Bench):
+    bench.reasoning.has_time = False
+    assert make(bench)["self_check"] is None and make(bench)["cached"]
+
+
 def test_one_that_cannot_be_built_is_not_registered(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     async def fail(_: Build) -> None:
         raise MemoryError

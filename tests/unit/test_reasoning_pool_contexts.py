@@ -163,8 +163,22 @@ def test_a_build_compiles_and_checks_and_the_context_is_there_then(pool: Reasoni
     assert ask(pool, classify(given.digest))[0].compiled == "before"
     assert shelf.num_read == 0
     context = Context.of(given.vectors, given.labels, recipe=reasoning_pool._context(given).recipe)
-    assert built.accuracy == pytest.approx(audit.self_check(context, FIRST).accuracy)
-    assert (built.num_left_out, built.classes) == (8, ("a", "b"))
+    assert built.self_check is not None and built.classes == ("a", "b")
+    assert built.self_check.accuracy == pytest.approx(audit.self_check(context, FIRST).accuracy)
+    assert built.self_check.num_left_out == 8
+
+
+def test_a_context_is_built_without_a_self_check_that_would_take_all_the_time(pool: ReasoningPool, monkeypatch):
+    def endless(*_):
+        while True:
+            time.sleep(0.01)
+            yield
+
+    monkeypatch.setattr(audit, "self_check_in_steps", endless)
+    given = labelled_vectors(stored(4))
+    built = asyncio.run(pool.build(Build(module=FIRST.digest, context=given, deadline_unix_s=time.time() + 1)))
+    assert built.self_check is None and pool.statistics()["queued_audits"] == 0
+    assert ask(pool, classify(given.digest))[0].compiled == "before"
 
 
 def test_an_explanation_in_steps_is_that_of_the_audit_in_the_order_of_the_message(pool: ReasoningPool, shelf: Shelf):
