@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import datasets, parts, report
 from metasepia.reasoning import shipped
@@ -65,6 +66,7 @@ def main() -> None:
     if unknown := sorted(set(arguments.parts) - PARTS.keys()):
         parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     torch.set_grad_enabled(False)
+    disable_progress_bar()  # transformers' own, of loading weights
     started_on, began = report.machine(), time.perf_counter()
     sets = datasets.read_all(arguments.data)
     if arguments.characters:

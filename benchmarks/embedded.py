@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import datasets
 from cluster import settings as settings_of
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--binary", action="store_true", help="only the sets of two classes")
     arguments = parser.parse_args()
     sets = [one for one in datasets.read_all(arguments.data) if len(one.labels) == 2 or not arguments.binary]
+    disable_progress_bar()  # transformers' own, of loading weights
     models = Models()
     with Progress() as progress:
         for embedder in arguments.embedder.split(","):
