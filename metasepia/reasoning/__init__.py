@@ -2,7 +2,7 @@
 
 `set_module` is the default module, examples as tokens without order, and `module` the paper's small causal decoder;
 `set_training` and `training` are their recipes, steps and checkpoints, `shipped` the trained ones on disk. `examples`
-holds labelled vectors, `context` is the one face over `sets` and `rows`, which compile them for the two kinds of module,
+holds labelled vectors, `context` is the one face over `sets` and `rows`, which compile them for two kinds of module,
 and keeps compiled ones within a bound of bytes; `named` gives a context its name and its bytes. `protocols` and
 `prompted` say how texts become vectors, `reduction` brings vectors to the causal module's dimensions.
 `audit` leaves examples out and says what an answer rests on, `calibration` whether probabilities mean what they say,
