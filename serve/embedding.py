@@ -1,4 +1,5 @@
-"""Vectors of texts: a text encoder's, or a backbone's mean-pooled last hidden states; unit norm either way."""
+"""Vectors of texts, pictures and sounds: an encoder's, or of texts a backbone's mean-pooled last hidden states; of unit
+norm either way."""
 
 import base64
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.messages import Receipt, Texts
+from actors.messages import EncoderInfo, Media, Receipt, Texts
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row
@@ -64,18 +65,11 @@ class Embedding:
         deadline: Deadline,
         request_digest: str,
     ) -> Embedded:
-        texts: list[str] = []
-        for item, field in zip(items, fields, strict=True):
-            if not isinstance(item, str):
-                what = "a file" if isinstance(item, bytes) else "token ids"
-                raise NotSupported(f"{field} as {what} for the text encoder {encoder.id}", "send texts")
-            texts.append(item)
         async with deadline.limit("the embedding"):
             info = await encoder.info()
+            message = _message(info, items, fields, deadline)
             try:
-                vectors, num_tokens = await encoder.embed(
-                    Texts(encoder=info.digest, texts=tuple(texts), deadline_unix_s=deadline.unix_s)
-                )
+                vectors, num_tokens = await encoder.embed(message)
             except Exception as error:
                 raise _in_fields(unwrap(error), fields) from None
         receipt = Receipt(request=request_digest, encoder=info.digest)
@@ -115,6 +109,24 @@ class Embedding:
         )
 
 
+def _message(info: EncoderInfo, items: Sequence[Item], fields: Sequence[str], deadline: Deadline) -> Texts | Media:
+    """Raises NotSupported naming the field of an item that the encoder does not read."""
+    texts: list[str] = []
+    files: list[bytes] = []
+    for item, field in zip(items, fields, strict=True):
+        if info.modality == "text" and isinstance(item, str):
+            texts.append(item)
+        elif info.modality != "text" and isinstance(item, bytes):
+            files.append(item)
+        else:
+            kinds: dict[type, str] = {str: "a text", bytes: "a file", list: "token ids"}
+            wanted = "texts" if info.modality == "text" else f'objects like {{"{info.modality}": "<base64>"}}'
+            raise NotSupported(f"{field} as {kinds[type(item)]} for the encoder {info.id}", f"send {wanted}")
+    if info.modality == "text":
+        return Texts(encoder=info.digest, texts=tuple(texts), deadline_unix_s=deadline.unix_s)
+    return Media(encoder=info.digest, items=tuple(files), deadline_unix_s=deadline.unix_s)
+
+
 def _sequences(
     items: Sequence[Item], fields: Sequence[str], prepared: PreparedBackbone, prompts: Prompts
 ) -> list[tuple[int, ...]]:
@@ -137,9 +149,9 @@ def _sequences(
 
 
 def _in_fields(error: BaseException, fields: Sequence[str]) -> BaseException:
-    """An encoder's complaint about `texts[i]`, about the request's field instead."""
+    """An encoder's complaint about `texts[i]` or `items[i]`, about the request's field instead."""
     param = getattr(error, "param", None)
-    found = re.fullmatch(r"texts\[(\d+)\]", param) if isinstance(param, str) else None
+    found = re.fullmatch(r"(?:texts|items)\[(\d+)\]", param) if isinstance(param, str) else None
     if found is None or int(found[1]) >= len(fields):
         return error
     field = fields[int(found[1])]

@@ -72,6 +72,13 @@ def read_labelled(
     return Labelled(kind or "text", tuple(found), tuple(fields), rest.contents, rest.fields)
 
 
+def read_file(item: Any, where: str) -> bytes:
+    """The bytes of {"image": "<base64>"} or {"audio": "<base64>"}. Raises InvalidRequest naming the field."""
+    if isinstance(item, dict) and len(item) == 1 and (name := next(iter(item))) in ("image", "audio"):
+        return _media(item[name], f"{where}.{name}")
+    raise InvalidRequest(where, 'an object must be {"image": "<base64>"} or {"audio": "<base64>"}')
+
+
 def check_classes(labels: Sequence[str], http: HttpSettings) -> None:
     """Raises InvalidRequest for fewer than two classes, too many, or labels that only look different."""
     check_labels(labels)
@@ -133,13 +140,13 @@ def _vector(value: Any, field: str, http: HttpSettings) -> bytes:
 
 
 def _media(value: Any, field: str) -> bytes:
-    """Base64, bare or as a data URL."""
+    """Base64, bare or as a data URL; white space in it does not count."""
     if isinstance(value, str):
         head, comma, body = value.partition(",")
         if comma and head.startswith("data:") and head.endswith(";base64"):
             value = body
         try:
-            content = base64.b64decode(value, validate=True)
+            content = base64.b64decode("".join(value.split()), validate=True)
         except (binascii.Error, ValueError):
             content = b""
         if content:

@@ -119,6 +119,7 @@ class Names:
         ]
         for one, info in zip(self.encoders.values(), infos, strict=True):
             facts = {"kind": "encoder", "digest": info.digest, "width": info.width, "window": info.window}
+            facts["modality"] = info.modality
             models.append(self._entry(one.id, one.id, None, self._created, facts))
         ids = {one.prepared.digest: one.id for one in self.backbones.values()}
         for artefact in [*experts, *mixtures]:

@@ -6,6 +6,7 @@ other: a client that asks for tools must not get an answer that ignored them.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from cluster.settings import DispatchStage, HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Protocol
-from serve.inputs import check_number
+from serve.inputs import check_number, read_file
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -239,7 +240,7 @@ class EmbeddingsRequest(_Body):
 
     model: Text
     input: Annotated[list[Any], BeforeValidator(_one_or_many)] = Field(min_length=1)
-    """A text, texts, one list of token ids, or lists of token ids; `inputs` sorts them."""
+    """A text, texts, one list of token ids, lists of token ids, or objects with a file; `inputs` sorts them."""
     encoding_format: Literal["float", "base64"] = "float"
 
     def check(self, http: HttpSettings) -> None:
@@ -250,14 +251,19 @@ class EmbeddingsRequest(_Body):
             if isinstance(item, str):
                 if not item.strip():
                     raise InvalidRequest(where, "the text is empty")
+            elif isinstance(item, bytes):
+                continue
             elif not isinstance(item, list) or not all(type(token) is int for token in item):
-                raise InvalidRequest(where, "must be a text or a list of token ids")
+                raise InvalidRequest(where, "must be a text, a list of token ids, or an object with a file")
             elif not item:
                 raise InvalidRequest(where, "the list of token ids is empty")
 
-    @property
-    def inputs(self) -> list[str | list[int]]:
-        return [self.input] if self.is_one_token_list else self.input
+    @cached_property
+    def inputs(self) -> list[str | list[int] | bytes]:
+        """Raises InvalidRequest naming the item whose file is not base64."""
+        if self.is_one_token_list:
+            return [self.input]
+        return [read_file(one, f"input[{i}]") if isinstance(one, dict) else one for i, one in enumerate(self.input)]
 
     @property
     def is_one_token_list(self) -> bool:
