@@ -383,6 +383,11 @@ class ReasoningPool:
         self._num_forwards += 1
         for (question, queries), probabilities in zip(shares, answers, strict=True):
             self._num_queries += len(queries)
+            if not np.isfinite(probabilities).all():
+                question.fail(
+                    InvalidRequest("inputs", "no finite answer comes of such vectors; bring them to unit norm")
+                )
+                continue
             question.answered.append(probabilities)
             question.num_answered += len(queries)
             if question.num_answered >= len(question.queries):

@@ -202,7 +202,7 @@ class EncoderSettings:
 class ReasoningSettings:
     """The pool of reasoning modules."""
 
-    modules: tuple[str, ...] = ("default",)
+    modules: tuple[str, ...] = ("default", "tart-paper")
     """Modules shipped in `metasepia/assets/modules`, or paths to their safetensors files. The first one answers those
     who name none."""
     num_replicas: int = 1

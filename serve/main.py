@@ -96,7 +96,8 @@ class Foreground:
         with _step("weights and factors"):
             _run_prepare()
             prepared = prepare.prepare(self._settings)
-            modules = [shipped.module_card(name) for name in self._settings.reasoning.modules]
+            cards = [shipped.module_card(name) for name in self._settings.reasoning.modules]
+            modules = list({one.digest: one for one in cards}.values())
         with _step("Ray"):
             available = connect.connect(self._settings.ray)
             self._catch_signals()

@@ -12,7 +12,7 @@ from actors import reasoning_pool
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
 from actors.reasoning_pool import ReasoningPool, labelled_vectors
 from cluster.settings import ReasoningSettings
-from metasepia.errors import CorruptArtefact, DeadlineExceeded, Outdated, Overloaded, UnknownName
+from metasepia.errors import CorruptArtefact, DeadlineExceeded, InvalidRequest, Outdated, Overloaded, UnknownName
 from metasepia.reasoning import audit
 from metasepia.reasoning import context as compiling
 from metasepia.reasoning.examples import Context
@@ -153,6 +153,33 @@ def test_modules_answer_side_by_side_each_with_its_own_contexts(pool: ReasoningP
     both = ask(pool, classify(shelf.add(one)), classify(shelf.add(two), module=SECOND))
     assert not np.allclose(both[0].probabilities, both[1].probabilities)
     assert [answer.module for answer in both] == [FIRST.digest, SECOND.digest]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda vectors: np.ones_like(vectors),
+        lambda vectors: np.zeros_like(vectors),
+        lambda vectors: np.repeat(vectors[:2], len(vectors) // 2, axis=0),
+        lambda vectors: vectors * np.float32(1e37),
+        lambda vectors: vectors[:, :1],
+    ],
+    ids=["constant", "zeros", "duplicates", "huge", "one number"],
+)
+@pytest.mark.parametrize("labels", ["abababab", "aaaaaaab"])
+def test_degenerate_vectors_and_a_label_of_one_example_are_built_and_answered_finitely(pool, change, labels):
+    vectors = change(np.random.default_rng(0).standard_normal((8, 12)).astype(np.float32))
+    given = LabelledVectors(digest=f"{vectors.tobytes()} {labels}", vectors=vectors, labels=tuple(labels))
+    built = asyncio.run(pool.build(Build(module=FIRST.digest, context=given, deadline_unix_s=time.time() + 30)))
+    assert 0 <= built.self_check.accuracy <= 1
+    message = dataclasses.replace(classify(given), queries=vectors[:2])
+    np.testing.assert_allclose(ask(pool, message)[0].probabilities.sum(1), 1, atol=1e-5)
+
+
+def test_an_answer_that_is_not_finite_is_refused(pool: ReasoningPool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiling, "answer", lambda _, asked: [np.full((len(q), 2), np.nan) for _, q in asked])
+    with pytest.raises(InvalidRequest, match="no finite answer"):
+        ask(pool, classify(labelled_vectors(stored(0))))
 
 
 def test_a_build_compiles_and_checks_and_the_context_is_there_then(pool: ReasoningPool, shelf: Shelf):
