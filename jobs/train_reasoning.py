@@ -21,6 +21,7 @@ import torch
 
 from metasepia.errors import InvalidSettings, MetasepiaError
 from metasepia.reasoning import shipped
+from metasepia.reasoning.set_module import SetModule
 from metasepia.reasoning.set_training import SET_PRESETS, SetRecipe, SetTrainingRun
 from metasepia.reasoning.training import PRESETS, Recipe, TrainingRun
 
@@ -74,13 +75,16 @@ def train(
     compile_blocks: bool = False,
     checkpoint_every: int = 1000,
     stop_at: float = float("inf"),
+    stop_after: int | None = None,
     dtype: torch.dtype = torch.float32,
     copies: Path | None = None,
     warm_start: Path | None = None,
 ) -> bool:
     """Trains from OUT's checkpoint, or from the start, until done or `stop_at` (time.monotonic()). True when done.
 
-    `warm_start`: without a checkpoint, weights and step come from this exported folder and Adam begins anew.
+    `stop_after`: it is done after so many steps, a multiple of LOG_EVERY, and the rate falls as if it went on.
+    `warm_start`: without a checkpoint, weights come from this exported folder and Adam begins anew; the causal module's
+    step too, a set module begins at step 0.
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = out / "checkpoint.safetensors", out / "loss.jsonl"
@@ -90,11 +94,19 @@ def train(
         print(f"goes on from step {run.step} of {checkpoint}", flush=True)
     elif warm_start is not None:
         loaded = shipped.load(str(warm_start))
-        run.module.load_state_dict(loaded.module.state_dict())
-        run.step = int(str(loaded.card["step"]))
-        print(f"goes on from step {run.step} of {warm_start}, with a new Adam state", flush=True)
-        if not log.is_file() and (warm_start / log.name).is_file():
-            log.write_text((warm_start / log.name).read_text())
+        source = {"digest": loaded.digest, "command": loaded.card["command"], "step": loaded.card["step"]}
+        if isinstance(run, SetTrainingRun):
+            if not isinstance(loaded.module, SetModule):
+                raise InvalidSettings("warm_start", str(warm_start), "a folder with a set module")
+            run.begin_from(loaded.module)
+            (out / "began_from.json").write_text(json.dumps(source))
+            print(f"begins with the weights of {warm_start}", flush=True)
+        else:
+            run.module.load_state_dict(loaded.module.state_dict())
+            run.step = int(str(loaded.card["step"]))
+            print(f"goes on from step {run.step} of {warm_start}, with a new Adam state", flush=True)
+            if not log.is_file() and (warm_start / log.name).is_file():
+                log.write_text((warm_start / log.name).read_text())
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     rows = [row for row in rows if row["step"] <= run.step]  # lines after the checkpoint will be written again
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -106,14 +118,15 @@ def train(
         except Exception as error:  # any failure of the compiler leaves the uncompiled path, which computes the same
             print(f"runs uncompiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
-    progress = Progress(recipe.num_steps, run.step)
+    last = min(recipe.num_steps, stop_after or recipe.num_steps)
+    progress = Progress(last, run.step)
     total = torch.zeros((), device=run.device)
     count = 0
     try:
-        while run.step < recipe.num_steps:
+        while run.step < last:
             facts = run.facts()
             total, count = total + run.advance(), count + 1
-            if run.step % LOG_EVERY and run.step < recipe.num_steps:
+            if run.step % LOG_EVERY and run.step < last:
                 continue
             loss = float(total) / count
             total, count = torch.zeros_like(total), 0
@@ -131,7 +144,7 @@ def train(
     finally:
         progress.close()
     run.save(checkpoint)
-    done = run.step >= recipe.num_steps
+    done = run.step >= last
     picture = draw(
         rows,
         out / "loss.png",
@@ -144,20 +157,22 @@ def train(
         "command": command,
         "recipe": recipe.to_json(),
         "step": run.step,
-        "num_steps": recipe.num_steps,
+        "num_steps": last,
         "final_loss": rows[-1]["loss"] if rows else None,
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "precision": precision,
         "torch": torch.__version__,
         "licence": "that of this repository; trained on synthetic data alone",
     }
+    if (out / "began_from.json").is_file():
+        card["began_from"] = json.loads((out / "began_from.json").read_text())
     for folder in (out, *([copies] if copies else [])):
         shipped.export(run.exported, folder, card, dtype=dtype)
         if folder != out:
             (folder / "loss.jsonl").write_text(log.read_text())
             if picture:
                 (folder / "loss.png").write_bytes((out / "loss.png").read_bytes())
-    print(f"{'done' if done else 'stopped'} at step {run.step} of {recipe.num_steps}: {out}", flush=True)
+    print(f"{'done' if done else 'stopped'} at step {run.step} of {last}: {out}", flush=True)
     return done
 
 
@@ -224,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
     p.add_argument("--compile", action="store_true", help="torch.compile one block, for three lengths; falls back")
     p.add_argument("--max-seconds", type=float, default=float("inf"), help="stop, saved, after so long")
+    p.add_argument("--stop-after", type=int, metavar="STEPS", help="be done then, though the preset has more")
     p.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
     p.add_argument("--export-dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     p.add_argument("--copy-to", type=Path, help="a second folder for weights (15 MiB a file), card, log and picture")
@@ -261,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             compile_blocks=arguments.compile,
             checkpoint_every=arguments.checkpoint_every,
             stop_at=began + arguments.max_seconds,
+            stop_after=arguments.stop_after,
             dtype=getattr(torch, arguments.export_dtype),
             copies=arguments.copy_to,
             warm_start=arguments.warm_start,

@@ -18,6 +18,8 @@ from torch import Tensor
 from metasepia.synthetic.sampling import key_of
 from metasepia.synthetic.tasks import Seeds
 
+MEANS_SHARE = 0.6
+"""Of the batches whose labels come from class means; the others' are drawn from a function of the vector."""
 MAX_EXAMPLES = 480
 """Of one problem with many classes."""
 
@@ -38,7 +40,7 @@ class EmbeddingBatch:
 class EmbeddingLikeTasks:
     """The distribution of problems; pairs are the ends of a range, drawn log-uniformly unless said otherwise."""
 
-    dims: tuple[int, int] = (32, 512)
+    dims: tuple[int, int] = (40, 512)
     examples: tuple[int, int] = (4, 320)
     unlabelled: tuple[int, int] = (30, 300)
     unlabelled_share: float = 0.35
@@ -53,10 +55,22 @@ class EmbeddingLikeTasks:
     balanced_share: float = 0.6
     """Of the batches whose examples are drawn as people draw them, as many of each class; queries likewise."""
     queries: int = 48
-    decay: tuple[float, float] = (0.3, 2.0)
+    heavy_share: float = 0.1
+    """Of the batches whose vectors have heavy tails, in [0, 1]; and so on for the next five."""
+    topics_share: float = 0.25
+    """Clusters that have nothing to do with the labels."""
+    sphere_share: float = 0.65
+    """Vectors on the unit sphere."""
+    widths_share: float = 0.3
+    """Classes of different widths."""
+    parts_share: float = 0.2
+    """Classes of several parts."""
+    bent_share: float = 0.1
+    """Labels that are no linear function of the vector, nor by class means."""
+    decay: tuple[float, float] = (0.4, 1.6)
     """Uniform: exponent of the eigenvalues, (1 + i / shift) ** -decay."""
-    shift: tuple[float, float] = (1.0, 30.0)
-    alignment: tuple[float, float] = (0.8, 3.0)
+    shift: tuple[float, float] = (2.0, 40.0)
+    alignment: tuple[float, float] = (1.0, 3.2)
     """Uniform: the signal's variance in a direction goes as the eigenvalue to this power."""
     concentration: tuple[float, float] = (0.0, 1.0)
     """Uniform: standard deviation of the logarithm of each direction's share in the signal; 0 is even."""
@@ -97,7 +111,7 @@ class _Draw:
             other = torch.randint(0, self.num_classes, labels.shape, generator=self.noise)
             labels = torch.where(wrong, other, labels)
         vectors = vectors + self._normal(self.problems, 1, self.dims) * eigenvalues.sqrt()[:, None]
-        if self._chance() < 0.5:
+        if self._chance() < self.tasks.sphere_share:
             centre = F.normalize(self._normal(self.problems, 1, self.dims), dim=2)
             vectors = F.normalize(vectors + centre * (0.3 + self._uniform(self.problems, 1, 1)), dim=2)
         n, u = self.num_examples, self.num_unlabelled
@@ -131,9 +145,9 @@ class _Draw:
     def _vectors(self, eigenvalues: Tensor, tokens: int) -> Float[Tensor, "problems _ dims"]:
         scale = eigenvalues.sqrt()[:, None]
         vectors = self._normal(self.problems, tokens, self.dims) * scale
-        if self._chance() < 0.25:  # heavy tails
+        if self._chance() < self.tasks.heavy_share:
             vectors = vectors * (0.35 * self._normal(self.problems, tokens, 1)).exp()
-        if self._chance() < 0.35:  # clusters that have nothing to do with the labels
+        if self._chance() < self.tasks.topics_share:
             count = int(torch.randint(2, 12, (1,), generator=self.task))
             size = 0.4 + 0.8 * self._uniform(self.problems, 1, 1)
             centres = self._normal(self.problems, count, self.dims, of=self.task) * scale * size
@@ -147,7 +161,7 @@ class _Draw:
         uneven = (uneven * self._normal(self.problems, self.dims, of=self.task)).exp()
         signal = eigenvalues ** (alignment / 2) * uneven
         signal = signal / signal.square().sum(1, keepdim=True).sqrt()
-        if self._chance() < 0.6:
+        if self._chance() < MEANS_SHARE:
             return self._by_class_means(self._vectors(eigenvalues, self.tokens), eigenvalues, signal)
         vectors = self._vectors(eigenvalues, self.tokens * (2 if self.balanced else 1))
         labels = self._by_function(vectors, eigenvalues, signal)
@@ -166,11 +180,13 @@ class _Draw:
             drawn = -self._uniform(*shape).clamp_min(1e-6).log()
             share = 0.15 / classes + 0.85 * drawn / drawn.sum(1, keepdim=True)
             labels = torch.multinomial(share, self.tokens, replacement=True, generator=self.noise)
-        if self._chance() < 0.4:  # classes of different widths
+        if self._chance() < self.tasks.widths_share:
             widths = 0.3 * self._uniform(self.problems, 1, 1) * self._normal(*shape, self.dims, of=self.task)
             widths = widths + 0.25 * self._uniform(self.problems, 1, 1) * self._normal(*shape, 1, of=self.task)
             vectors = vectors * _rows(widths.exp(), labels)
-        parts = 1 if self._chance() < 0.6 else int(torch.randint(2, 5, (1,), generator=self.task))
+        parts = (
+            1 if self._chance() < 1 - self.tasks.parts_share else int(torch.randint(2, 5, (1,), generator=self.task))
+        )
         means = self._normal(self.problems, classes, parts, self.dims, of=self.task) * signal[:, None, None]
         if parts > 1:
             common = self._normal(self.problems, classes, 1, self.dims, of=self.task) * signal[:, None, None]
@@ -193,7 +209,7 @@ class _Draw:
             return drawn / drawn.square().sum(1, keepdim=True).sqrt()
 
         scores = white @ weights(self.num_classes)
-        if self._chance() < 0.375:
+        if self._chance() < self.tasks.bent_share / (1 - MEANS_SHARE):
             hidden = torch.tanh(2 * (white @ weights(8)))
             bent = hidden @ self._normal(self.problems, 8, self.num_classes, of=self.task) / math.sqrt(8)
             scores = scores * self._uniform(self.problems, 1, 1) + 1.5 * bent

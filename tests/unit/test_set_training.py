@@ -64,7 +64,7 @@ def test_batches_keep_to_their_ranges_and_every_kind_occurs():
     tasks = EmbeddingLikeTasks(states=300)
     batches = [tasks.batch(Seeds(), step) for step in range(120)]
     for batch in batches:
-        assert 4 <= batch.x.shape[1] <= (320 if batch.num_classes < 13 else 480) and 32 <= batch.x.shape[2] <= 512
+        assert 4 <= batch.x.shape[1] <= (320 if batch.num_classes < 13 else 480) and 40 <= batch.x.shape[2] <= 512
         assert 2 <= batch.num_classes <= min(160, max(2, batch.x.shape[1] // 2))
         assert int(batch.y.min()) >= 0 and int(batch.y.max()) < batch.num_classes
         assert bool(batch.x.isfinite().all()) and batch.queries.shape[1] == 48
@@ -94,3 +94,18 @@ def test_training_learns_and_begins_at_a_guess():
         run.advance()
     assert 0.8 < before < 1.5  # 1 is a guess
     assert judge() < 0.8
+
+
+def test_a_run_may_begin_with_the_weights_of_another_and_its_card_says_so(tmp_path: Path):
+    assert train(tmp_path / "first", "--stop-after", "50") == 0
+    first = shipped.load(str(tmp_path / "first"))
+    assert first.card["step"] == first.card["num_steps"] == 50
+    begin = ["--warm-start", str(tmp_path / "first")]
+    assert train(tmp_path / "second", *begin, "--seed", "5", "--max-seconds", "0") == 3
+    assert train(tmp_path / "second", *begin, "--seed", "5") == 0  # resumes, and does not begin again
+    assert train(tmp_path / "whole", *begin, "--seed", "9") == 0
+    second = shipped.load(str(tmp_path / "second"))
+    assert second.card["began_from"]["digest"] == first.digest
+    whole = shipped.load(str(tmp_path / "whole"))
+    assert second.digest == whole.digest  # seeds of initial weights do not matter after a warm start
+    assert second.digest != first.digest
