@@ -163,7 +163,7 @@ def many_classes(run: Run) -> list[report.Row]:
         for one in sets:
             best = tally.best(n, CLASSIFIERS, sets=[one.name])
             ours, against = (tally.mean(n, side, sets=[one.name]) for side in (OURS, best))
-            pairs.append(f"{one.name} {ours:.3f} to {against:.3f}")
+            pairs.append(f"{one.name} {ours:.3f} / {against:.3f}")
             macros = [tally.mean(n, side, "macro", [one.name]) for side in (OURS, best)]
             of_one = f"accuracy, {one.name} ({len(one.labels)} classes), {encoder}, {n} examples each"
             made = accuracy_row(
@@ -172,7 +172,7 @@ def many_classes(run: Run) -> list[report.Row]:
                 more="; mean over classes {:.3f} to {:.3f}".format(*macros),
             )
             rows.append(made)
-        more = f"; each set to its best: {', '.join(pairs)}{run.said_cut()}"
+        more = f"; each set, ours / its best of three: {', '.join(pairs)}{run.said_cut()}"
         rows.append(accuracy_row(tally, n, OURS, CLASSIFIERS, id=id, what=f"accuracy, {what}", more=more))
         calibrated = [side for side in CALIBRATED if side == "LogisticRegression"]  # Platt's needs classes squared fits
         rows.append(

