@@ -78,13 +78,24 @@ def main() -> None:
     except httpx.TransportError as error:
         sys.exit(f"no graph answers on {http.host}:{http.port} ({error}); start one with: make serve")
     known = [m["id"] for m in models["data"]]
-    experts = [m["id"] for m in models["data"] if m.get("parent") and "mix@" not in m["id"]]
+    experts = [m["id"] for m in models["data"] if m["x_info"]["kind"] == "expert"]
     backbone = experts[0].split(":")[0] if experts else known[0]
     tour.ask(
         "A classifier from eight examples", "POST", "/v1/classify",
         {"examples": [{"text": t, "label": y} for t, y in EXAMPLES], "inputs": INPUTS},
         "No training took place: the reasoning module read the eight labelled embeddings and answered. It learned to "
         "do so from synthetic logistic regressions only. The receipt names every part by its digest.",
+    )  # fmt: skip
+    context = tour.ask(
+        "The same examples under a name", "POST", "/v1/contexts",
+        {"examples": [{"text": t, "label": y} for t, y in EXAMPLES]},
+        "The name is made from the content: the same examples in any order have it. It is on disk now, and a model like "
+        "any other. The self-check labels each example by a context without it.",
+    )  # fmt: skip
+    tour.ask(
+        "Inputs alone, with reasons", "POST", "/v1/classify",
+        {"model": context.get("id"), "inputs": INPUTS[:1], "explain": True, "abstain_below": 0.5},
+        "Influence: by how much each example raises each label's log-probability, by answering anew without it.",
     )  # fmt: skip
     question = {"messages": [{"role": "user", "content": "Name the capital of France."}], "max_tokens": 24}
     tour.ask(

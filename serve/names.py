@@ -94,8 +94,7 @@ class Names:
         card: dict[str, Any] = artefact.card
         facts = {"kind": "context", "digest": artefact.digest}
         facts |= {name: card[name] for name in _CONTEXT_FACTS}
-        encoder = card["encoder"] and card["encoder"]["id"]
-        return self._entry(CONTEXT + artefact.digest, artefact.digest, encoder, int(artefact.created_unix_s), facts)
+        return self._entry(CONTEXT + artefact.digest, artefact.digest, None, int(artefact.created_unix_s), facts)
 
     async def _contexts(self) -> list[Artefact]:
         """All of them, page by page."""

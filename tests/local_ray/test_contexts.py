@@ -103,6 +103,18 @@ def test_contexts_on_a_backbones_states_grow_by_examples(served: Served):
     assert len(ask(served, more["id"], INPUTS)["receipt"]["backbone"]) == 64
 
 
+@pytest.mark.parametrize("protocol", ["vanilla", "loo"])
+def test_a_prompted_context_answers_by_its_name_as_its_examples_do(served: Served, protocol: str):
+    body = {"examples": [{"text": text[:12], "label": label} for text, label in REVIEWS[:4]], "encoder": "tiny"}
+    made = make(served, **body, protocol=protocol)
+    by_name = ask(served, made["id"], ["The zip", "Such"])
+    by_examples = served.post("/v1/classify", body | {"protocol": protocol, "inputs": ["The zip", "Such"]}).json()
+    for one, other in zip(by_name["results"], by_examples["results"], strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+    assert by_name["receipt"]["context"] == by_examples["receipt"]["context"] == made["id"][4:]
+    assert made["id"] != make(served, **body)["id"]
+
+
 def test_more_contexts_than_the_memory_holds_are_all_answered_the_same_again(served: Served):
     ids = [make(served, examples=random_vectors(seed))["id"] for seed in range(40)]
     query = [{"vector": [2.0] + [0.1] * 23}]
