@@ -136,8 +136,9 @@ class ReferenceBackbone:
         self, token_ids: tuple[int, ...], adapter: Adapter
     ) -> tuple[Float[Tensor, "tokens vocab"], Float[Tensor, "layers tokens hidden"]]:
         ids = torch.tensor([token_ids], device=self.model.device)
-        weights = self.weights(adapter)
-        with self._lock:  # functional_call puts the weights into the one model while it runs
+        # functional_call puts the weights into the one model while it runs: a parameter looked up then is not found.
+        with self._lock:
+            weights = self.weights(adapter)
             output = torch.func.functional_call(
                 self.model, weights, (ids,), {"use_cache": False, "output_hidden_states": True}
             )

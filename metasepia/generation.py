@@ -392,13 +392,21 @@ def choose(
     tokens = logits.argmax(-1)
     for i, one in enumerate(sampling):
         if one.temperature > 0:
-            tempered = logits[i].double() / one.temperature
-            if one.top_p < 1:
-                tempered = _nucleus(tempered, one.top_p)
-            noise = gumbel(seeds[i], positions[i], len(tempered))
-            tokens[i] = (tempered + torch.from_numpy(noise).to(tempered.device)).argmax()
+            tokens[i] = scores_of(logits[i], one, seeds[i], positions[i]).argmax()
     of_tokens = logprobs.gather(-1, tokens[:, None])[:, 0]
     return [Chosen(token_id=t, logprob=p) for t, p in zip(tokens.tolist(), of_tokens.tolist(), strict=True)]
+
+
+def scores_of(logits: Float[Tensor, " vocab"], sampling: Sampling, seed: int, position: int) -> Float[Tensor, " vocab"]:
+    """What the choice of a token maximises: the logits, or tempered, cut to the nucleus and with noise. float64."""
+    scores = logits.double()
+    if sampling.temperature > 0:
+        scores = scores / sampling.temperature
+        if sampling.top_p < 1:
+            scores = _nucleus(scores, sampling.top_p)
+        noise = gumbel(seed, position, len(scores))
+        scores = scores + torch.from_numpy(noise).to(scores.device)
+    return scores
 
 
 def _nucleus(logits: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:

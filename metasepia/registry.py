@@ -378,6 +378,25 @@ class Registry:
         return Unavailable(f"the registry at {self.root} (its disk is full: nothing was stored; free some space)", 60.0)
 
 
+def read_blob(root: Path, digest: str) -> bytes:
+    """The bytes under a digest, deleted ones included, read beside whoever writes this directory. For audits.
+
+    Raises UnknownName, and CorruptArtefact as `Registry.get` does.
+    """
+    catalogue = root.expanduser().resolve() / "catalogue.sqlite"
+    if not catalogue.is_file():
+        raise UnknownName("artefact", digest, ())
+    with contextlib.closing(sqlite3.connect(f"{catalogue.as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
+        row = db.execute("SELECT sha256 FROM entries WHERE digest=? LIMIT 1", (digest,)).fetchone()
+    if row is None:
+        raise UnknownName("artefact", digest, ())
+    path = catalogue.parent / "blobs" / row[0]
+    blob = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(blob).hexdigest() != row[0]:
+        raise CorruptArtefact(f"artefact {digest}", "its blob is missing or has changed since it was stored")
+    return blob
+
+
 def _card_json(card: dict[str, object]) -> str:
     try:
         text = json.dumps(card, sort_keys=True, allow_nan=False, ensure_ascii=False)

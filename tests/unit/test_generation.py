@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from metasepia.backbone import ReferenceBackbone
 from metasepia.errors import CorruptArtefact, NotSupported, UnknownName
 from metasepia.experts import ExpertVectors
-from metasepia.generation import RowDecoder, choose, gumbel
+from metasepia.generation import RowDecoder, choose, gumbel, scores_of
 from metasepia.rows import Adapter, HiddenStatesWanted, Sampling
 from metasepia.steps import Advance, Begin, NewRow, StepPlan, StepResult
 from metasepia.svf import attach, factors_of
@@ -269,3 +269,11 @@ def test_noise_of_neighbouring_positions_does_not_overlap() -> None:
     assert not np.isin(first, second).any()
     assert gumbel(5, 0, 3).round(6).tolist() == first[:3].round(6).tolist()
     assert gumbel(-1, 0, 3).tolist() != gumbel(5, 0, 3).tolist()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8)])
+def test_the_chosen_token_has_the_largest_score(sampling: Sampling):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    chosen = choose(logits, [sampling] * 3, [1, 2, 3], [4, 5, 6])
+    for row, seed, position, one in zip(logits, (1, 2, 3), (4, 5, 6), chosen, strict=True):
+        assert int(scores_of(row, sampling, seed, position).argmax()) == one.token_id

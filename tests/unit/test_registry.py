@@ -23,7 +23,7 @@ from metasepia.errors import (
     UnknownName,
 )
 from metasepia.local_disk import check_local_disk
-from metasepia.registry import Registry
+from metasepia.registry import Registry, read_blob
 
 ROOT = Path(__file__).parents[2]
 
@@ -422,3 +422,16 @@ def test_the_registry_needs_neither_torch_nor_numpy():
     program = "import json, sys; import metasepia.registry; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
     assert not {"torch", "numpy", "ray"} & set(loaded)
+
+
+def test_a_blob_is_read_beside_the_writer_also_after_its_name_was_deleted(registry: Registry):
+    put(registry, "maths", "content")
+    registry.delete("expert", "maths", "ann")
+    assert read_blob(registry.root, digest("content")) == b"content"
+    with pytest.raises(UnknownName):
+        read_blob(registry.root, digest("nothing"))
+    with pytest.raises(UnknownName):
+        read_blob(registry.root / "elsewhere", digest("content"))
+    (registry.root / "blobs" / digest("content")).write_bytes(b"changed")
+    with pytest.raises(CorruptArtefact, match="missing or has changed"):
+        read_blob(registry.root, digest("content"))

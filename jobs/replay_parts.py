@@ -1,0 +1,105 @@
+"""What an answer was made by, found again by digest on this machine: for `jobs.replay`."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cluster.settings import BackboneSettings, Settings
+from metasepia import checkpoints, encoders
+from metasepia.backbone import ReferenceBackbone
+from metasepia.digests import short
+from metasepia.errors import UnknownName
+from metasepia.experts import ExpertVectors
+from metasepia.modalities import loading
+from metasepia.prepared import PreparedBackbone
+from metasepia.reasoning import shipped
+from metasepia.reasoning.named import EmbeddedContext
+from metasepia.reasoning.shipped import LoadedModule
+from metasepia.registry import read_blob
+from metasepia.rows import Adapter
+from metasepia.svf import factors_of
+
+
+class Embeds(Protocol):
+    """An encoder of texts, pictures or sounds."""
+
+    @property
+    def digest(self) -> str: ...
+    def embed(self, items: Sequence[Any], /) -> np.ndarray: ...
+
+
+class Parts:
+    """Everything that the settings name, loaded when asked for by digest. Raises UnknownName for what is not here."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def blob(self, digest: str) -> bytes:
+        return read_blob(self._settings.home / "registry", digest)
+
+    def context(self, digest: str) -> EmbeddedContext:
+        return EmbeddedContext.from_bytes(self.blob(digest), digest)
+
+    def expert(self, digest: str) -> ExpertVectors:
+        expert = ExpertVectors.from_bytes(self.blob(digest), f"expert {short(digest)}")
+        if expert.digest != digest:
+            raise UnknownName("expert", digest, (expert.digest,))
+        return expert
+
+    def module(self, digest: str) -> LoadedModule:
+        found = {}
+        for name in dict.fromkeys((*self._settings.reasoning.modules, *shipped.names())):
+            loaded = shipped.load(name)
+            if loaded.digest == digest:
+                return loaded
+            found[loaded.name] = loaded.digest
+        raise UnknownName("reasoning module", digest, _named(found))
+
+    def encoder(self, digest: str) -> Embeds:
+        found = {}
+        for name, encoder in self._encoders:
+            if encoder.digest == digest:
+                return encoder
+            found[name] = encoder.digest
+        raise UnknownName("encoder", digest, _named(found))
+
+    def backbone(self, digest: str) -> PreparedBackbone:
+        return self._of(digest)[1]
+
+    def reference(self, digest: str, adapter: Adapter = ()) -> ReferenceBackbone:
+        """In float32, with the factors and experts that the adapter needs; factors that are missing are made."""
+        settings, prepared = self._of(digest)
+        model = checkpoints.load(prepared, torch.float32, "cpu")
+        experts = {expert: self.expert(expert) for expert, _ in adapter}
+        if not experts:
+            return ReferenceBackbone(model, digest)
+        factors = factors_of(model, settings.expert_layers, digest, self._settings.home)
+        for expert in experts.values():
+            expert.check_fits(factors.index)
+        return ReferenceBackbone(model, digest, factors=factors, experts=experts)
+
+    @cached_property
+    def _backbones(self) -> dict[str, tuple[BackboneSettings, PreparedBackbone]]:
+        prepared = [(one, checkpoints.prepare(one.source, self._settings.home)) for one in self._settings.backbones]
+        return {one.digest: (settings, one) for settings, one in prepared}
+
+    def _of(self, digest: str) -> tuple[BackboneSettings, PreparedBackbone]:
+        if digest not in self._backbones:
+            here = {settings.id: one for one, (settings, _) in self._backbones.items()}
+            raise UnknownName("backbone", digest, _named(here))
+        return self._backbones[digest]
+
+    @property
+    def _encoders(self) -> Iterator[tuple[str, Embeds]]:
+        for one in self._settings.encoders:
+            if one.modality == "text":
+                yield one.id, encoders.load(one.source)
+            else:
+                yield one.id, loading.load(one.modality, one.source)
+
+
+def _named(found: dict[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name} ({short(digest)})" for name, digest in found.items())
