@@ -90,7 +90,7 @@ class Contexts:
         labelled = read_labelled(body.examples, (), self._http, kind=old.named.kind)
         num = len(old.named.examples) + len(labelled.examples)
         check_number("examples", num, self._http.max_examples, "max_examples", "make a new context of fewer")
-        check_classes([*old.named.labels, *(one.label for one in labelled.examples)], self._http)
+        check_classes([one.label for one in labelled.examples], self._http, old.named.labels)
         named = old.named.extended(labelled.examples)
         found = await self._live(named.digest)
         if found is not None:

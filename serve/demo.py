@@ -89,8 +89,8 @@ def main() -> None:
     context = tour.ask(
         "The same examples under a name", "POST", "/v1/contexts",
         {"examples": [{"text": t, "label": y} for t, y in EXAMPLES]},
-        "The name is made from the content: the same examples in any order have it. It is on disk now, and a model like "
-        "any other. The self-check labels each example by a context without it.",
+        "The name is made from the content: the same examples in any order have it. It is on disk, a model like any "
+        "other. The self-check labels each example by a context without it.",
     )  # fmt: skip
     tour.ask(
         "Inputs alone, with reasons", "POST", "/v1/classify",

@@ -79,10 +79,10 @@ def read_file(item: Any, where: str) -> bytes:
     raise InvalidRequest(where, 'an object must be {"image": "<base64>"} or {"audio": "<base64>"}')
 
 
-def check_classes(labels: Sequence[str], http: HttpSettings) -> None:
+def check_classes(labels: Sequence[str], http: HttpSettings, known: Sequence[str] = ()) -> None:
     """Raises InvalidRequest for fewer than two classes, too many, or labels that only look different."""
-    check_labels(labels)
-    num = len(set(labels))
+    check_labels(labels, known)
+    num = len({*labels, *known})
     if num > http.max_classes:
         raise InvalidRequest(
             "examples",

@@ -142,6 +142,7 @@ class NamedContext:
 
         Raises InvalidRequest as `of` does, naming the places in `more`.
         """
+        check_labels([one.label for one in more], self.labels)
         if self.kind == "vector":
             _check_widths([one.content for one in more], "examples[{}].vector", self.examples[0].content)
         return NamedContext.of(
@@ -256,13 +257,15 @@ def vectors_of_contents(contents: Iterable[Content]) -> np.ndarray:
     return np.stack([np.frombuffer(one, "<f4") for one in contents if isinstance(one, bytes)]).astype(np.float32)
 
 
-def check_labels(labels: Sequence[str]) -> None:
+def check_labels(labels: Sequence[str], known: Sequence[str] = ()) -> None:
     """Raises InvalidRequest for labels of fewer than two classes, and for two that Unicode holds for the same.
+
+    `known` are labels that are in order and count too.
 
     Labels are compared character for character: `Spam` and `spam` are two classes. Two spellings of one
     text (an accented letter as one character or as two, say) cannot be told apart by a reader and are refused.
     """
-    classes = list(dict.fromkeys(labels))
+    classes = list(dict.fromkeys([*known, *labels]))
     if len(classes) < 2:
         carried = f"every example carries the label {classes[0]!r}" if classes else "there are none"
         raise InvalidRequest("examples", f"{carried}; give examples of two labels or more")

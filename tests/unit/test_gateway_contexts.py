@@ -147,6 +147,22 @@ def test_more_examples_make_another_context_and_only_they_are_embedded(bench: Be
     assert classify(bench, third["id"], ["new " * 3])["results"][0]["label"] == "new"
 
 
+def test_more_examples_are_checked_as_the_first_were_and_together_with_them(tmp_path: Path):
+    http = HttpSettings(max_examples=256, max_classes=3)
+    bench = Bench(write_byte_tokenizer(tmp_path), http).with_contexts(tmp_path / "registry")
+    path = f"/v1/contexts/{make(bench, examples=[*EXAMPLES, {'text': 'x', 'label': 'é'}])['id']}/examples"
+    cases: list[tuple[list[Any], str, str]] = [
+        ([], "examples", "there are none"),
+        ([{"text": "y", "label": "short"}, {"text": "y", "label": "e\u0301"}], "examples[1].label", "two spellings"),
+        ([{"text": "y", "label": "new"}], "examples", "at most 3 (http.max_classes)"),
+        ([{"text": f"y {i}", "label": "short"} for i in range(253)], "examples", "257 are too many"),
+        ([{"vector": [1], "label": "short"}], "examples[0].vector", "vector among text"),
+    ]
+    for examples, param, says in cases:
+        error = refused(bench, path, {"examples": examples})
+        assert (error["param"], says in error["message"]) == (param, True), error
+
+
 def test_an_unknown_context_is_a_404_and_a_deleted_one_a_410_until_it_is_made_again(bench: Bench):
     made = make(bench)
     path = f"/v1/contexts/{made['id']}"
