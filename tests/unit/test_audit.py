@@ -6,13 +6,17 @@ from metasepia.reasoning import audit
 from metasepia.reasoning.context import Context, answer, compile_context
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.reduction import ReductionRecipe
+from metasepia.reasoning.set_module import SetModule, SetShape
 from metasepia.reasoning.shipped import LoadedModule
 
 RECIPE = ReductionRecipe(views=3)
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModule:
+@pytest.fixture(scope="module", params=["causal", "set"])
+def loaded(request: pytest.FixtureRequest) -> LoadedModule:
+    if request.param == "set":
+        shape = SetShape(width=16, layers=3, value_dim=4, soft_heads=4, mlp=32)
+        return LoadedModule("random", "0" * 64, SetModule(shape, seed=1).eval().requires_grad_(False), {})
     module = ReasoningModule(ModuleShape(dims=4, pairs=17, layers=2, width=32, heads=4), seed=1).requires_grad_(False)
     for parameter in module.parameters():  # larger than at the start, so that answers differ clearly
         parameter.mul_(8.0)
