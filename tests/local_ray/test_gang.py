@@ -17,8 +17,9 @@ from cluster.settings import BackboneSettings
 from metasepia import checkpoints
 from metasepia.errors import CannotPlace, CorruptArtefact, DeadlineExceeded, NotSupported, Overloaded, UnknownName
 from metasepia.prepared import PreparedBackbone
+from metasepia.reasoning.protocols import Demonstrations, PromptTokenizer
 from metasepia.rows import HiddenStatesWanted, Row, Sampling
-from tests import gangs
+from tests import gangs, tiny
 
 Run = Callable[..., Any]
 
@@ -103,6 +104,47 @@ def test_a_sampled_row_is_the_same_alone_in_company_and_on_the_reference(case: C
     answers = case.run(together())
     assert answers == case.run(in_turn())
     assert case.run(one(case.group, rows[2])) == answers[2]
+
+
+def test_rows_that_share_a_prefix_give_the_references_vectors_and_read_it_once(case: Case) -> None:
+    tokenizer = PromptTokenizer(tiny.tokenizer().backend_tokenizer, case.prepared.window)
+    texts, labels = ["fine", "dull", "so so", "a gem"], ["good", "bad", "bad", "good"]
+    shown = Demonstrations(tokenizer, texts, labels)
+    prompts = [shown.left_out(i) for i in range(len(texts))] + [shown.query(text, "x") for text in ("meh", "great")]
+    rows = [
+        Row(
+            request_id=f"prompt-{i}",
+            backbone=case.prepared.digest,
+            token_ids=prompt.token_ids,
+            want="hidden_states",
+            hidden=HiddenStatesWanted(layers=(-1,), pooling="spans", spans=(prompt.span,)),
+            prefix=shown.token_ids,
+            adapter=adapter,
+        )
+        for i, prompt in enumerate(prompts)
+        for adapter in case.oracle.adapters[:2]
+    ]
+
+    async def ask() -> tuple[list[np.ndarray], int, int]:
+        before = (await case.group.load()).reused_tokens
+        turn = asyncio.Semaphore(3)  # the queue is short
+
+        async def one(row: Row) -> np.ndarray:
+            async with turn:
+                return (await case.group.hidden_states(row)).states
+
+        answers = await asyncio.gather(*(one(row) for row in rows))
+        load = await case.group.load()
+        return answers, load.reused_tokens - before, load.prefix_tokens
+
+    async def in_turn() -> list[np.ndarray]:
+        return [(await case.oracle.reference.hidden_states(row)).states for row in rows]
+
+    answers, reused, kept = case.run(ask())
+    for mine, its in zip(answers, case.run(in_turn()), strict=True):
+        np.testing.assert_allclose(mine, its, atol=gangs.TIGHT * float(np.abs(its).max()), rtol=0)
+    assert kept == 2 * len(shown.token_ids)  # one an adapter
+    assert reused >= 2 * 2 * len(shown.token_ids)  # what the two queries took, at least
 
 
 def test_the_gang_says_what_it_is(case: Case) -> None:
