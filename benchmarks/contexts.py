@@ -213,7 +213,7 @@ def embed_texts(arguments: Namespace) -> list[report.Row]:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise SystemExit("embed-texts needs sentence-transformers: pip install 'metasepia[bench]'") from None
-    per_set = 256
+    per_set = 128
     mixed = [text for name in ("sst2", "ag_news") for text, _ in _texts(arguments.data, name).sample_test(per_set)]
     texts = [mixed[i] for i in np.random.default_rng(0).permutation(len(mixed))]
     encoder = _encoder()
