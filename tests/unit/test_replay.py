@@ -13,10 +13,13 @@ import pytest
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained
 from actors.reasoning_pool import ReasoningPool
 from cluster.settings import BackboneSettings, EncoderSettings, ReasoningSettings, Settings
-from jobs import replay
-from jobs.replay_parts import Parts
+from jobs.replay import __main__ as program
+from jobs.replay import completions, files
+from jobs.replay.parts import Parts
+from jobs.replay.report import Report
 from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
+from metasepia.digests import digest_of
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors
 from metasepia.prepared import PreparedBackbone
@@ -147,8 +150,8 @@ class World:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def replay(self, answer: dict[str, Any], body: dict[str, Any]) -> replay.Report:
-        return replay.replay(answer, body, self.parts)
+    def replay(self, answer: dict[str, Any], body: dict[str, Any]) -> Report:
+        return program.replay(answer, body, self.parts)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +162,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[s
     world.registry.close()
 
 
-def differing(report: replay.Report) -> list[str]:
+def differing(report: Report) -> list[str]:
     return [what for what, *_, ok in report.rows if not ok]
 
 
@@ -217,11 +220,20 @@ def test_a_named_context_and_answers_by_it_are_recomputed_also_after_it_was_dele
     assert "vectors of the context" in [what for what, *_ in report.rows]
 
 
+def test_a_context_that_was_added_to_is_recomputed_from_what_it_became(world: World):
+    made = world.ask("/v1/contexts", {"examples": EXAMPLES, "seed": 2})
+    body = {"examples": [{"text": "splendid", "label": "praise"}]}
+    more = world.ask(f"/v1/contexts/{made['id']}/examples", body)
+    assert differing(world.replay(more, body)) == []
+    other = {"examples": [{"text": "dreadful", "label": "praise"}, EXAMPLES[1]]}
+    assert {"request", "context"} <= set(differing(world.replay(more, other)))
+
+
 def test_a_stream_is_put_together_and_recomputed(world: World, tmp_path: Path):
     path, body = BODIES["expert"]
     response = world.bench.post(path, body | {"stream": True})
     (tmp_path / "stream").write_text(response.text)
-    given = replay.read_answer(tmp_path / "stream")
+    given = files.read_answer(tmp_path / "stream")
     assert given["choices"][0]["text"] == world.ask(path, body)["choices"][0]["text"]
     assert differing(world.replay(given, body | {"stream": True})) == []
 
@@ -265,7 +277,7 @@ def test_an_answer_by_the_base_for_a_request_for_an_expert_does_not_pass(world: 
     path, body = BODIES["greedy"]
     answer = world.ask(path, body)
     asked = body | {"model": "tiny:maths"}
-    answer["receipt"]["request"] = replay.digest_of(asked)
+    answer["receipt"]["request"] = digest_of(asked)
     assert "adapter" in differing(world.replay(answer, asked))
 
 
@@ -273,7 +285,7 @@ def test_tokens_within_the_tolerance_pass_though_the_text_differs(world: World, 
     path, body = BODIES["greedy"]
     answer = world.ask(path, body)
     answer["choices"][0]["text"] = "zzzzz"
-    monkeypatch.setitem(replay.LOGIT_TOLERANCE, "float32", 1e9)
+    monkeypatch.setitem(completions.LOGIT_TOLERANCE, "float32", 1e9)
     report = world.replay(answer, body)
     assert report.same and report.answered != report.recomputed
 
@@ -287,14 +299,14 @@ def test_the_program_prints_both_answers_and_says_by_its_status_whether_they_agr
     command = ["--receipt", str(files[0]), "--request", str(files[1])]
     files[0].write_text(json.dumps(answer))
     files[1].write_text(json.dumps(body, indent=2))
-    assert replay.main(command, world.parts) == 0
+    assert program.main(command, world.parts) == 0
     printed = capsys.readouterr().out
     assert "everything is as the receipt says" in printed and printed.count('"probabilities"') == 4
     files[1].write_text(json.dumps(body | {"seed": 4}))
-    assert replay.main(command, world.parts) == 1
+    assert program.main(command, world.parts) == 1
     assert "differs: request, context" in capsys.readouterr().out
     files[0].write_text("no answer")
-    assert replay.main(command, world.parts) == 2
+    assert program.main(command, world.parts) == 2
     assert "neither JSON nor a stream" in capsys.readouterr().err
 
 
@@ -308,4 +320,4 @@ def test_what_is_no_answer_is_refused(world: World):
 def test_a_stream_that_broke_off_has_no_receipt(tmp_path: Path):
     (tmp_path / "stream").write_text('data: {"choices": [{"index": 0, "text": "a", "finish_reason": null}]}\n\n')
     with pytest.raises(CorruptArtefact, match="without a receipt"):
-        replay.read_answer(tmp_path / "stream")
+        files.read_answer(tmp_path / "stream")

@@ -1,11 +1,13 @@
-"""What an answer was made by, found again by digest on this machine: for `jobs.replay`."""
+"""What an answer was made by, found again by digest on this machine."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from cluster.settings import BackboneSettings, Settings
 from metasepia import checkpoints, encoders
@@ -99,6 +101,15 @@ class Parts:
                 yield one.id, encoders.load(one.source)
             else:
                 yield one.id, loading.load(one.modality, one.source)
+
+
+def plain(prepared: PreparedBackbone, text: str) -> tuple[int, ...]:
+    """The tokens of a text with the special ones that its tokenizer adds, as the door reads it."""
+    return tuple(tokenizer_of(prepared).encode(text).ids)
+
+
+def tokenizer_of(prepared: PreparedBackbone) -> Tokenizer:
+    return Tokenizer.from_file(str(Path(prepared.tokenizer_dir) / "tokenizer.json"))
 
 
 def _named(found: dict[str, str]) -> tuple[str, ...]:
