@@ -1,6 +1,7 @@
 """Many callers of one encoder: what fusing requests may and may not change. The forwards are counted or held up."""
 
 import asyncio
+import io
 import subprocess
 import sys
 import threading
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from actors.encoder import Encoder, VectorCache
-from actors.messages import Texts
+from actors.messages import Media, Texts
 from cluster.settings import EncoderSettings
 from metasepia.encoders import plan_batches
 from metasepia.errors import (
@@ -24,6 +26,7 @@ from metasepia.errors import (
     UnknownName,
     WindowExceeded,
 )
+from metasepia.modalities.pixels import PixelEncoder
 
 SETTINGS = EncoderSettings(id="slow", source="none", cache_mib=0.0, max_batch_tokens=64, max_queued_texts=100)
 
@@ -255,3 +258,37 @@ def test_the_cache_holds_its_bytes_and_the_least_recently_used_leave_first():
 def test_the_module_is_imported_without_torch():
     program = "import sys, actors.encoder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_pictures_wait_and_fail_as_texts_do():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)
+    good, other = png(noise[0]), png(noise[1])
+    broken = png(noise[2])[:400]  # its header is whole
+    encoder = Encoder(EncoderSettings(id="pixels", source="pixels", modality="image"))
+    digest = encoder.info().digest
+
+    def ask(*items: bytes, to: str = digest) -> Media:
+        return Media(encoder=to, items=items, deadline_unix_s=time.time() + 10)
+
+    async def scenario():
+        asked = [asyncio.create_task(encoder.embed(ask(*some))) for some in ((good, other), (good, broken), (other,))]
+        await asyncio.wait(asked)
+        expected = PixelEncoder().embed([good, other])
+        np.testing.assert_allclose(asked[0].result(), expected, atol=1e-6)
+        np.testing.assert_allclose(asked[2].result(), expected[1:], atol=1e-6)
+        error = asked[1].exception()
+        assert isinstance(error, InvalidRequest) and error.param == "items[1]"
+        with pytest.raises(InvalidRequest, match="texts: the encoder pixels reads image, not these"):
+            await encoder.embed(Texts(encoder=digest, texts=("a",), deadline_unix_s=time.time() + 10))
+        await encoder.embed(ask(good))
+        await encoder.check()
+
+    asyncio.run(scenario())
+    assert encoder.statistics()["cache_hits"] >= 1
+    encoder.stop()
