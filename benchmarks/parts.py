@@ -121,6 +121,8 @@ def binary(run: Run) -> list[report.Row]:
         for draw, cell in run.cells("encoder", one.name, draws, lambda _, test=test: test):
             tally.add(draw.size, one.name, sides.judge(cell, judges))
             run.progress.advance(task)
+    for k in sorted(short.keys() - set(tally.sizes)):
+        run.progress.console.print(f"k = {k}: no set is large enough")
     rows, encoder = [], run.models.name("encoder")
     for k in tally.sizes:
         ending = f"; too small: {', '.join(short[k])}" if k in short else ""

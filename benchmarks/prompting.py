@@ -1,8 +1,9 @@
 """What a user would do without us: show the backbone k labelled examples in its prompt and ask for the label.
 
-Balanced demonstrations, label words compared by their first token, contextual calibration with a content-free input
-(Zhao et al., arXiv:2102.09690). The prompt's keys and values are computed once for all queries of a draw, and queries
-lie side by side in one row, each seeing the prompt and itself alone: no query is padded, no cache is copied.
+Balanced demonstrations, label words compared by the first token in which they differ, contextual calibration with a
+content-free input (Zhao et al., arXiv:2102.09690). The prompt's keys and values are computed once for all queries of a
+draw, and queries lie side by side in one row, each seeing the prompt and itself alone: no query is padded, no cache is
+copied.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ class InContextPrompting:
         self._model, self._tokenizer, self._window = model, tokenizer, window
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """Raises ValueError where two labels begin with the same token: the comparison would be void."""
-        self._first_tokens([_word(label) for label in labels])
+        """Raises ValueError where no single token tells all labels apart: the comparison would be void."""
+        self._telling_tokens([_word(label) for label in labels])
 
     def fits(self, examples: Sequence[tuple[str, str]], inputs: Sequence[str]) -> bool:
         """Whether all examples and the longest input fit the window together."""
@@ -39,8 +40,8 @@ class InContextPrompting:
         Raises ValueError as `check_labels` does, WindowExceeded where examples and a query do not fit together.
         """
         labels = sorted({label for _, label in examples})
-        first = self._first_tokens([_word(label) for label in labels])
-        queries = [self._ids(_asked(text)) for text in ("N/A", *inputs)]
+        begin, first = self._telling_tokens([_word(label) for label in labels])
+        queries = [self._ids(_asked(text)) + begin for text in ("N/A", *inputs)]
         cache, prefix_len, shown = DynamicCache(config=self._model.config), 0, 0
         answers: dict[int, list[str]] = {}
         for k in sorted(ks):  # the prompt of a larger k begins with that of a smaller one
@@ -56,11 +57,16 @@ class InContextPrompting:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _first_tokens(self, words: Sequence[str]) -> list[int]:
-        first = [self._ids(" " + word)[0] for word in words]
-        if len(set(first)) < len(first):
-            raise ValueError(f"the labels {', '.join(words)} do not differ in their first token")
-        return first
+    def _telling_tokens(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The tokens that all words begin with (a space before digits, in many tokenizers), and each one's next."""
+        ids = [self._ids(" " + word) for word in words]
+        shared = 0
+        while all(len(one) > shared + 1 for one in ids) and len({one[shared] for one in ids}) == 1:
+            shared += 1
+        telling = [one[shared] for one in ids]
+        if len(set(telling)) < len(telling):
+            raise ValueError(f"the labels {', '.join(words)} are not told apart by one token")
+        return ids[0][:shared], telling
 
     def _label_scores(
         self, cache: DynamicCache, prefix_len: int, queries: Sequence[Sequence[int]], first: Sequence[int]

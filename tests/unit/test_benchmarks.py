@@ -144,15 +144,15 @@ def test_packed_queries_score_as_each_alone_behind_the_same_prompt(prompting, mo
 
 def test_a_prompt_grown_over_k_says_what_a_fresh_one_says(prompting):
     examples, inputs = [("ab", "no"), ("cd", "yes"), ("ef", "no"), ("gh", "yes")], ["x", "yy", "zzz"]
-    prompting._first_tokens = lambda words: [prompting._ids(word)[0] for word in words]  # one token a byte: no space
     assert prompting.predict(examples, [2, 4], inputs)[4] == prompting.predict(examples, [4], inputs)[4]
     with pytest.raises(WindowExceeded):
         prompting.predict(examples, [4], ["x" * 200])
 
 
-def test_labels_that_begin_alike_are_refused(prompting):
-    with pytest.raises(ValueError, match="no, yes do not differ in their first token"):
-        prompting.check_labels(["no", "yes"])  # one token a byte: both begin with the space
+def test_labels_are_compared_by_the_first_token_in_which_they_differ(prompting):
+    assert prompting._telling_tokens(["no", "yes"]) == (prompting._ids(" "), prompting._ids("ny"))  # one token a byte
+    with pytest.raises(ValueError, match="no, nay, yes are not told apart by one token"):
+        prompting.check_labels(["no", "nay", "yes"])
 
 
 def test_probabilities_are_judged_by_the_true_class_also_where_no_example_showed_it():
