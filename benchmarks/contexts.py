@@ -42,6 +42,7 @@ PAPERS_REDUCTION = ReductionRecipe(floor=1e-3, components=16, views=1)
 """Whitened principal components, one view. The paper has no floor; without one the check below compares rounding."""
 BATCH_SIZES = (8, 16, 32, 64, 128, 256)
 ENCODER_WIDTH = 384
+NUM_TENANTS = 64
 
 
 @dataclass
@@ -262,10 +263,10 @@ def tenants(arguments: Namespace) -> list[report.Row]:
 def _tenants_row(
     arguments: Namespace, id: str, loaded: LoadedModule, recipe: ReductionRecipe | None, which: str, **more: Any
 ) -> report.Row:
-    num_tenants, k = 64, 32
+    k = 32
     rng = np.random.default_rng(0)
     asked = []
-    for tenant in range(num_tenants):
+    for tenant in range(NUM_TENANTS):
         vectors = rng.standard_normal((k + 1, ENCODER_WIDTH)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         labels = [("no", "yes")[i % 2] for i in range(k)]
@@ -285,9 +286,9 @@ def _tenants_row(
     for _ in range(4 * arguments.rounds):
         worst = max(worst, check(ours.time(at_once), theirs.time(in_turn), "probabilities"))
     note = f"{which}; {theirs.times_slower(ours)}; {_threads(arguments)}; probabilities differ by at most {worst:.0e}"
-    what = f"{num_tenants} tenants' contexts of k = {k}, one query each, at once against one after the other"
+    what = f"{NUM_TENANTS} tenants' contexts of k = {k}, one query each, at once against one after the other"
     return report.rate(
-        id, what, num_tenants / ours.median_s, num_tenants / theirs.median_s, "queries/s", note, **more
+        id, what, NUM_TENANTS / ours.median_s, NUM_TENANTS / theirs.median_s, "queries/s", note, **more
     )  # fmt: skip
 
 

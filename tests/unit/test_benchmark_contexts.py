@@ -44,6 +44,7 @@ def test_tenants_asked_at_once_and_in_turn_agree_and_are_counted(monkeypatch: py
     module = ReasoningModule(SHAPE, seed=1).eval().requires_grad_(False)
     loaded = contexts.LoadedModule("small", "0" * 64, module, {})
     monkeypatch.setattr(contexts, "ENCODER_WIDTH", 24)
+    monkeypatch.setattr(contexts, "NUM_TENANTS", 3)
     row = contexts._tenants_row(
         Namespace(rounds=1, threads=1), "tenants", loaded, contexts.PAPERS_REDUCTION, "a module"
     )
