@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ def publish(benchmark: str, rows: Sequence[Row], *, json_file: Path | None, star
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         arguments = [a for a in sys.argv[1:] if a != "--json" and a != str(json_file)]
-        command = " ".join([f"python -m benchmarks.{benchmark}", *arguments])
+        command = " ".join([f"python -m benchmarks.{benchmark}", *map(shlex.quote, arguments)])
         made = {
             "benchmark": benchmark,
             "command": command,
