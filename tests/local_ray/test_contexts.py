@@ -31,7 +31,7 @@ INPUTS = ["The zip tore the first time I used it", "Such a friendly shop, I will
 def environment(tiny_checkpoint: Callable[[str], Path]) -> dict[str, str]:
     """A backbone that starts quickly, and room for few compiled contexts."""
     return {
-        "METASEPIA_REASONING__CACHE_MIB": "1",
+        "METASEPIA_REASONING__CACHE_MIB": "20",
         "METASEPIA_BACKBONES__0__ID": "tiny",
         "METASEPIA_BACKBONES__0__SOURCE": str(tiny_checkpoint("llama")),
     }
@@ -116,7 +116,8 @@ def test_a_prompted_context_answers_by_its_name_as_its_examples_do(served: Serve
 
 
 def test_more_contexts_than_the_memory_holds_are_all_answered_the_same_again(served: Served):
-    ids = [make(served, examples=random_vectors(seed))["id"] for seed in range(40)]
+    """The paper's module compiles each to eight MiB; there is room for two."""
+    ids = [make(served, examples=random_vectors(seed, num=64), module="tart-paper")["id"] for seed in range(6)]
     query = [{"vector": [2.0] + [0.1] * 23}]
 
     async def all_at_once() -> list[Any]:
@@ -125,12 +126,12 @@ def test_more_contexts_than_the_memory_holds_are_all_answered_the_same_again(ser
             return [answer.json()["results"][0] for answer in await asyncio.gather(*asks)]
 
     together = asyncio.run(all_at_once())
-    assert gauge(served, "contexts_kept") < len(ids)
-    assert gauge(served, "contexts_fetched") > 0
+    assert 0 < gauge(served, "context_bytes") <= 20 * 2**20
+    assert gauge(served, "contexts_fetched") >= len(ids) - 2
     alone = [ask(served, id_, query)["results"][0] for id_ in ids]
     for one, other in zip(together, alone, strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
-    assert [one["label"] for one in alone].count("b") > 30
+    assert [one["label"] for one in alone].count("b") > 3
 
 
 def test_what_was_acknowledged_is_there_after_every_process_was_killed(served: Served, environment: dict[str, str]):
