@@ -9,7 +9,7 @@ from metasepia.reasoning import rows
 from metasepia.reasoning.context import Context, ContextPool, answer, compile_context
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.reduction import ReductionRecipe
-from metasepia.reasoning.rows import plan_rows
+from metasepia.reasoning.rows import CompiledRows, plan_rows
 from metasepia.reasoning.shipped import LoadedModule
 
 SHAPE = ModuleShape(dims=4, pairs=17, layers=2, width=32, heads=4)
@@ -100,7 +100,7 @@ def test_exchanging_the_names_of_two_classes_exchanges_their_roles(loaded: Loade
     vectors, labels = examples(12)
     renamed = [{"a": "yes", "b": "no"}[one] for one in labels]
     compiled = compile_context(Context.of(vectors, renamed), loaded)
-    assert compiled.classes == ("no", "yes") and compiled.num_problems == 1
+    assert isinstance(compiled, CompiledRows) and compiled.num_problems == 1 and compiled.classes == ("no", "yes")
     plan = plan_rows(Context.of(vectors, renamed), SHAPE)
     assert all((row.positive == (np.array(sorted(renamed)) == "yes")).all() for row in plan.rows)
 
@@ -178,5 +178,7 @@ def test_the_pool_forgets_the_least_recently_used_and_stays_within_its_bytes(loa
     pool.put(compiled[3])
     assert pool.get(compiled[1].digest) is None and pool.get(compiled[0].digest) is compiled[0]
     assert len(pool) == 3 and pool.num_bytes == sum(c.num_bytes for c in (compiled[0], compiled[2], compiled[3]))
-    pool.put(dataclasses.replace(compiled[1], rows=compiled[1].rows * 10))
+    large = compiled[1]
+    assert isinstance(large, CompiledRows)
+    pool.put(dataclasses.replace(large, rows=large.rows * 10))
     assert len(pool) == 3  # larger than all of it: not kept
