@@ -60,7 +60,7 @@ def decode(prepared: Prepared[Sound]) -> Float[np.ndarray, " samples"]:
             with _opened(sound, name) as file:
                 samples, rate_hz = file.read(dtype="float32", always_2d=True), file.samplerate
         except _soundfile().LibsndfileError as error:
-            raise InvalidRequest(name, f"the sound is broken ({error})") from None
+            raise InvalidRequest(name, f"the sound is broken ({error.error_string})") from None
     mono = samples.astype(np.float32) if samples.ndim == 1 else samples.mean(axis=1, dtype=np.float32)
     if not len(mono):
         raise InvalidRequest(name, "the sound is broken (its header promises samples and there are none)")
@@ -102,7 +102,7 @@ def _opened(sound: bytes, name: str) -> Any:
     try:
         return soundfile.SoundFile(io.BytesIO(sound))
     except soundfile.LibsndfileError as error:
-        raise InvalidRequest(name, f"not a sound in one of the formats {', '.join(FORMATS)} ({error})") from None
+        raise InvalidRequest(name, f"not a sound in one of the formats {', '.join(FORMATS)} ({error.error_string})") from None
 
 
 def check_extra() -> None:
