@@ -102,7 +102,9 @@ def _opened(sound: bytes, name: str) -> Any:
     try:
         return soundfile.SoundFile(io.BytesIO(sound))
     except soundfile.LibsndfileError as error:
-        raise InvalidRequest(name, f"not a sound in one of the formats {', '.join(FORMATS)} ({error.error_string})") from None
+        raise InvalidRequest(
+            name, f"not a sound in one of the formats {', '.join(FORMATS)} ({error.error_string})"
+        ) from None
 
 
 def check_extra() -> None:
