@@ -180,6 +180,8 @@ def readme(loaded: LoadedModule, table: str, command: str) -> str:
         source = CAUSAL_SOURCE.format(alphas=alphas)
         size = f"{shape.dims} dims, {shape.pairs} pairs, {shape.layers} layers x {shape.width}, {shape.heads} heads"
         steps, unit = f"{card['step']:,} of {recipe['batch_size']} sequences", "nats a label"
+    before = card.get("began_from")
+    first = f"\n| after | `{before['command']}`, {before['step']:,} steps |" if isinstance(before, dict) else ""
     return f"""# {loaded.name}
 
 {source}
@@ -189,7 +191,7 @@ def readme(loaded: LoadedModule, table: str, command: str) -> str:
 | shape | {size} |
 | parameters | {sum(p.numel() for p in loaded.module.parameters()):,}, stored as {card["dtype"]} |
 | digest | `{loaded.digest}` |
-| command | `{card["command"]}` |
+| command | `{card["command"]}` |{first}
 | steps | {steps}, on {card["device"]}, {card["precision"]} |
 | seeds | {seeds} |
 | last loss | {card["final_loss"]:.4f} {unit}; `loss.jsonl` has every fiftieth step |

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from jobs.evaluate_reasoning import evaluate
+from jobs.evaluate_reasoning import evaluate, evaluate_set
 from metasepia.reasoning import shipped
 from metasepia.reasoning.context import Context, answer, compile_context
 from metasepia.reasoning.shipped import LoadedModule
 from metasepia.synthetic.oracles import logistic_regression
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModule:
-    return shipped.load("default")
+@pytest.fixture(scope="module", params=["default", "tart-paper"])
+def loaded(request: pytest.FixtureRequest) -> LoadedModule:
+    return shipped.load(request.param)
 
 
 @pytest.mark.parametrize("name", shipped.names())
@@ -29,10 +29,17 @@ def test_each_shipped_module_loads_with_its_cards_digest_and_names_its_command_a
 
 
 @pytest.mark.parametrize("k", [8, 16, 32])
-def test_the_default_module_is_within_3_points_of_logistic_regression_on_fresh_problems(loaded: LoadedModule, k: int):
-    row = evaluate(loaded, k, num_problems=120, with_bayes=False)
+def test_the_causal_module_is_within_3_points_of_logistic_regression_on_fresh_problems(k: int):
+    row = evaluate(shipped.load("tart-paper"), k, num_problems=120, with_bayes=False)
     assert row.module >= row.scikit_learn - 0.03
     assert row.module < row.knows_w  # a leak of the label would show here
+
+
+@pytest.mark.parametrize("k", [16, 64])
+def test_the_default_module_is_better_than_any_fitted_classifier_on_fresh_problems(k: int):
+    row = evaluate_set(shipped.load("default"), k, num_problems=96)
+    assert row.module > max(row.logistic_regression, row.support_vectors, row.centroids)
+    assert row.error < 0.05
 
 
 def accuracies(loaded: LoadedModule, x: np.ndarray, y: np.ndarray, k: int = 32) -> tuple[float, float]:
