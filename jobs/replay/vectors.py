@@ -55,6 +55,8 @@ def replay_classification(
         queries = [_content(one)[1] for one in request["inputs"]]
         again, vectors = _embedded(embedded.named, queries, receipt, parts)
         report.close("vectors of the context", embedded.vectors, again.vectors, VECTOR_TOLERANCE)
+    encoder = embedded.named.encoder
+    report.check("encoder", receipt["encoder"] or receipt["backbone"], encoder and encoder.digest)
     report.check("module", receipt["module"], embedded.named.module)
     module = parts.module(receipt["module"])
     compiled = compile_context(_context_of(embedded), module)
