@@ -27,9 +27,11 @@ _EPSILON = 1e-10
 
 @dataclass(frozen=True)
 class Directions:
-    """What was fitted on a pool of vectors: z = (x - mean) @ directions, and the weights of the whitened geometry."""
+    """What was fitted on a pool of vectors: z = (x - mean) / size @ directions, and the whitened geometry's weights."""
 
     mean: Float[np.ndarray, " width"]
+    size: float
+    """The largest number in the centred pool: vectors of any scale become ordinary numbers before anything else."""
     directions: Float[np.ndarray, "width rank"]
     """Principal directions, scaled so that the pool's vectors have mean square norm 1."""
     whitening: Float[np.ndarray, " rank"]
@@ -48,7 +50,7 @@ class Directions:
         # Rounding in the mean leaves a residue in vectors that are all the same; it is no direction.
         if size <= 1e-7 * float(np.abs(pool).max()):
             nothing = np.zeros((pool.shape[1], 1), np.float32)
-            return cls(mean, nothing, np.ones(1, np.float32), 1.0, len(pool))
+            return cls(mean, 1.0, nothing, np.ones(1, np.float32), 1.0, len(pool))
         centred /= size
         if len(pool) <= pool.shape[1]:
             squares, left = np.linalg.eigh(centred @ centred.T)
@@ -63,7 +65,8 @@ class Directions:
         floor = total / trace
         return cls(
             mean,
-            (components / (size * np.sqrt(trace))).astype(np.float32),
+            size,
+            (components / np.sqrt(trace)).astype(np.float32),
             (floor / (eigenvalues + floor)).astype(np.float32),
             float(np.sqrt(total) / trace * len(pool)),
             len(pool),
@@ -71,7 +74,7 @@ class Directions:
 
     def apply(self, vectors: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n rank"]:
         """A vector far outside the pool is drawn in to norm 100, ten times what any example of a hundred can have."""
-        reduced = (vectors.astype(np.float64) - self.mean) @ self.directions
+        reduced = ((vectors.astype(np.float64) - self.mean) / self.size) @ self.directions
         norm = np.linalg.norm(reduced, axis=1, keepdims=True)
         return (reduced * np.minimum(1.0, 100.0 / np.maximum(norm, 1e-30))).astype(np.float32)
 

@@ -106,11 +106,13 @@ def test_subsets_answer_as_contexts_of_their_own_under_the_same_reduction(loaded
         np.tile(draw(2, 5), (3, 1)),
         draw(6, 5) * 1e18,
         draw(6, 5) * 1e-18,
+        draw(6, 5) * 1e-40,
+        draw(6, 5) * 1e37,
         np.concatenate([draw(5, 5), 1e6 * np.ones((1, 5))]),
         draw(6, 700),
         draw(6, 1),
     ],
-    ids=["zero", "all alike", "three of each", "huge", "tiny", "one far away", "wide", "one dimension"],
+    ids=["zero", "all alike", "three of each", "huge", "tiny", "subnormal", "near the end", "one far away", "wide", "one dimension"],
 )
 def test_degenerate_vectors_get_probabilities(loaded: LoadedModule, x: np.ndarray):
     chances = ask(loaded, Context.of(x, labels_of(len(x))), np.concatenate([x, 1e12 * np.ones((1, x.shape[1]))]))
