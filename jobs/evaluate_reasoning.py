@@ -180,8 +180,10 @@ def readme(loaded: LoadedModule, table: str, command: str) -> str:
         source = CAUSAL_SOURCE.format(alphas=alphas)
         size = f"{shape.dims} dims, {shape.pairs} pairs, {shape.layers} layers x {shape.width}, {shape.heads} heads"
         steps, unit = f"{card['step']:,} of {recipe['batch_size']} sequences", "nats a label"
-    before = card.get("began_from")
-    first = f"\n| after | `{before['command']}`, {before['step']:,} steps |" if isinstance(before, dict) else ""
+    first, before = "", card.get("began_from")
+    while isinstance(before, dict):
+        first += f"\n| after | `{before['command']}`, {before['step']:,} steps |"
+        before = before.get("began_from")
     return f"""# {loaded.name}
 
 {source}

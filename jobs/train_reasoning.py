@@ -94,7 +94,9 @@ def train(
         print(f"goes on from step {run.step} of {checkpoint}", flush=True)
     elif warm_start is not None:
         loaded = shipped.load(str(warm_start))
-        source = {"digest": loaded.digest, "command": loaded.card["command"], "step": loaded.card["step"]}
+        source = {name: loaded.card[name] for name in ("digest", "command", "step")}
+        if "began_from" in loaded.card:
+            source["began_from"] = loaded.card["began_from"]
         if isinstance(run, SetTrainingRun):
             if not isinstance(loaded.module, SetModule):
                 raise InvalidSettings("warm_start", str(warm_start), "a folder with a set module")

@@ -105,7 +105,8 @@ def test_a_run_may_begin_with_the_weights_of_another_and_its_card_says_so(tmp_pa
     assert train(tmp_path / "second", *begin, "--seed", "5") == 0  # resumes, and does not begin again
     assert train(tmp_path / "whole", *begin, "--seed", "9") == 0
     second = shipped.load(str(tmp_path / "second"))
-    assert second.card["began_from"]["digest"] == first.digest
+    source = second.card["began_from"]
+    assert isinstance(source, dict) and source["digest"] == first.digest
     whole = shipped.load(str(tmp_path / "whole"))
     assert second.digest == whole.digest  # seeds of initial weights do not matter after a warm start
     assert second.digest != first.digest

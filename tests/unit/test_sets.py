@@ -112,7 +112,18 @@ def test_subsets_answer_as_contexts_of_their_own_under_the_same_reduction(loaded
         draw(6, 700),
         draw(6, 1),
     ],
-    ids=["zero", "all alike", "three of each", "huge", "tiny", "subnormal", "near the end", "one far away", "wide", "one dimension"],
+    ids=[
+        "zero",
+        "all alike",
+        "three of each",
+        "huge",
+        "tiny",
+        "subnormal",
+        "near the end",
+        "one far away",
+        "wide",
+        "one dimension",
+    ],
 )
 def test_degenerate_vectors_get_probabilities(loaded: LoadedModule, x: np.ndarray):
     chances = ask(loaded, Context.of(x, labels_of(len(x))), np.concatenate([x, 1e12 * np.ones((1, x.shape[1]))]))

@@ -9,7 +9,7 @@ from jobs import train_reasoning
 from metasepia.errors import CorruptArtefact, InvalidSettings, UnknownName
 from metasepia.reasoning import shipped
 from metasepia.reasoning.module import Block
-from metasepia.reasoning.training import PRESETS, TrainingRun, loss_of
+from metasepia.reasoning.training import PRESETS, Recipe, TrainingRun, loss_of
 
 
 def train(out: Path, *more: str) -> int:
@@ -32,6 +32,7 @@ def test_another_recipe_is_refused_by_the_checkpoint_of_the_first(tmp_path: Path
     run.save(tmp_path / "checkpoint.safetensors")
     assert train(tmp_path, "--learning-rate", "0.5") == 2
     other = train_reasoning.recipe_of(train_reasoning.parser().parse_args(["--preset", "tiny", "--alphas", "1"]))
+    assert isinstance(other, Recipe)
     with pytest.raises(InvalidSettings, match="setting task"):
         TrainingRun(other).restore(tmp_path / "checkpoint.safetensors")
 
