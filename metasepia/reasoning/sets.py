@@ -152,7 +152,7 @@ def compile_subsets(
     place = {name: i for i, name in enumerate(context.classes)}
     labels = torch.tensor([place[label] for label in context.labels], device=module.device)
     one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
-    at_once = max(1, WORK_BYTES // (4 * (said + 4 * n * min(n, 512))))
+    at_once = max(1, WORK_BYTES // (4 * (said + 2 * (n + num_unlabelled) ** 2)))
     compiled: list[CompiledSet] = []
     for begin in range(0, len(keeps), at_once):
         some = keeps[begin : begin + at_once]
@@ -176,10 +176,13 @@ def _compile(
     batch = len(present)
     white = torch.from_numpy(reduction.whitening).to(module.device)
     filters = torch.stack([torch.ones_like(white), white, 1 - white])  # [geometries, rank]
-    grams = torch.stack([(z * one) @ z.T for one in filters]).expand(batch, -1, -1, -1)
+    grams = torch.stack([(z * one) @ z.T for one in filters])
     pooled = torch.full((batch,), reduction.pooled, device=module.device).clamp_min(1e-6)
-    scales = Scales.of(grams, present, pooled)
+    scales = Scales.of(grams.expand(batch, -1, -1, -1), present, pooled)
+    mask = None if bool(present.all()) else (present - 1) * 1e9
+    among = grams[list(SOFT_GEOMETRIES)]  # the examples' products with their own keys
     del grams
+    among.diagonal(dim1=1, dim2=2).fill_(-1e9)
     num_examples = present.sum(1)
     facts = scales.facts(num_examples, torch.full_like(num_examples, reduction.num_pooled))
     share = (one_hot * present[..., None]).sum(1) / num_examples[:, None]
@@ -192,10 +195,15 @@ def _compile(
     straightness = (scales.diagonal * scales.frobenius)[:, :, None, None]
 
     hidden = module.read_in(module.begin_examples(one_hot.expand(batch, -1, -1), share, facts))
-    beside = None
-    if z_unlabelled is not None:
+    beside = across = beside_products = None
+    if z_unlabelled is not None and unlabelled_keys is not None:
         beside = module.read_in(module.begin(share, facts, len(z_unlabelled), True))
-    mask = (present - 1) * 1e9
+        across = (z @ unlabelled_keys.transpose(-1, -2)).expand(batch, -1, -1, -1)
+        others = z_unlabelled @ unlabelled_keys.transpose(-1, -2)
+        others.diagonal(dim1=1, dim2=2).fill_(-1e9)
+        to_examples = _masked((z_unlabelled @ keys.transpose(-1, -2)).expand(batch, -1, -1, -1), mask)
+        beside_products = Products(to_examples, others.expand(batch, -1, -1, -1))
+    products = Products(_masked(among.expand(batch, -1, -1, -1), mask), across)
     layers: list[LayerSays] = []
     half = module.shape.soft_heads // 2
     for layer in module.layers:
@@ -216,11 +224,9 @@ def _compile(
         layers.append(says)
         if len(layers) == len(module.layers):
             break
-        heard = _hear(says, z.expand(batch, -1, -1), keys, mask, unlabelled_keys, itself="examples")
-        hidden = layer.finish(hidden, _padded(heard, module))
-        if beside is not None and z_unlabelled is not None:
-            heard = _hear(says, z_unlabelled.expand(batch, -1, -1), keys, mask, unlabelled_keys, itself="unlabelled")
-            beside = layer.finish(beside, heard)
+        hidden = layer.finish(hidden, _padded(_hear(says, z.expand(batch, -1, -1), products), module))
+        if beside is not None and z_unlabelled is not None and beside_products is not None:
+            beside = layer.finish(beside, _hear(says, z_unlabelled.expand(batch, -1, -1), beside_products))
     return [
         CompiledSet(
             digests[i],
@@ -245,41 +251,35 @@ def _compile(
     ]
 
 
-def _hear(
-    says: LayerSays,
-    z: Float[Tensor, "batch rows rank"],
-    keys: Float[Tensor, "*batch geometries examples rank"],
-    mask: Float[Tensor, "batch examples"] | None,
-    unlabelled_keys: Float[Tensor, "*batch geometries unlabelled rank"] | None,
-    unlabelled_mask: Float[Tensor, "batch unlabelled"] | None = None,
-    *,
-    itself: str = "",
-) -> Float[Tensor, "batch heads rows spoken"]:
-    """What rows hear; `itself` names the keys that the rows are, and no row hears itself by a soft head.
+@dataclass(frozen=True)
+class Products:
+    """Inner products of rows with the keys of the soft heads. No layer changes them: made once for all layers.
 
-    In the order that the layer takes: linear and soft heads over examples, then over unlabelled vectors.
+    A key that a row must not hear (itself, an example left out, padding) stands at -1e9.
     """
+
+    examples: Float[Tensor, "batch geometries rows examples"]
+    unlabelled: Float[Tensor, "batch geometries rows unlabelled"] | None
+
+
+def _masked(products: Tensor, mask: Tensor | None) -> Tensor:
+    return products if mask is None else products + mask[:, None, None]
+
+
+def _hear(
+    says: LayerSays, z: Float[Tensor, "batch rows rank"], products: Products
+) -> Float[Tensor, "batch heads rows spoken"]:
+    """What rows hear, in the order that the layer takes: linear and soft heads over examples, then over unlabelled."""
     half = says.soft.shape[-3] // 2
     linear = z.unsqueeze(-3) @ says.linear
     soft: list[Tensor] = []
-    step = max(1, WORK_BYTES // (4 * z.shape[0] * 2 * half * max(1, keys.shape[-2])))
-    for begin in range(0, z.shape[1], step):
-        some = z[:, None, begin : begin + step]
-        weights = some @ keys.transpose(-1, -2)  # [batch, geometries, rows, examples]
-        if itself == "examples":
-            weights[:, :, torch.arange(some.shape[2]), begin + torch.arange(some.shape[2])] = -1e9
-        if mask is not None:
-            weights = weights + mask[:, None, None]
-        weights = weights.repeat_interleave(half, dim=1) * says.sharpness[:, : 2 * half, None, None]
+    step = max(1, WORK_BYTES // (4 * z.shape[0] * 2 * half * max(1, products.examples.shape[-1])))
+    for some in products.examples.split(step, dim=2):
+        weights = some.repeat_interleave(half, dim=1) * says.sharpness[:, : 2 * half, None, None]
         soft.append(torch.softmax(weights, -1) @ says.soft)
     heard = [linear[:, :NUM_GEOMETRIES], torch.cat(soft, 2)]
-    if says.unlabelled is not None and unlabelled_keys is not None:
-        weights = z.unsqueeze(1) @ unlabelled_keys.transpose(-1, -2)
-        if itself == "unlabelled":
-            weights = weights + torch.zeros_like(weights[0, 0]).fill_diagonal_(-1e9)
-        if unlabelled_mask is not None:
-            weights = weights + unlabelled_mask[:, None, None]
-        sharp = torch.softmax(weights * says.sharpness[:, 2 * half :, None, None], -1)
+    if says.unlabelled is not None and products.unlabelled is not None:
+        sharp = torch.softmax(products.unlabelled * says.sharpness[:, 2 * half :, None, None], -1)
         heard += [linear[:, NUM_GEOMETRIES:], sharp @ says.unlabelled]
     return torch.cat(heard, 1)
 
@@ -349,6 +349,10 @@ def _answer_group(
         unlabelled_keys = _stack(others, (len(SOFT_GEOMETRIES), unlabelled, rank))
         there = _stack([z.new_ones(one.shape[1]) for one in others], (unlabelled,))
         unlabelled_mask = (there - 1) * 1e9
+    to_unlabelled = None
+    if unlabelled_keys is not None:
+        to_unlabelled = _masked(z.unsqueeze(1) @ unlabelled_keys.transpose(-1, -2), unlabelled_mask)
+    products = Products(_masked(z.unsqueeze(1) @ keys.transpose(-1, -2), mask), to_unlabelled)
     share, facts = torch.stack([one.share for one in contexts]), torch.stack([one.facts for one in contexts])
     hidden = module.read_in(module.begin(share, facts, z.shape[1], True))
     spoken = len(contexts[0].classes) * module.shape.value_dim
@@ -362,8 +366,7 @@ def _answer_group(
             _stack(silent, (len(SOFT_GEOMETRIES), unlabelled, spoken)) if silent else None,
             torch.stack([part.sharpness for part in parts]),
         )
-        heard = _hear(says, z, keys, mask, unlabelled_keys, unlabelled_mask)
-        hidden = layer.finish(hidden, _padded(heard, module))
+        hidden = layer.finish(hidden, _padded(_hear(says, z, products), module))
     chances = torch.softmax(module.logits_of(hidden), dim=-1).cpu().numpy()
     for (i, begin), one, own in zip(group, reduced, chances, strict=True):
         results[i][begin : begin + len(one)] = own[: len(one)]
