@@ -5,7 +5,6 @@ same device type and number of threads. What is exported is the running mean of 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from metasepia.errors import CorruptArtefact, InvalidSettings
+from metasepia.errors import InvalidSettings
 from metasepia.reasoning.set_module import SetModule, SetShape
-from metasepia.reasoning.training import write_tensors
+from metasepia.reasoning.training import restore_run, save_run
 from metasepia.synthetic.embeddings import EmbeddingBatch, EmbeddingLikeTasks
 from metasepia.synthetic.tasks import Seeds
 
@@ -170,41 +168,15 @@ class SetTrainingRun:
 
     def save(self, path: Path) -> None:
         """Weights, their mean, both Adam moments and the step in one safetensors file, replaced as a whole."""
-        tensors: dict[str, Tensor] = {}
-        for (name, parameter), mean in zip(self.module.named_parameters(), self.mean.parameters(), strict=True):
-            tensors[f"module.{name}"], tensors[f"mean.{name}"] = parameter.detach(), mean
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self._adam.state[parameter].get(moment, torch.zeros_like(parameter))
-        # One key alone: safetensors writes several in any order, and equal runs leave equal bytes.
-        state = json.dumps({"step": self.step, "recipe": self.recipe.to_json()}, sort_keys=True)
-        write_tensors(path, tensors, {"state": state})
+        save_run(path, self.step, self.recipe.to_json(), self._modules, self._adam)
 
     def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same recipe.
+        """Goes on from a checkpoint of the same recipe; raises as `restore_run` does."""
+        self.step = restore_run(path, self.recipe.to_json(), self._modules, self._adam, self.device)
 
-        Raises CorruptArtefact for a file that cannot be read, InvalidSettings for another recipe's.
-        """
-        try:
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
-                state = json.loads(file.metadata()["state"])
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CorruptArtefact(path.name, str(error)) from error
-        ours, theirs = json.loads(json.dumps(self.recipe.to_json(), sort_keys=True)), state["recipe"]
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                allowed = f"as in the checkpoint {path}: {theirs.get(name)!r}, or begin in another --out"
-                raise InvalidSettings(name, ours.get(name), allowed)
-        self.step = state["step"]
-        with torch.no_grad():
-            for (name, parameter), mean in zip(self.module.named_parameters(), self.mean.parameters(), strict=True):
-                parameter.copy_(stored[f"module.{name}"])
-                mean.copy_(stored[f"mean.{name}"])
-                self._adam.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": stored[f"exp_avg.{name}"].clone(),
-                    "exp_avg_sq": stored[f"exp_avg_sq.{name}"].clone(),
-                }
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"module": self.module, "mean": self.mean}
 
 
 def _to(batch: EmbeddingBatch, device: torch.device) -> EmbeddingBatch:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from metasepia.errors import CorruptArtefact, InvalidSettings
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
@@ -204,42 +204,73 @@ class TrainingRun:
 
     def save(self, path: Path) -> None:
         """Weights, both Adam moments and the step in one safetensors file, replaced as a whole."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            tensors[f"module.{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self._adam.state[parameter].get(moment, torch.zeros_like(parameter))
-        # One key alone: safetensors writes several in any order, and equal runs leave equal bytes.
-        state = json.dumps({"step": self.step, "recipe": self.recipe.to_json()}, sort_keys=True)
-        write_tensors(path, tensors, {"state": state})
+        save_run(path, self.step, self.recipe.to_json(), {"module": self.module}, self._adam)
 
     def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same recipe.
+        """Goes on from a checkpoint of the same recipe; raises as `restore_run` does."""
+        may_differ = ("num_steps", "cooldown_steps")
+        modules = {"module": self.module}
+        self.step = restore_run(path, self.recipe.to_json(), modules, self._adam, self.device, may_differ=may_differ)
 
-        Raises CorruptArtefact for a file that cannot be read, InvalidSettings for another recipe's.
-        """
-        try:
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
-                state = json.loads(file.metadata()["state"])
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CorruptArtefact(path.name, str(error)) from error
-        ours = json.loads(json.dumps(self.recipe.to_json(), sort_keys=True))
-        theirs = state["recipe"]
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name) and name not in ("num_steps", "cooldown_steps"):
-                allowed = f"as in the checkpoint {path}: {theirs.get(name)!r}, or begin in another --out"
-                raise InvalidSettings(name, ours.get(name), allowed)
-        self.step = state["step"]
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(stored[f"module.{name}"])
-                self._adam.state[parameter] = {
-                    # Fused Adam counts its steps on the device, the plain one on the CPU.
-                    "step": torch.tensor(float(self.step), device=self.device if self.device.type == "cuda" else "cpu"),
-                    "exp_avg": stored[f"exp_avg.{name}"].clone(),
-                    "exp_avg_sq": stored[f"exp_avg_sq.{name}"].clone(),
-                }
+
+def save_run(
+    path: Path,
+    step: int,
+    recipe: Mapping[str, object],
+    modules: Mapping[str, nn.Module],
+    adam: torch.optim.Adam | torch.optim.AdamW,
+) -> None:
+    """Modules of one shape by name, Adam's moments of those of `module`, and the step, in one file."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in modules.items():
+        tensors |= {f"{prefix}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    for name, parameter in modules["module"].named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = adam.state[parameter].get(moment, torch.zeros_like(parameter))
+    # One key alone: safetensors writes several in any order, and equal runs leave equal bytes.
+    state = json.dumps({"step": step, "recipe": recipe}, sort_keys=True)
+    write_tensors(path, tensors, {"state": state})
+
+
+def restore_run(
+    path: Path,
+    recipe: Mapping[str, object],
+    modules: Mapping[str, nn.Module],
+    adam: torch.optim.Adam | torch.optim.AdamW,
+    device: torch.device,
+    *,
+    may_differ: Sequence[str] = (),
+) -> int:
+    """Fills modules and Adam's state from what `save_run` wrote; the step.
+
+    Raises CorruptArtefact for a file that cannot be read, InvalidSettings for another recipe's, but for the parts that
+    `may_differ`.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            state = json.loads(file.metadata()["state"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtefact(path.name, str(error)) from error
+    ours, theirs = json.loads(json.dumps(recipe, sort_keys=True)), state["recipe"]
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name) and name not in may_differ:
+            allowed = f"as in the checkpoint {path}: {theirs.get(name)!r}, or begin in another --out"
+            raise InvalidSettings(name, ours.get(name), allowed)
+    step = state["step"]
+    # Fused Adam counts its steps on the device, the plain one on the CPU.
+    counted_on = device if adam.defaults["fused"] else "cpu"
+    with torch.no_grad():
+        for prefix, module in modules.items():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(stored[f"{prefix}.{name}"])
+        for name, parameter in modules["module"].named_parameters():
+            adam.state[parameter] = {
+                "step": torch.tensor(float(step), device=counted_on),
+                "exp_avg": stored[f"exp_avg.{name}"].clone(),
+                "exp_avg_sq": stored[f"exp_avg_sq.{name}"].clone(),
+            }
+    return step
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
