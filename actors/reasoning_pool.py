@@ -28,6 +28,7 @@ from metasepia.errors import (
     Unavailable,
     UnknownName,
 )
+from metasepia.reasoning.examples import check_finite
 from metasepia.reasoning.named import PREFIX, EmbeddedContext
 
 if TYPE_CHECKING:
@@ -460,6 +461,4 @@ def _check_queries(queries: np.ndarray, context: LabelledVectors | str) -> None:
         width = context.vectors.shape[1]
         if queries.shape[1] != width:
             raise InvalidRequest("inputs", f"vectors of {queries.shape[1]} numbers; those of the examples have {width}")
-    if not np.isfinite(queries).all():
-        bad = int(np.flatnonzero(~np.isfinite(queries).all(axis=1))[0])
-        raise InvalidRequest(f"inputs[{bad}]", "its vector holds NaN or infinity")
+    check_finite("inputs", queries)

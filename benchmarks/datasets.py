@@ -173,11 +173,17 @@ def read_pictures(path: Path) -> PictureSet | None:
     vectors = np.stack(pixels).astype(np.float32)
     vectors /= max(1, vectors.max())
     labels = np.array([str(y) for y in table.column(label).to_pylist()])
-    splits = np.array(table.column("split").to_pylist() if "split" in columns else ["all"] * len(labels))
-    held_out = held_out_split(set(splits.tolist()))
-    learn = halves(labels.tolist()) if held_out is None else splits == "train"
-    judge = ~learn if held_out is None else splits == held_out
-    return PictureSet(path.stem, vectors[learn], labels[learn], vectors[judge], labels[judge])
+    splits = table.column("split").to_pylist() if "split" in columns else ["all"] * len(labels)
+    return split_vectors(path.stem, vectors, labels, splits)
+
+
+def split_vectors(name: str, vectors: np.ndarray, labels: np.ndarray, splits: Sequence[str]) -> PictureSet:
+    """By the split column, or halves where it names nothing to judge on."""
+    split = np.array(splits)
+    held_out = held_out_split(set(splits))
+    learn = halves(labels.tolist()) if held_out is None else split == "train"
+    judge = ~learn if held_out is None else split == held_out
+    return PictureSet(name, vectors[learn], labels[learn], vectors[judge], labels[judge])
 
 
 def read_all_pictures(directory: Path) -> list[PictureSet]:

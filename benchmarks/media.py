@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import report, sides
-from benchmarks.datasets import PictureSet, balanced_draw, halves, held_out_split
+from benchmarks.datasets import PictureSet, balanced_draw, split_vectors
 from benchmarks.sides import CLASSIFIERS, Cell
 from benchmarks.tally import Tally, accuracy_row
 from metasepia.errors import NotSupported
@@ -56,11 +56,7 @@ def read_sounds(path: Path, encoder: MediaEncoder) -> PictureSet | None:
 
 def _split(name: str, vectors: np.ndarray, rows: Sequence[dict]) -> PictureSet:
     labels = np.array([str(row.get("label_name", row["label"])) for row in rows])
-    splits = np.array([row.get("split", "all") for row in rows])
-    held_out = held_out_split(set(splits.tolist()))
-    learn = halves(labels.tolist()) if held_out is None else splits == "train"
-    judge = ~learn if held_out is None else splits == held_out
-    return PictureSet(name, vectors[learn], labels[learn], vectors[judge], labels[judge])
+    return split_vectors(name, vectors, labels, [row.get("split", "all") for row in rows])
 
 
 def _png(pixels: np.ndarray) -> bytes:

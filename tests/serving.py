@@ -17,6 +17,16 @@ from serve import processes
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / ".metasepia"
 START_TIMEOUT_S = 280.0
+REVIEWS = [
+    ("The lamp broke after two days", "complaint"),
+    ("Thank you for the kind and quick help", "praise"),
+    ("I was charged twice for one order", "complaint"),
+    ("Lovely packaging and fast delivery", "praise"),
+    ("Still waiting for my refund after six weeks", "complaint"),
+    ("Best purchase I made this year", "praise"),
+]
+EXAMPLES = [{"text": text, "label": label} for text, label in REVIEWS]
+INPUTS = ["The zip tore the first time I used it", "Such a friendly shop, I will come back"]
 
 
 def new_home(home: Path) -> Path:

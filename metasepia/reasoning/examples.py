@@ -43,7 +43,7 @@ class Context:
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[0] != len(labels) or vectors.size == 0:
             raise InvalidRequest("examples", f"{len(labels)} labels for vectors of shape {list(vectors.shape)}")
-        _check_finite("examples", vectors)
+        check_finite("examples", vectors)
         if len(set(labels)) < 2:
             raise InvalidRequest("examples", f"they name one class only, {labels[0]!r}; at least two are needed")
         if unlabelled is not None:
@@ -53,7 +53,7 @@ class Context:
                     "unlabelled",
                     f"vectors of shape {list(unlabelled.shape)} beside examples of {vectors.shape[1]} numbers",
                 )
-            _check_finite("unlabelled", unlabelled)
+            check_finite("unlabelled", unlabelled)
             unlabelled = unlabelled[np.argsort([row.tobytes() for row in unlabelled], kind="stable")]
         order = sorted(range(len(labels)), key=lambda i: (labels[i], vectors[i].tobytes()))
         return cls(
@@ -96,7 +96,8 @@ class Context:
         return digest_of(header, arrays if self.unlabelled is None else arrays | {"unlabelled": self.unlabelled})
 
 
-def _check_finite(field: str, vectors: np.ndarray) -> None:
+def check_finite(field: str, vectors: np.ndarray) -> None:
+    """Raises InvalidRequest naming the first vector of `field` that holds NaN or infinity."""
     if not np.isfinite(vectors).all():
         bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise InvalidRequest(f"{field}[{bad}]", "its vector holds NaN or infinity")

@@ -44,16 +44,11 @@ class Reduction:
         With fewer components than `dims` the rest are zero, as the inactive ones of the training curriculum (the
         reference tiles); examples that are all alike map to zero.
         """
-        vectors = vectors.astype(np.float64)
-        mean = vectors.mean(axis=0)
-        centred = vectors - mean
-        size = float(np.abs(centred).max())
-        width = vectors.shape[1]
-        projections = np.zeros((recipe.views, width, dims))
-        # Rounding in the mean leaves a residue in vectors that are all the same; it is no direction.
-        if size <= 1e-7 * float(np.abs(vectors).max()):
+        mean, centred, size = centre(vectors)
+        projections = np.zeros((recipe.views, vectors.shape[1], dims))
+        if centred is None:
             return cls(mean, projections)
-        _, singular, components = np.linalg.svd(centred / size, full_matrices=False)
+        _, singular, components = np.linalg.svd(centred, full_matrices=False)
         eigenvalues = singular**2 / len(vectors)
         rank = min(recipe.components, int((eigenvalues > 1e-10 * eigenvalues[0]).sum()))
         scale = 1 / np.sqrt(np.maximum(eigenvalues[:rank], recipe.floor * eigenvalues[0]))
@@ -77,6 +72,22 @@ class Reduction:
     @property
     def num_bytes(self) -> int:
         return self.mean.nbytes + self.projections.nbytes
+
+
+def centre(
+    vectors: Float[np.ndarray, "n width"],
+) -> tuple[Float[np.ndarray, " width"], Float[np.ndarray, "n width"] | None, float]:
+    """The mean, the vectors about it over the largest of their numbers, and that size; float64, for any finite scale.
+
+    None and size 1 for vectors that are all alike: rounding in the mean leaves a residue there, which is no direction.
+    """
+    vectors = vectors.astype(np.float64)
+    mean = vectors.mean(axis=0)
+    centred = vectors - mean
+    size = float(np.abs(centred).max())
+    if size <= 1e-7 * float(np.abs(vectors).max()):
+        return mean, None, 1.0
+    return mean, centred / size, size
 
 
 def _rotation(rng: np.random.Generator, size: int) -> np.ndarray:

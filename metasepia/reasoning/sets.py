@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.examples import Context
+from metasepia.reasoning.reduction import centre
 from metasepia.reasoning.set_module import NUM_GEOMETRIES, SOFT_GEOMETRIES, Scales, SetLayer, SetModule
 
 MAX_COMPILED_BYTES = 1 << 30
@@ -43,15 +44,10 @@ class Directions:
     @classmethod
     def fit(cls, pool: Float[np.ndarray, "pool width"]) -> "Directions":
         """Finite for any finite vectors; vectors that are all alike have no direction and go to zero."""
-        pool = pool.astype(np.float64)
-        mean = pool.mean(axis=0)
-        centred = pool - mean
-        size = float(np.abs(centred).max())
-        # Rounding in the mean leaves a residue in vectors that are all the same; it is no direction.
-        if size <= 1e-7 * float(np.abs(pool).max()):
+        mean, centred, size = centre(pool)
+        if centred is None:
             nothing = np.zeros((pool.shape[1], 1), np.float32)
-            return cls(mean, 1.0, nothing, np.ones(1, np.float32), 1.0, len(pool))
-        centred /= size
+            return cls(mean, size, nothing, np.ones(1, np.float32), 1.0, len(pool))
         if len(pool) <= pool.shape[1]:
             squares, left = np.linalg.eigh(centred @ centred.T)
             kept = squares > _EPSILON * squares[-1]

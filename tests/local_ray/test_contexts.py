@@ -11,20 +11,9 @@ import numpy as np
 import openai
 import pytest
 
-from tests.serving import Served
+from tests.serving import EXAMPLES, INPUTS, REVIEWS, Served
 
 pytestmark = pytest.mark.timeout(600)
-
-REVIEWS = [
-    ("The lamp broke after two days", "complaint"),
-    ("Thank you for the kind and quick help", "praise"),
-    ("I was charged twice for one order", "complaint"),
-    ("Lovely packaging and fast delivery", "praise"),
-    ("Still waiting for my refund after six weeks", "complaint"),
-    ("Best purchase I made this year", "praise"),
-]
-EXAMPLES = [{"text": text, "label": label} for text, label in REVIEWS]
-INPUTS = ["The zip tore the first time I used it", "Such a friendly shop, I will come back"]
 
 
 @pytest.fixture(scope="module")

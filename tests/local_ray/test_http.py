@@ -20,7 +20,7 @@ from cluster import settings as settings_of
 from metasepia.experts import ExpertVectors, FactorIndex
 from metasepia.registry import SHARED, Registry
 from serve import prepare
-from tests.serving import ROOT, Served, new_home
+from tests.serving import EXAMPLES, INPUTS, REVIEWS, ROOT, Served, new_home
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -28,18 +28,7 @@ BACKBONE, ENCODER = "smollm2-135m", "minilm-l6"
 QUESTION: list[Any] = [{"role": "user", "content": "Name the capital of France."}]
 CHAT = {"model": BACKBONE, "messages": QUESTION, "max_tokens": 8, "temperature": 0}
 STORY = CHAT | {"messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 2000}
-REVIEWS = [
-    ("The lamp broke after two days", "complaint"),
-    ("Thank you for the kind and quick help", "praise"),
-    ("I was charged twice for one order", "complaint"),
-    ("Lovely packaging and fast delivery", "praise"),
-    ("Still waiting for my refund after six weeks", "complaint"),
-    ("Best purchase I made this year", "praise"),
-]
-CLASSIFY: dict[str, Any] = {
-    "examples": [{"text": text, "label": label} for text, label in REVIEWS],
-    "inputs": ["The zip tore the first time I used it", "Such a friendly shop, I will come back"],
-}
+CLASSIFY: dict[str, Any] = {"examples": EXAMPLES, "inputs": INPUTS}
 
 
 def _put_expert(home: Path, name: str, scale: Callable[[int], np.ndarray]) -> str:
