@@ -6,9 +6,8 @@ from typing import Protocol
 
 from metasepia.errors import InvalidRequest
 from metasepia.experts import ExpertVectors
-from metasepia.mixing import adapter_of, check_same_kind, mixture_blob, mixture_digest
+from metasepia.mixing import adapter_of, added_up, check_same_kind, mixture_blob, mixture_digest
 from metasepia.registry import SHARED, Artefact, Kind
-from metasepia.rows import Adapter
 
 
 class Catalogue(Protocol):
@@ -44,7 +43,7 @@ class ExpertMixing:
         adapter = adapter_of(weights)  # the simplex first: it costs no lookup
         found = await asyncio.gather(*(self._catalogue.resolve("expert", name, owner) for name, _ in adapter))
         names = [one.name for one in found]
-        adapter = adapter_of(_added({one.digest: 0.0 for one in found}, found, adapter))
+        adapter = added_up((one.digest, weight) for one, (_, weight) in zip(found, adapter, strict=True))
         blobs = await asyncio.gather(*(self._catalogue.get(digest, owner) for digest, _ in adapter))
         experts = [ExpertVectors.from_bytes(blob, digest) for blob, (digest, _) in zip(blobs, adapter, strict=True)]
         for expert, (digest, _) in zip(experts, adapter, strict=True):
@@ -63,10 +62,3 @@ class ExpertMixing:
         digest = mixture_digest(adapter)
         await self._catalogue.put("mixture", mixture_blob(adapter), digest=digest, name=None, owner=owner, card=card)
         return digest
-
-
-def _added(totals: dict[str, float], found: list[Artefact], adapter: Adapter) -> dict[str, float]:
-    """Weights by digest; two names of one expert add up."""
-    for artefact, (_, weight) in zip(found, adapter, strict=True):
-        totals[artefact.digest] += weight
-    return totals

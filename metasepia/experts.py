@@ -74,6 +74,11 @@ class ExpertVectors:
     renormalise: bool = False
     """The reference's rescaling to the original nuclear norm; only relative sizes within a layer then matter."""
 
+    @classmethod
+    def identity(cls, backbone: str, factors: str, renormalise: bool = False) -> "ExpertVectors":
+        """The base model as an expert: z = 1 everywhere. Known to every backbone by its digest, and never stored."""
+        return cls(backbone=backbone, factors=factors, z={}, renormalise=renormalise)
+
     @cached_property
     def digest(self) -> str:
         header = {"kind": "expert", "backbone": self.backbone, "factors": self.factors, "renormalise": self.renormalise}

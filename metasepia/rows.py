@@ -9,8 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-Adapter = tuple[tuple[str, float], ...]
-"""Expert digests with their weights on the simplex; empty means the base weights."""
+Weight = float | tuple[float, ...]
+"""An expert's share in a mixture: one number, or one a factored layer, in the order of `FactorIndex.lengths`."""
+
+Adapter = tuple[tuple[str, Weight], ...]
+"""Expert digests with their weights on the simplex (in each layer); empty means the base weights."""
 
 Path = Literal["plain", "factors", "materialised"]
 """The arithmetic a row went through: the stored weights, run-time factors, or one expert's rebuilt weights."""
