@@ -55,16 +55,17 @@ def adapter_of(weights: Mapping[str, float | Sequence[float]]) -> Adapter:
 
     Raises InvalidRequest off the simplex.
     """
-    adapter = tuple(sorted((digest, _canonical(weight)) for digest, weight in weights.items()))
-    check_simplex(adapter)
+    given: Adapter = tuple(
+        (digest, float(weight) if isinstance(weight, (int, float)) else tuple(map(float, weight)))
+        for digest, weight in sorted(weights.items())
+    )
+    check_simplex(given)
+    adapter = tuple((digest, _canonical(weight)) for digest, weight in given)
     return tuple((digest, weight) for digest, weight in adapter if weight != 0)
 
 
-def _canonical(weight: float | Sequence[float]) -> Weight:
-    if isinstance(weight, (int, float)):
-        return float(weight)
-    numbers = tuple(float(one) for one in weight)
-    return numbers[0] if numbers and all(one == numbers[0] for one in numbers) else numbers
+def _canonical(weight: Weight) -> Weight:
+    return weight[0] if isinstance(weight, tuple) and len(set(weight)) == 1 else weight
 
 
 def added_up(parts: Iterable[tuple[str, Weight]]) -> Adapter:
