@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from metasepia.digests import canonical_json, digest_of, is_digest, short
-from metasepia.errors import CorruptArtefact
+from metasepia.errors import CorruptArtefact, InvalidRequest
 
 FORMAT = "metasepia.expert.1"
 MAX_EXPERT_BYTES = 64 << 20
@@ -63,7 +63,8 @@ def factors_path(digest: str, home: Path) -> Path:
 class ExpertVectors:
     """One expert: W' = n U diag(s z) Vh for each named layer, n = sum(s) / sum(s z) if `renormalise`, else 1.
 
-    A layer that is absent has z = 1. The file form is safetensors: one fp32 vector a layer, and metadata.
+    A layer that is absent has z = 1. A vector shorter than its layer's singular values is *truncated*: it multiplies
+    the leading ones, and the others have z = 1. The file form is safetensors: one fp32 vector a layer, and metadata.
     """
 
     backbone: str
@@ -87,6 +88,36 @@ class ExpertVectors:
     @property
     def num_bytes(self) -> int:
         return sum(vector.nbytes for vector in self.z.values())
+
+    @property
+    def rank(self) -> int:
+        """The longest vector's length: no singular value after it is changed. 0 for the identity."""
+        return max((len(vector) for vector in self.z.values()), default=0)
+
+    def is_truncated(self, index: FactorIndex) -> bool:
+        """Whether any vector is shorter than its layer's singular values."""
+        return any(len(vector) < index.lengths[layer] for layer, vector in self.z.items())
+
+    def truncated(self, rank: int, index: FactorIndex) -> "ExpertVectors":
+        """This expert on the leading `rank` singular values of each layer; the others have z = 1.
+
+        A renormalised expert is divided by the mean of what is cut off first, which changes nothing in it (only
+        relative sizes within a layer count) and makes 1 the best constant for the rest. Raises InvalidRequest for a
+        rank below 1, or where that mean is not positive.
+        """
+        if rank < 1:
+            raise InvalidRequest("rank", f"an expert is cut to at least 1 singular value, got {rank}")
+        z: dict[str, np.ndarray] = {}
+        for layer, vector in self.z.items():
+            kept, rest = vector[:rank], vector[rank : index.lengths[layer]]
+            if self.renormalise and len(rest):
+                untouched = index.lengths[layer] - len(vector)
+                mean = (float(rest.sum(dtype=np.float64)) + untouched) / (len(rest) + untouched)
+                if not mean > 0:
+                    raise InvalidRequest("rank", f"{layer}: beyond singular value {rank} the mean of z is {mean:g}")
+                kept = (kept / mean).astype(np.float32)
+            z[layer] = np.ascontiguousarray(kept)
+        return ExpertVectors(backbone=self.backbone, factors=self.factors, z=z, renormalise=self.renormalise)
 
     def to_bytes(self) -> bytes:
         header = {
@@ -142,7 +173,7 @@ class ExpertVectors:
         )
 
     def check_fits(self, index: FactorIndex, name: str | None = None) -> None:
-        """Raises CorruptArtefact for another backbone or factors, an unknown layer or a wrong length."""
+        """Raises CorruptArtefact for another backbone or factors, an unknown layer, a vector longer than its layer."""
         name = name or f"expert {short(self.digest)}"
         if self.backbone != index.backbone:
             raise CorruptArtefact(
@@ -158,7 +189,7 @@ class ExpertVectors:
                 raise CorruptArtefact(
                     name, f"{layer} is none of the {len(known)} factored layers ({known[0]} ... {known[-1]})"
                 )
-            if len(vector) != index.lengths[layer]:
+            if not 1 <= len(vector) <= index.lengths[layer]:
                 raise CorruptArtefact(
                     name, f"{layer} has {len(vector)} multipliers and the layer {index.lengths[layer]} singular values"
                 )

@@ -38,11 +38,13 @@ class SingularFactors:
         weight = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
         return cls(*torch.linalg.svd(weight, full_matrices=False))
 
-    def scaled(self, z: Float[Tensor, " singular"], renormalise: bool = False) -> Float[Tensor, "out in"]:
+    def scaled(self, z: Float[Tensor, " leading"], renormalise: bool = False) -> Float[Tensor, "out in"]:
         """The weight with each singular value multiplied by the expert vector: n U diag(s * z) Vh.
 
-        z = 1 gives back the original weight. `renormalise` keeps the nuclear norm: n = sum(s) / sum(s z), else n = 1.
+        z = 1 gives back the original weight; a shorter z counts as 1 beyond its end. `renormalise` keeps the nuclear
+        norm: n = sum(s) / sum(s z), else n = 1.
         """
+        z = torch.cat([z, z.new_ones(len(self.s) - len(z))])
         return (self.u * compose(self.s, z, renormalise)) @ self.vh
 
 

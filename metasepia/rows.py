@@ -15,8 +15,9 @@ Weight = float | tuple[float, ...]
 Adapter = tuple[tuple[str, Weight], ...]
 """Expert digests with their weights on the simplex (in each layer); empty means the base weights."""
 
-Path = Literal["plain", "factors", "materialised"]
-"""The arithmetic a row went through: the stored weights, run-time factors, or one expert's rebuilt weights."""
+Path = Literal["plain", "factors", "truncated", "materialised", "lora"]
+"""The arithmetic a row went through: the stored weights, all run-time factors, the stored weights and their leading
+factors, one adapter's rebuilt weights, or the stored weights and a low-rank difference."""
 
 
 @dataclass(frozen=True, kw_only=True)

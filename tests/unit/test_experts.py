@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from metasepia.errors import CorruptArtefact
+from metasepia.errors import CorruptArtefact, InvalidRequest
 from metasepia.experts import FORMAT, ExpertVectors, FactorIndex
 
 BACKBONE, FACTORS = "b" * 64, "f" * 64
@@ -85,12 +85,40 @@ def test_a_blob_that_is_too_large_is_refused_unread() -> None:
         (an_expert(backbone="c" * 64), "made for backbone cccccccccccc and this one is bbbbbbbbbbbb"),
         (an_expert(factors="c" * 64), "made for factors cccccccccccc and these are ffffffffffff"),
         (an_expert(z={"layers.9.weight": np.ones(3, np.float32)}), "layers.9.weight is none of the 2 factored layers"),
-        (an_expert(z={"layers.0.weight": np.ones(2, np.float32)}), "has 2 multipliers and the layer 3 singular values"),
+        (an_expert(z={"layers.0.weight": np.ones(4, np.float32)}), "has 4 multipliers and the layer 3 singular values"),
+        (an_expert(z={"layers.0.weight": np.ones(0, np.float32)}), "has 0 multipliers and the layer 3 singular values"),
     ],
 )
 def test_an_expert_for_something_else_is_refused_in_words(expert: ExpertVectors, problem: str) -> None:
     with pytest.raises(CorruptArtefact, match=problem):
         expert.check_fits(INDEX)
+
+
+def test_a_truncated_expert_keeps_the_leading_multipliers_and_fits() -> None:
+    whole = an_expert()
+    cut = whole.truncated(2, INDEX)
+    assert {name: z.tolist() for name, z in cut.z.items()} == {"layers.0.weight": [1, 2], "layers.1.weight": [0.5, 1]}
+    cut.check_fits(INDEX)
+    assert (cut.rank, cut.is_truncated(INDEX)) == (2, True)
+    assert (whole.rank, whole.is_truncated(INDEX)) == (3, False)
+    assert whole.truncated(3, INDEX).digest == whole.digest != cut.digest
+    assert ExpertVectors.from_bytes(cut.to_bytes()).digest == cut.digest
+    with pytest.raises(InvalidRequest, match="at least 1 singular value, got 0"):
+        whole.truncated(0, INDEX)
+
+
+def test_a_renormalised_expert_that_is_constant_beyond_the_cut_loses_nothing_by_it() -> None:
+    z = {"layers.0.weight": np.array([0.9, 0.5, 0.5], np.float32)}
+    cut = an_expert(z=z, renormalise=True).truncated(1, INDEX)
+    np.testing.assert_allclose(cut.z["layers.0.weight"], [1.8])
+    with pytest.raises(InvalidRequest, match="the mean of z is 0"):
+        an_expert(z={"layers.0.weight": np.array([1, 1, -1], np.float32)}, renormalise=True).truncated(1, INDEX)
+
+
+def test_the_identity_changes_no_singular_value() -> None:
+    identity = ExpertVectors.identity(BACKBONE, FACTORS)
+    identity.check_fits(INDEX)
+    assert (identity.rank, identity.is_truncated(INDEX), dict(identity.z)) == (0, False, {})
 
 
 def test_experts_and_mixtures_are_read_without_torch() -> None:
