@@ -1,4 +1,4 @@
-"""One tensor-parallel rank of a gang: process group, DeepSpeed, expert layers, decoder. The only import of DeepSpeed.
+"""One tensor-parallel rank of a gang: process group, its share of the weights, expert layers, decoder.
 
 A process lives through `warm` (imports, weights, factors: all that is the same for any rank of any gang, so a spare
 may do it ahead) and `join` (process group, sharding, experts: once, because DeepSpeed's state belongs to the process).
@@ -18,19 +18,17 @@ from ray.actor import ActorClass
 from actors.processes import Identity, Joined, Pulse, process_state
 from cluster.settings import BackboneSettings
 from metasepia.digests import short
-from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported
+from metasepia.errors import MetasepiaError, NotSupported
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Row
 from metasepia.steps import StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from transformers import PreTrainedModel
 
     from metasepia.scheduling import Answer, Limits, Load
-    from metasepia.svf import FactorSet, LayerShard
+    from metasepia.svf import FactorSet
 
 OWNER_CHECK_S = 0.5
 
@@ -76,10 +74,12 @@ class BackboneShard:
         if "weights" in self._seconds:
             return
         begin = time.monotonic()
-        import deepspeed  # noqa: F401  # slow: part of what a spare has behind it
         import torch
 
+        from actors import tensor_parallel
         from metasepia import checkpoints
+
+        tensor_parallel.load()
 
         torch.set_num_threads(self._settings.threads)
         torch.set_grad_enabled(False)
@@ -128,6 +128,7 @@ class BackboneShard:
         """Becomes rank `tp_rank` of a new gang that meets at address:port. `peers`: rank 0 only, the other ranks."""
         import torch
 
+        from actors import tensor_parallel
         from metasepia.generation import RowDecoder
         from metasepia.svf import attach
 
@@ -136,17 +137,21 @@ class BackboneShard:
         device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
         if world > 1:
             timeout_s = settings.collective_timeout_s
-            join_process_group(tp_rank, world, address, port, timeout_s, settings.device, store=self._store)
+            tensor_parallel.join_process_group(
+                tp_rank, world, address, port, timeout_s, settings.device, store=self._store
+            )
         self._seconds["group"] = time.monotonic() - begin
-        model = shard(self._model, world, getattr(torch, settings.dtype))
+        model = tensor_parallel.shard(self._model, world, getattr(torch, settings.dtype))
         model.to(device)  # pyright: ignore[reportArgumentType]
         del self._model
-        reduce, all_reduce = choose_all_reduce(tp_rank, world, settings.collective_timeout_s, settings.device)
-        shards = layer_shards(model)
+        reduce, all_reduce = tensor_parallel.choose_all_reduce(
+            tp_rank, world, settings.collective_timeout_s, settings.device
+        )
+        shards = tensor_parallel.layer_shards(model)
         shapes = {name: tuple(model.get_parameter(name).shape) for name in shards}
         experts = None
         if self._factors is not None:
-            experts = attach(model, self._factors, check_cuts(model, self._factors, shards), reduce)
+            experts = attach(model, self._factors, tensor_parallel.check_cuts(model, self._factors, shards), reduce)
         for block in _blocks(model):
             block.register_forward_hook(self._count)
         self._experts = experts
@@ -163,8 +168,8 @@ class BackboneShard:
             self._schedule(peers, limits)
         return Joined(
             tp_rank=tp_rank,
-            tp_world_size=tp_world_size(model),
-            group_timeout_s=group_timeout_s(settings.device) if world > 1 else None,
+            tp_world_size=tensor_parallel.tp_world_size(model),
+            group_timeout_s=tensor_parallel.group_timeout_s(settings.device) if world > 1 else None,
             shard_shapes=shapes,
             partition_sizes={name: one.sizes for name, one in shards.items()},
             all_reduce=all_reduce,
@@ -274,187 +279,6 @@ class BackboneShard:
 BackboneShardActor: ActorClass[BackboneShard] = ray.remote(
     concurrency_groups={"pulse": 1, "door": 1, "answers": 1}, max_restarts=0, max_task_retries=0
 )(BackboneShard)  # pyright: ignore[reportCallIssue]
-
-
-# -- DeepSpeed ---------------------------------------------------------------------------------------------------------
-
-
-def join_process_group(
-    rank: int, world: int, address: str, port: int, timeout_s: float, device: str, store: Any = None
-) -> None:
-    """The process group of this gang, with our own timeout, and DeepSpeed's communication over it.
-
-    `store` is rank 0's; the others connect to it. Once a process.
-    """
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        # Ray shows each process its own GPU only, as number 0.
-        "LOCAL_RANK": "0" if device == "cuda" else str(rank),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-    }
-    if address == "127.0.0.1":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    import deepspeed
-
-    # Its own shared-memory all-reduce spins for ever when a peer dies, and leaves 66 MiB a rank in /dev/shm.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
-    timeout = timedelta(seconds=timeout_s)
-    if store is None:
-        store = dist.TCPStore(address, port, world, is_master=False, timeout=timedelta(seconds=60))
-    if device == "cuda":
-        torch.cuda.set_device(0)
-    # Before DeepSpeed does it: an initialised group is taken over, and its own would wait for 30 minutes.
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False, timeout=timeout)
-
-
-class _WholeGroup:
-    """DeepSpeed's `mpu`: every rank of the process belongs to the one tensor-parallel group."""
-
-    def get_model_parallel_group(self) -> Any:
-        import torch.distributed as dist
-
-        return dist.group.WORLD
-
-
-def shard(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTrainedModel":
-    """This rank's part of `model`, cut in place by DeepSpeed along the tested policy of its family.
-
-    The families and what they may be cut into were checked by `families.check`, before any process was started.
-    """
-    import importlib
-    import logging
-
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-
-    from actors import families
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if world == 1:
-        return deepspeed.init_inference(model, dtype=dtype).module
-    config = model.config.to_dict()
-    families.check(config, world)
-    family = families.FAMILIES[config["model_type"]]
-    block = getattr(importlib.import_module(family.module), family.block)
-    cut = deepspeed.init_inference(
-        model,
-        dtype=dtype,
-        # mpu and tp_group both: mpu alone leaves every rank whole, without a word; tp_group alone is overwritten by a
-        # group of 30 minutes.
-        tensor_parallel={
-            "tp_size": world,
-            "mpu": _WholeGroup(),
-            "tp_group": dist.group.WORLD,
-            "tp_grain_size": families.grain(config, world),
-        },
-        injection_policy={block: family.row_parallel},
-    ).module
-    if config["model_type"] == "bloom":
-        # Without a mask BLOOM builds ALiBi for all its heads, around the method that DeepSpeed replaced.
-        def with_mask(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            if kwargs.get("attention_mask") is None:
-                kwargs["attention_mask"] = torch.ones_like(args[0] if args else kwargs["input_ids"])
-            return args, kwargs
-
-        cut.transformer.register_forward_pre_hook(with_mask, with_kwargs=True)
-    assert tp_world_size(cut) == world, "DeepSpeed left this rank whole"
-    return cut
-
-
-def choose_all_reduce(
-    rank: int, world: int, timeout_s: float, device: str
-) -> "tuple[Callable[[torch.Tensor], torch.Tensor], str]":
-    """The gang's sum over ranks and its name; DeepSpeed's layers use it from now on."""
-    import torch.distributed as dist
-
-    from actors import allreduce
-
-    if world == 1:
-        return lambda tensor: tensor, "none"
-    shared = allreduce.connect(rank, world, timeout_s) if device == "cpu" else None
-
-    def reduce(tensor: "torch.Tensor") -> "torch.Tensor":
-        if shared is not None and shared.takes(tensor):
-            return shared(tensor)
-        dist.all_reduce(tensor)
-        return tensor
-
-    import deepspeed.comm.comm as comm
-
-    comm.cdb.inference_all_reduce = lambda tensor, op=None, group=None: reduce(tensor)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return reduce, "shared memory" if shared is not None else dist.get_backend()
-
-
-def _cut_layers(model: "torch.nn.Module") -> "dict[str, Any]":
-    return {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "_partition_sizes")}
-
-
-def tp_world_size(model: "torch.nn.Module") -> int:
-    """The tensor-parallel size that every cut layer agrees on; 1 if none is cut."""
-    sizes = {layer.tp_world_size for layer in _cut_layers(model).values()}
-    assert len(sizes) <= 1, f"layers are cut over {sizes} ranks"
-    return sizes.pop() if sizes else 1
-
-
-def group_timeout_s(device: str) -> float:
-    """The deadline of a collective, as the default process group itself has it."""
-    import torch
-    import torch.distributed as dist
-
-    group = dist.distributed_c10d._get_default_group()
-    return group._get_backend(torch.device(device)).options._timeout.total_seconds()
-
-
-def layer_shards(model: "torch.nn.Module") -> "dict[str, LayerShard]":
-    """How DeepSpeed cut each layer, by parameter name, from the layer's own record."""
-    import deepspeed.module_inject.layers as layers
-
-    from metasepia.svf import LayerShard
-
-    return {
-        name: LayerShard(
-            kind="row" if isinstance(layer, layers.LinearAllreduce) else "column",
-            sizes=tuple(layer._partition_sizes),
-            rank=layer.tp_index,
-        )
-        for name, layer in _cut_layers(model).items()
-    }
-
-
-def check_cuts(
-    model: "torch.nn.Module", factors: "FactorSet", shards: "dict[str, LayerShard]"
-) -> "dict[str, LayerShard]":
-    """The shards of the factored layers, after their factors, cut the same way, gave back each rank's own weight.
-
-    Compared on one random vector: a wrong cut differs everywhere, and rebuilding every matrix would cost a restart
-    seconds. Raises CorruptArtefact when they differ.
-    """
-    import torch
-
-    noise = torch.Generator().manual_seed(0)
-    for name, one in factors.factors.items():
-        weight, cut = model.get_parameter(name), shards.get(name)
-        u = one.u[cut.span] if cut and cut.kind == "column" else one.u
-        vh = one.vh[:, cut.span] if cut and cut.kind == "row" else one.vh
-        x = torch.randn(vh.shape[1], generator=noise)
-        want, got = (weight.detach() @ x.to(weight)).float().cpu(), u @ (one.s * (vh @ x))
-        tolerance = (1e-4 if weight.dtype == torch.float32 else 3e-2) * float(want.norm())
-        if want.shape != got.shape or not float((want - got).norm()) <= tolerance:
-            raise CorruptArtefact(
-                f"factors {short(factors.digest)}", f"{name}, cut as {cut}, does not give back this rank's weight"
-            )
-    return {name: cut for name, cut in shards.items() if name in factors.factors}
 
 
 def _blocks(model: "torch.nn.Module") -> "list[torch.nn.Module]":

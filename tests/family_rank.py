@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors import backbone_shard
+from actors import tensor_parallel
 from metasepia.svf import ExpertVectors, attach, factors_of
 
 EXPERT_LAYERS = {
@@ -45,14 +45,14 @@ def examine(directory: Path, family: str, world: int, rank: int) -> dict[str, An
     ids = torch.randint(0, 250, (3, 19), generator=noise)
     want = whole(ids, output_hidden_states=True)
     factors = factors_of(whole, EXPERT_LAYERS.get(family, EXPERT_LAYERS["llama"]), backbone, directory, progress=False)
-    cut = backbone_shard.shard(copy.deepcopy(whole), world, torch.float32)
+    cut = tensor_parallel.shard(copy.deepcopy(whole), world, torch.float32)
     # gloo first: a shared-memory sum that agreed with itself only would show.
     without_mask = cut(ids, output_hidden_states=True)
-    reduce, all_reduce = backbone_shard.choose_all_reduce(rank, world, 10.0, "cpu")
+    reduce, all_reduce = tensor_parallel.choose_all_reduce(rank, world, 10.0, "cpu")
     masked = cut(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
-    shards = backbone_shard.layer_shards(cut)
+    shards = tensor_parallel.layer_shards(cut)
     shapes = {name: list(cut.get_parameter(name).shape) for name in shards}
-    experts = attach(cut, factors, backbone_shard.check_cuts(cut, factors, shards), reduce)
+    experts = attach(cut, factors, tensor_parallel.check_cuts(cut, factors, shards), reduce)
 
     draw = np.random.default_rng(1)
     vectors = [
@@ -80,7 +80,7 @@ def examine(directory: Path, family: str, world: int, rank: int) -> dict[str, An
             scaled.get_parameter(name).copy_(factors[name].scaled(torch.from_numpy(z)))
         materialised.append(scaled(ids[row : row + 1]).logits[0])
     return {
-        "world": backbone_shard.tp_world_size(cut),
+        "world": tensor_parallel.tp_world_size(cut),
         "all_reduce": all_reduce,
         "sizes": {name: list(one.sizes) for name, one in shards.items()},
         "kinds": {name: one.kind for name, one in shards.items()},
@@ -108,12 +108,12 @@ def main() -> None:
         store = torch.distributed.TCPStore(
             "127.0.0.1", port, world, is_master=rank == 0, timeout=timedelta(seconds=60), wait_for_workers=False
         )
-        backbone_shard.join_process_group(rank, world, "127.0.0.1", port, GROUP_TIMEOUT_S, "cpu", store=store)
-        found["timeout_s"] = backbone_shard.group_timeout_s("cpu")
+        tensor_parallel.join_process_group(rank, world, "127.0.0.1", port, GROUP_TIMEOUT_S, "cpu", store=store)
+        found["timeout_s"] = tensor_parallel.group_timeout_s("cpu")
     for family in families:
         found[family] = examine(directory, family, world, rank)
     if world > 1:
-        reduce, _ = backbone_shard.choose_all_reduce(rank, world, 10.0, "cpu")
+        reduce, _ = tensor_parallel.choose_all_reduce(rank, world, 10.0, "cpu")
         found["sums"] = sums(reduce, rank)
         torch.distributed.barrier()
         found["silence_s"] = silence(rank, world)

@@ -52,5 +52,5 @@ def test_deepspeed_is_imported_in_one_file_and_ray_is_started_in_one():
         folders = ("metasepia", "cluster", "actors", "serve", "jobs")
         return {str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py") if text in p.read_text()}
 
-    assert files_with("import deepspeed") == {"actors/backbone_shard.py"}
+    assert files_with("import deepspeed") == {"actors/tensor_parallel.py"}
     assert files_with("ray.init(") == {"cluster/connect.py"}
