@@ -5,16 +5,14 @@ value (`METASEPIA_HTTP__PORT=8001`, `METASEPIA_BACKBONES__0__TP_SIZE=2`). A defa
 wrong value raises InvalidSettings with the field, the value and the allowed range, before anything is started.
 """
 
-import dataclasses
 import os
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster import tables
 from metasepia.errors import InvalidSettings
 from metasepia.modalities.media import Modality
 
@@ -136,6 +134,12 @@ class BackboneSettings:
     max_prefix_tokens: int = 8192
     """Prompts kept because other rows begin with them (contexts of the protocols vanilla and loo); the longest unused
     goes first. From 0, which keeps none, to 10**9."""
+    max_expert_mib: float = 512.0
+    """Experts that a rank holds at once; the longest unused go first, and come back when a row asks for them. From
+    0.001 to 10**7."""
+    pinned: str = ""
+    """An expert, by name or digest, whose weights this replica rebuilds and keeps: rows of this expert alone run on
+    them, at the base weights' speed and for as much memory again as its layers take. Empty: none."""
     threads: int = 1
     """Compute threads of each rank. From 1 to 1024."""
     replica_cpus: float = 0.1
@@ -148,6 +152,10 @@ class BackboneSettings:
     start_timeout_s: float = 300.0
     """Deadline of a gang's start. From 10 to 86400."""
 
+    @property
+    def max_expert_bytes(self) -> int:
+        return int(self.max_expert_mib * 2**20)
+
     def __post_init__(self) -> None:
         owner = f"backbones[{self.id}]"
         _between(owner, "tp_size", self.tp_size, 1, 64)
@@ -156,6 +164,7 @@ class BackboneSettings:
         _between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
         _between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
         _between(owner, "max_prefix_tokens", self.max_prefix_tokens, 0, 10**9)
+        _between(owner, "max_expert_mib", self.max_expert_mib, 0.001, 10**7)
         _between(owner, "threads", self.threads, 1, 1024)
         _between(owner, "replica_cpus", self.replica_cpus, 0.01, 1000)
         _between(owner, "rank_cpus", self.rank_cpus, 0.01, 1000)
@@ -166,6 +175,10 @@ class BackboneSettings:
         if self.device == "cuda" and not self.rank_gpus > 0:
             raise InvalidSettings(f"{owner}.rank_gpus", self.rank_gpus, "above 0 when device is cuda")
         _check_name(f"{owner}.id", self.id)
+        if self.pinned:
+            _check_name(f"{owner}.pinned", self.pinned)
+            if not self.expert_layers:
+                raise InvalidSettings(f"{owner}.pinned", self.pinned, "empty where expert_layers names none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,59 +320,5 @@ def read(profile: str | Path | None = None, environ: Mapping[str, str] | None = 
         raise InvalidSettings("profile", str(path), f"valid TOML ({error})") from error
     for key, text in sorted(environ.items()):
         if key.startswith(ENV_PREFIX) and key != ENV_PREFIX + "PROFILE":
-            _override(tree, key, key.removeprefix(ENV_PREFIX).lower().split("__"), text)
-    return _build(Settings, tree, "")
-
-
-def _override(tree: dict[str, Any], key: str, steps: list[str], text: str) -> None:
-    node: Any = tree
-    for step in steps[:-1]:
-        if isinstance(node, list):
-            if not step.isdigit() or int(step) >= len(node):
-                raise InvalidSettings(key, text, f"an index below {len(node)} where it says {step!r}")
-            node = node[int(step)]
-        else:
-            node = node.setdefault(step, {})
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    node[steps[-1]] = value
-
-
-def _build(kind: type, tree: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    for name in tree:
-        if name not in hints:
-            raise InvalidSettings(where + name, tree[name], f"one of the fields {', '.join(sorted(hints))}")
-    for one in dataclasses.fields(kind):
-        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if required and one.name not in tree:
-            raise InvalidSettings(where + one.name, None, "given; it has no default")
-    return kind(**{name: _convert(hints[name], value, where + name) for name, value in tree.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InvalidSettings(where, value, "a table")
-        return _build(typing.cast(type, hint), value, where + ".")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise InvalidSettings(where, value, "a list")
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise InvalidSettings(where, value, "one of " + ", ".join(map(repr, typing.get_args(hint))))
-        return value
-    if origin in (typing.Union, types.UnionType):
-        inner = next(a for a in typing.get_args(hint) if a is not type(None))
-        return None if value is None else _convert(inner, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value).expanduser()
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise InvalidSettings(where, value, f"of type {hint.__name__}")
-    return value
+            tables.override(tree, key, key.removeprefix(ENV_PREFIX).lower().split("__"), text)
+    return tables.build(Settings, tree)
