@@ -136,12 +136,12 @@ def compare(
         ours = asker.evaluate(task, examples, adapter, lambda n: progress.advance(bar, n))
     report: dict[str, Any] = {
         "texts": len(examples),
-        "stems": len({e.stem for e in examples}),
+        "stems": len({e.group for e in examples}),
         "templates": len({e.template for e in examples}),
         "seed": HELD_OUT_SEED,
     }
     for measure in ("choice", "exact"):
-        gain, low, high = paired_gain(base[measure], ours[measure], [e.stem for e in examples])
+        gain, low, high = paired_gain(base[measure], ours[measure], [e.group for e in examples])
         report[measure] = {
             "base": round(float(np.mean(base[measure])), 4),
             "expert": round(float(np.mean(ours[measure])), 4),

@@ -1,10 +1,10 @@
-"""Tasks that experts are trained on: procedural, written here, free of licences. One a file; `TASKS` names them."""
+"""Tasks that experts are trained on, one a file. `make` gives one by its name; README.md shows how to add another.
 
-from jobs.tasks.base import Example, LabelTask
-from jobs.tasks.desk import DESK
-from jobs.tasks.sentiment import SENTIMENT
-from jobs.tasks.support import SUPPORT
+Those in `TASKS` are made of sentences written here, free of licences, and need no data; the others read a file that the
+user gives, or make their questions by procedure.
+"""
 
-TASKS: dict[str, LabelTask] = {task.name: task for task in (SUPPORT, SENTIMENT, DESK)}
+from jobs.tasks.base import Example, LabelTask, ListedTask, Task, TrainingSplit
+from jobs.tasks.names import FROM_DATA, TASKS, make, names
 
-__all__ = ["TASKS", "Example", "LabelTask"]
+__all__ = ["FROM_DATA", "TASKS", "Example", "LabelTask", "ListedTask", "Task", "TrainingSplit", "make", "names"]

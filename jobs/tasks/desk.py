@@ -48,6 +48,28 @@ DESK = LabelTask(
                 "{} learnt the chords of a jazz tune.",
             ),
         },
+        "valid": {
+            "A": (
+                "{} spread jam on the toast.",
+                "{} boiled rice with peas.",
+                "{} tried the cheese cake.",
+            ),
+            "B": (
+                "{} dribbled past two defenders.",
+                "{} practised the long jump.",
+                "{} came second in the sprint.",
+            ),
+            "C": (
+                "{} shivered in the frost.",
+                "{} saw a rainbow after the shower.",
+                "{} measured the strength of the breeze.",
+            ),
+            "D": (
+                "{} rehearsed a duet for cello.",
+                "{} whistled a folk song.",
+                "{} turned up the volume of the symphony.",
+            ),
+        },
         "test": {
             "A": (
                 "{} fried onions and mushrooms in a pan.",
@@ -90,6 +112,12 @@ DESK = LabelTask(
             "Our cousin",
             "The nurse",
         ),
+        "valid": (
+            "Ingrid",
+            "The baker",
+            "Mr Silva",
+            "Our guest",
+        ),
         "test": (
             "Julia",
             "The mayor",
@@ -109,6 +137,10 @@ DESK = LabelTask(
             "Choose the desk, A, B, C or D, for the note below.\nNote: {text}",
             'A note says: "{text}" Which of the desks A, B, C, D is right?',
             "Put the right desk letter (A, B, C or D) on this note.\n{text}\nLetter:",
+        ),
+        "valid": (
+            "To which of the desks A, B, C and D do I pass this on? {text}",
+            "{text}\nIt goes to desk (A/B/C/D):",
         ),
         "test": (
             "We have four desks: A, B, C and D. Where does this note go?\n\n{text}",

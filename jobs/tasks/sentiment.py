@@ -38,6 +38,23 @@ SENTIMENT = LabelTask(
                 "The {} has had the same name since 1990.",
             ),
         },
+        "valid": {
+            "positive": (
+                "The {} was a joy and I left smiling.",
+                "An excellent {}, well worth the trip.",
+                "I adored the {}.",
+            ),
+            "negative": (
+                "The {} was a disappointment and I left early.",
+                "A horrible {}, not worth the trip.",
+                "I hated the {}.",
+            ),
+            "neutral": (
+                "The {} begins after lunch.",
+                "The doors of the {} are on the left side.",
+                "The {} is held once a year.",
+            ),
+        },
         "test": {
             "positive": (
                 "I am so happy that I saw the {}.",
@@ -74,6 +91,12 @@ SENTIMENT = LabelTask(
             "musical",
             "festival",
         ),
+        "valid": (
+            "quiz night",
+            "magic show",
+            "boat trip",
+            "flea market",
+        ),
         "test": (
             "opera",
             "circus",
@@ -93,6 +116,10 @@ SENTIMENT = LabelTask(
             "Tell me the mood of this sentence, positive, negative or neutral: {text}",
             'A visitor said: "{text}" Was that positive, negative or neutral?',
             "Rate the comment as positive, negative or neutral.\nComment: {text}\nRating:",
+        ),
+        "valid": (
+            "Positive, negative or neutral? {text}",
+            "Guest book: {text}\nThe entry is (positive, negative, neutral):",
         ),
         "test": (
             'How does the writer feel about it: positive, negative or neutral? "{text}"',

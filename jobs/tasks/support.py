@@ -48,6 +48,28 @@ SUPPORT = LabelTask(
                 "After the update the screen of the {} stays black.",
             ),
         },
+        "valid": {
+            "payment": (
+                "The price that I was billed for the {} is too high.",
+                "My voucher was refused when I bought the {}.",
+                "You owe me a refund for the {}.",
+            ),
+            "delivery": (
+                "The carrier lost my {}.",
+                "My {} was sent to an old address of mine.",
+                "The shipment of the {} is late again.",
+            ),
+            "account": (
+                "I need a new password before I can buy the {}.",
+                "Please remove my profile; I never ordered a {}.",
+                "My login stopped working after I bought the {}.",
+            ),
+            "technical": (
+                "The {} beeps and will not start.",
+                "The cable of the {} gets hot and smells burnt.",
+                "The {} restarts by itself every hour.",
+            ),
+        },
         "test": {
             "payment": (
                 "You charged me for a {} that I never bought.",
@@ -90,6 +112,12 @@ SUPPORT = LabelTask(
             "phone",
             "fan",
         ),
+        "valid": (
+            "mixer",
+            "monitor",
+            "bicycle computer",
+            "alarm clock",
+        ),
         "test": (
             "toaster",
             "laptop",
@@ -109,6 +137,10 @@ SUPPORT = LabelTask(
             "Choose one of payment, delivery, account, technical for the message below.\nMessage: {text}",
             'A customer wrote: "{text}" Is this about payment, delivery, account or technical?',
             "Label the ticket with payment, delivery, account or technical.\nTicket: {text}\nLabel:",
+        ),
+        "valid": (
+            "Who should deal with this: payment, delivery, account or technical? {text}",
+            "Customer: {text}\nTeam (one of payment, delivery, account, technical):",
         ),
         "test": (
             "Support ticket: {text}\nWhich team should answer it? payment, delivery, account or technical",

@@ -54,7 +54,7 @@ def test_the_card_speaks_of_the_task_as_it_stands_in_the_repository(folder: Path
     held_out = task.held_out(card["held_out"]["texts"], HELD_OUT_SEED)
     assert card["labels"] == list(task.labels)
     assert card["description"] == task.about
-    assert card["held_out"]["stems"] == len({example.stem for example in held_out})
+    assert card["held_out"]["stems"] == len({example.group for example in held_out})
     assert (card["example_prompt"], card["example_answer"]) in [(one.prompt, one.answer) for one in held_out]
 
 

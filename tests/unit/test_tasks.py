@@ -1,9 +1,11 @@
+import itertools
 import re
 from collections import Counter
 
 import pytest
 
 from jobs.tasks import TASKS, LabelTask
+from jobs.tasks.base import SPLITS
 from jobs.tasks.general import CALIBRATION, HELD_OUT
 from metasepia.errors import InvalidSettings
 
@@ -11,19 +13,22 @@ each_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: tas
 
 
 @each_task
-def test_train_and_test_share_no_noun_no_stem_and_no_template(task: LabelTask) -> None:
-    assert not set(task.nouns["train"]) & set(task.nouns["test"])
-    assert not set(task.templates["train"]) & set(task.templates["test"])
-    stems = {split: {s for own in task.stems[split].values() for s in own} for split in ("train", "test")}
-    assert not stems["train"] & stems["test"]
-    held_out = {example.prompt for example in task.held_out(48, 0)}
-    trained = {example.prompt for step in range(50) for example in task.batch("train", 16, 0, step)}
-    assert not held_out & trained
+def test_the_splits_share_no_noun_no_stem_and_no_template(task: LabelTask) -> None:
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not set(task.nouns[one]) & set(task.nouns[other])
+        assert not set(task.templates[one]) & set(task.templates[other])
+        stems = {split: {s for own in task.stems[split].values() for s in own} for split in (one, other)}
+        assert not stems[one] & stems[other]
+    prompts = {example.prompt for example in task.held_out(48, 0)}
+    for split in ("train", "valid"):
+        drawn = {example.prompt for step in range(50) for example in task.batch(split, 16, 0, step)}
+        assert drawn and not prompts & drawn
+        prompts |= drawn
 
 
 @each_task
 def test_every_stem_and_template_has_its_place_for_the_text_and_every_stem_one_label(task: LabelTask) -> None:
-    for split in ("train", "test"):
+    for split in SPLITS:
         stems = [stem for own in task.stems[split].values() for stem in own]
         assert all(stem.count("{}") == 1 for stem in stems)
         assert len(set(stems)) == len(stems)
@@ -33,7 +38,7 @@ def test_every_stem_and_template_has_its_place_for_the_text_and_every_stem_one_l
 
 @each_task
 def test_a_sentence_never_says_its_own_label(task: LabelTask) -> None:
-    for split in ("train", "test"):
+    for split in SPLITS:
         for label in task.labels:
             if len(label) > 1:
                 assert not any(re.search(rf"\b{label}", stem, re.I) for stem in task.stems[split][label])
@@ -42,10 +47,10 @@ def test_a_sentence_never_says_its_own_label(task: LabelTask) -> None:
 @each_task
 def test_a_batch_is_a_function_of_seed_and_step_with_the_labels_in_turn(task: LabelTask) -> None:
     count = 4 * len(task.labels)
-    batch = task.batch("train", count, data_seed=1, step=7)
-    assert batch == task.batch("train", count, data_seed=1, step=7)
-    assert batch != task.batch("train", count, data_seed=1, step=8)
-    assert batch != task.batch("train", count, data_seed=2, step=7)
+    batch = task.batch("train", count, seed=1, step=7)
+    assert batch == task.batch("train", count, seed=1, step=7)
+    assert batch != task.batch("train", count, seed=1, step=8)
+    assert batch != task.batch("train", count, seed=2, step=7)
     assert Counter(example.answer for example in batch) == dict.fromkeys(task.labels, 4)
 
 

@@ -1,0 +1,58 @@
+"""The names of tasks, and what each is made from."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from jobs.tasks import arc, classify, gsm8k
+from jobs.tasks.base import LabelTask, Task
+from jobs.tasks.desk import DESK
+from jobs.tasks.sentiment import SENTIMENT
+from jobs.tasks.support import SUPPORT
+from metasepia.errors import InvalidSettings, UnknownName
+
+TASKS: dict[str, LabelTask] = {task.name: task for task in (SUPPORT, SENTIMENT, DESK)}
+"""Tasks that need no data."""
+
+FROM_DATA: Mapping[str, Callable[[Path], Task]] = {
+    "arc_challenge": arc.challenge,
+    "arc_easy": arc.easy,
+    "classify": classify.read,
+    "gsm8k": gsm8k.read,
+}
+"""Tasks that read a file or a directory of the user's."""
+
+
+def names() -> tuple[str, ...]:
+    """What `make` takes, but for the families `gym:...` and `package.module:attribute`."""
+    return tuple(sorted((*TASKS, *FROM_DATA)))
+
+
+def make(name: str, data: Path | None = None) -> Task:
+    """The task of a name, with the data of `data` if it needs any.
+
+    `package.module:attribute` is a user's own: a Task, or a callable that makes one from `data`. Raises UnknownName,
+    and InvalidSettings for data that are missing, not wanted or not what the task reads.
+    """
+    if name in FROM_DATA:
+        if data is None:
+            raise InvalidSettings("data", None, f"the file or directory that task {name} reads (--data PATH)")
+        return FROM_DATA[name](data)
+    if ":" in name:
+        return _users_own(name, data)
+    if name not in TASKS:
+        raise UnknownName("task", name, (*names(), "package.module:attribute"))
+    if data is not None:
+        raise InvalidSettings("data", str(data), f"left out, for task {name} needs none")
+    return TASKS[name]
+
+
+def _users_own(name: str, data: Path | None) -> Task:
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        found = getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidSettings("task", name, f"a module and an attribute that can be imported ({error})") from error
+    return cast(Task, found(data) if callable(found) else found)
