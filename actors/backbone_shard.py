@@ -1,7 +1,8 @@
 """One tensor-parallel rank of a gang: process group, its share of the weights, expert layers, decoder.
 
-A process lives through `warm` (imports, weights, factors: all that is the same for any rank of any gang, so a spare
-may do it ahead) and `join` (process group, sharding, experts: once, because DeepSpeed's state belongs to the process).
+A process lives through `warm` (imports, and files brought into memory: all that is the same for any rank of any gang,
+so a spare may do it ahead) and `join` (process group, its share of the weights, experts: once, because DeepSpeed's
+state belongs to the process).
 Rank 0 then schedules: its thread plans a step, sends the plan to its peers as a message, and runs it; a rank without a
 plan sits in no collective. torch and DeepSpeed are imported inside the methods, so a gang's owner needs neither.
 """
@@ -25,7 +26,6 @@ from metasepia.steps import StepPlan, StepResult
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from metasepia.scheduling import Answer, Limits, Load
     from metasepia.svf import FactorSet
@@ -70,22 +70,23 @@ class BackboneShard:
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def warm(self) -> None:
-        """Imports, weights and factors. Calling it again does nothing."""
+        """Imports, the factors if nobody has made them, and the files brought into memory by the kernel.
+
+        No weights: a rank's share follows from its place in the gang. Calling it again does nothing.
+        """
         if "weights" in self._seconds:
             return
         begin = time.monotonic()
         import torch
 
         from actors import tensor_parallel
-        from metasepia import checkpoints
+        from metasepia import stored
 
         tensor_parallel.load()
-
         torch.set_num_threads(self._settings.threads)
         torch.set_grad_enabled(False)
         self._seconds["imports"] = time.monotonic() - begin
-        # The whole model is read and then cut; it goes to the device when it is cut, so a spare holds no GPU memory.
-        self._model: PreTrainedModel = checkpoints.load(self._prepared, getattr(torch, self._settings.dtype), "cpu")
+        stored.read_ahead(stored.weight_files(Path(self._prepared.path)))
         self._factors: FactorSet | None = None
         if self._settings.expert_layers:
             self._factors = self._read_factors()
@@ -95,11 +96,12 @@ class BackboneShard:
         """The shared factors; computed here if nobody has. Always of the fp32 weights, whatever dtype runs."""
         import torch
 
-        from metasepia import checkpoints, factors
+        from metasepia import checkpoints, factors, loading
         from metasepia.experts import FactorIndex, factors_path
 
         layers, digest = self._settings.expert_layers, self._prepared.digest
-        model, names = self._model, tuple(factors.expert_layers_of(self._model, layers))
+        model = loading.skeleton(Path(self._prepared.path), torch.float32)
+        names = tuple(factors.expert_layers_of(model, layers))
         if not factors_path(FactorIndex.digest_for(digest, names), self._home).is_file():
             model = checkpoints.load(self._prepared, torch.float32, "cpu")
         return factors.factors_of(model, layers, digest, self._home, progress=False)
@@ -141,9 +143,7 @@ class BackboneShard:
                 tp_rank, world, address, port, timeout_s, settings.device, store=self._store
             )
         self._seconds["group"] = time.monotonic() - begin
-        model = tensor_parallel.shard(self._model, world, getattr(torch, settings.dtype))
-        model.to(device)  # pyright: ignore[reportArgumentType]
-        del self._model
+        model = tensor_parallel.load_shard(self._prepared, world, getattr(torch, settings.dtype), device)
         reduce, all_reduce = tensor_parallel.choose_all_reduce(
             tp_rank, world, settings.collective_timeout_s, settings.device
         )

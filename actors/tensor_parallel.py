@@ -5,10 +5,12 @@ from the checkpoint. torch and DeepSpeed are imported inside the functions, so a
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact
+from metasepia.prepared import PreparedBackbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,11 +73,33 @@ class _WholeGroup:
         return dist.group.WORLD
 
 
-def shard(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTrainedModel":
-    """This rank's part of `model`, cut in place by DeepSpeed along the tested policy of its family.
+def load_shard(
+    prepared: PreparedBackbone, world: int, dtype: "torch.dtype", device: "torch.device | str"
+) -> "PreTrainedModel":
+    """This rank's part of a checkpoint, on `device`; of its files it reads nothing else.
 
-    The families and what they may be cut into were checked by `families.check`, before any process was started.
+    The process group of `world` ranks must be there. The families and what they may be cut into were checked by
+    `families.check`, before any process was started; others run whole and are read by transformers. Raises
+    CorruptArtefact for files that are not the model's.
     """
+    from actors import families
+    from metasepia import checkpoints, loading
+    from metasepia.stored import StoredTensors
+
+    if prepared.model_type not in families.FAMILIES:
+        assert world == 1, f"{prepared.model_type} cannot be cut"
+        return checkpoints.load(prepared, dtype, str(device))
+    directory = Path(prepared.path)
+    stored = StoredTensors.of_directory(directory)
+    model = loading.skeleton(directory, dtype)
+    names = loading.stored_names(model, stored)
+    model = cut(model, world, dtype)
+    loading.fill(model, stored, names, layer_shards(model), device)
+    return model
+
+
+def cut(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTrainedModel":
+    """This rank's part of `model`, which is on the meta device, cut in place along the tested policy of its family."""
     import importlib
     import logging
 
@@ -85,14 +109,16 @@ def shard(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTra
 
     from actors import families
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if world == 1:
-        return deepspeed.init_inference(model, dtype=dtype).module
+        return model  # nothing to cut, and init_inference would round the rotary frequencies to dtype
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = model.config.to_dict()
     families.check(config, world)
     family = families.FAMILIES[config["model_type"]]
     block = getattr(importlib.import_module(family.module), family.block)
-    cut = deepspeed.init_inference(
+    # DeepSpeed ends by giving a meta model memory: all of it at once, tied weights twice, buffers without their values.
+    model.to_empty = lambda **_: model  # pyright: ignore[reportAttributeAccessIssue]
+    shared = deepspeed.init_inference(
         model,
         dtype=dtype,
         # mpu and tp_group both: mpu alone leaves every rank whole, without a word; tp_group alone is overwritten by a
@@ -105,6 +131,7 @@ def shard(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTra
         },
         injection_policy={block: family.row_parallel},
     ).module
+    del model.to_empty
     if config["model_type"] == "bloom":
         # Without a mask BLOOM builds ALiBi for all its heads, around the method that DeepSpeed replaced.
         def with_mask(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -112,9 +139,9 @@ def shard(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTra
                 kwargs["attention_mask"] = torch.ones_like(args[0] if args else kwargs["input_ids"])
             return args, kwargs
 
-        cut.transformer.register_forward_pre_hook(with_mask, with_kwargs=True)
-    assert tp_world_size(cut) == world, "DeepSpeed left this rank whole"
-    return cut
+        shared.transformer.register_forward_pre_hook(with_mask, with_kwargs=True)
+    assert tp_world_size(shared) == world, "DeepSpeed left this rank whole"
+    return shared
 
 
 def choose_all_reduce(

@@ -23,6 +23,7 @@ from metasepia import prepared as cards
 from metasepia.digests import canonical_json, digest_of, digest_of_file, digest_of_safetensors
 from metasepia.errors import CorruptArtefact, InvalidSettings
 from metasepia.prepared import PreparedBackbone
+from metasepia.stored import weight_files
 
 if TYPE_CHECKING:  # imported where needed: a prepared backbone is found again without them, in milliseconds
     import torch
@@ -62,7 +63,7 @@ class _Found:
 
     @property
     def weights(self) -> list[Path]:
-        return [self.path] if self.is_gguf else sorted(self.path.glob("*.safetensors"))
+        return [self.path] if self.is_gguf else weight_files(self.path)
 
     @property
     def files(self) -> list[Path]:

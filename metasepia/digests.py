@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from metasepia.errors import CorruptArtefact
+from metasepia.stored import StoredTensors
 
 
 def canonical_json(value: object) -> bytes:
@@ -32,34 +33,23 @@ def digest_of(header: object, tensors: Mapping[str, np.ndarray] | None = None) -
 def digest_of_safetensors(header: object, files: list[Path]) -> str:
     """The digest of a header and of every tensor stored in `files`, read as bytes: any dtype, no framework.
 
-    Raises CorruptArtefact for a file whose safetensors header does not parse or overruns the file.
+    It does not depend on how the tensors are spread over files, and little of them is in memory at a time. Raises
+    CorruptArtefact for a file whose safetensors header does not parse or overruns the file.
     """
-    entries: dict[str, tuple[Path, str, list[int], int, int]] = {}
-    for path in files:
-        with path.open("rb") as file:
-            header_len = int.from_bytes(file.read(8), "little")
-            if header_len > path.stat().st_size - 8:
-                raise CorruptArtefact(path.name, "its safetensors header is longer than the file")
-            try:
-                index = json.loads(file.read(header_len))
-            except ValueError as error:
-                raise CorruptArtefact(path.name, "its safetensors header is not JSON") from error
-        for name, entry in index.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                entries[name] = (path, entry["dtype"], entry["shape"], 8 + header_len + begin, end - begin)
+    tensors = StoredTensors(files)
     sha = hashlib.sha256(canonical_json(header))
-    for name in sorted(entries):
-        path, dtype, shape, offset, num_bytes = entries[name]
-        sha.update(canonical_json([name, dtype, shape]))
-        with path.open("rb") as file:
-            file.seek(offset)
-            while num_bytes > 0:
-                chunk = file.read(min(num_bytes, 1 << 22))
+    for name in sorted(tensors):
+        stored = tensors[name]
+        sha.update(canonical_json([name, stored.dtype, list(stored.shape)]))
+        left = stored.num_bytes
+        with stored.path.open("rb") as file:
+            file.seek(stored.offset)
+            while left > 0:
+                chunk = file.read(min(left, 1 << 22))
                 if not chunk:
-                    raise CorruptArtefact(path.name, f"it ends inside tensor {name}")
+                    raise CorruptArtefact(stored.path.name, f"it ends inside tensor {name}")
                 sha.update(chunk)
-                num_bytes -= len(chunk)
+                left -= len(chunk)
     return sha.hexdigest()
 
 

@@ -9,7 +9,6 @@ rounded factors do not multiply back to W. The reference rebuilds every matrix f
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -25,26 +24,13 @@ from metasepia.factors import factors_of as factors_of
 from metasepia.mixing import check_simplex
 from metasepia.rows import Adapter
 from metasepia.rows import Path as RowPath
+from metasepia.shards import LayerShard as LayerShard
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a contiguous tensor over the ranks of the gang and returns it; in place or not."""
 
 MAX_COMPOSED = 256
 """Adapters whose n s z is kept ready; the least recently used leaves first."""
-
-
-@dataclass(frozen=True)
-class LayerShard:
-    """How one layer is cut over the gang: `column` splits its outputs, `row` its inputs, in `sizes` by rank."""
-
-    kind: Literal["whole", "column", "row"] = "whole"
-    sizes: tuple[int, ...] = ()
-    rank: int = 0
-
-    @property
-    def span(self) -> slice:
-        start = sum(self.sizes[: self.rank])
-        return slice(start, start + self.sizes[self.rank])
 
 
 @dataclass

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors import tensor_parallel
+from metasepia import checkpoints
 from metasepia.svf import ExpertVectors, attach, factors_of
 
 EXPERT_LAYERS = {
@@ -45,7 +46,8 @@ def examine(directory: Path, family: str, world: int, rank: int) -> dict[str, An
     ids = torch.randint(0, 250, (3, 19), generator=noise)
     want = whole(ids, output_hidden_states=True)
     factors = factors_of(whole, EXPERT_LAYERS.get(family, EXPERT_LAYERS["llama"]), backbone, directory, progress=False)
-    cut = tensor_parallel.shard(copy.deepcopy(whole), world, torch.float32)
+    prepared = checkpoints.prepare(str(directory / family), directory / f"home{rank}")
+    cut = tensor_parallel.load_shard(prepared, world, torch.float32, "cpu")
     # gloo first: a shared-memory sum that agreed with itself only would show.
     without_mask = cut(ids, output_hidden_states=True)
     reduce, all_reduce = tensor_parallel.choose_all_reduce(rank, world, 10.0, "cpu")
