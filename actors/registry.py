@@ -17,7 +17,7 @@ from actors.messages import Artefact, RegistryInfo
 from cluster import resources
 from cluster.settings import RegistrySettings, Settings
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
-from metasepia.registry import Kind, Registry
+from metasepia.registry import Changes, Kind, Registry
 
 NAME, NAMESPACE = "registry", "metasepia"
 PURGE_EVERY_S = 3600.0
@@ -36,9 +36,11 @@ class RegistryWriter:
         self._open: Registry | None = None
         self._purged_s = float("-inf")
 
-    @ray.method
-    def put(self, kind: Kind, blob: bytes, digest: str, name: str | None, owner: str, card: dict[str, Any]) -> Artefact:
-        stored = self._registry().put(kind, blob, digest=digest, name=name, owner=owner, card=card)
+    @ray.method(concurrency_group="writes")
+    def put(
+        self, kind: Kind, blob: bytes, digest: str, name: str | None, owner: str, card: dict[str, Any], replace: bool
+    ) -> Artefact:
+        stored = self._registry().put(kind, blob, digest=digest, name=name, owner=owner, card=card, replace=replace)
         if time.monotonic() > self._purged_s + PURGE_EVERY_S:
             self._purged_s = time.monotonic()
             self._registry().purge(self._settings.retention_days * 86400)
@@ -57,6 +59,10 @@ class RegistryWriter:
         return self._registry().list(kind, owner, deleted=deleted, after=after, limit=limit)
 
     @ray.method
+    def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
+        return self._registry().changes(kind, owner, since)
+
+    @ray.method(concurrency_group="writes")
     def delete(self, kind: Kind, name: str, owner: str, digest: str) -> Artefact:
         return self._registry().delete(kind, name, owner, digest=digest)
 
@@ -73,7 +79,8 @@ class RegistryWriter:
             return self._open
 
 
-RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(RegistryWriter)
+# Writes wait for the disk, one after another: they must not take the threads that answer reads.
+RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(concurrency_groups={"writes": 2})(RegistryWriter)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +154,11 @@ class RegistryClient:
         name: str | None,
         owner: str,
         card: dict[str, object] | None = None,
+        replace: bool = True,
         timeout_s: float | None = None,
     ) -> Artefact:
         """See `Registry.put`; durable when this returns."""
-        return await self._call("put", kind, blob, digest, name, owner, card or {}, timeout_s=timeout_s)
+        return await self._call("put", kind, blob, digest, name, owner, card or {}, replace, timeout_s=timeout_s)
 
     async def resolve(
         self, kind: Kind, name: str, owner: str, *, deleted: bool = False, timeout_s: float | None = None
@@ -174,6 +182,12 @@ class RegistryClient:
     ) -> tuple[Artefact, ...]:
         """See `Registry.list`."""
         return await self._call("list", kind, owner, deleted, after, limit, timeout_s=timeout_s)
+
+    async def changes(
+        self, kind: Kind, owner: str, since: tuple[int, int] | None, *, timeout_s: float | None = None
+    ) -> Changes:
+        """See `Registry.changes`."""
+        return await self._call("changes", kind, owner, since, timeout_s=timeout_s)
 
     async def delete(self, kind: Kind, name: str, owner: str, *, timeout_s: float | None = None) -> Artefact:
         """See `Registry.delete`; takes away what the name points to now, and never what replaces it meanwhile."""

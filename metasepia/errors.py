@@ -7,6 +7,7 @@
     │   └── BodyTooLarge                         more bytes than a request may have
     ├── UnknownName            (LookupError)     a name nobody registered; lists those that exist
     ├── DeletedName            (LookupError)     a name that stood for something until it was deleted
+    ├── NameTaken              (ValueError)      a name that stands for something else already
     ├── Outdated               (RuntimeError)    made with a part that is served in another version now
     ├── NotSupported           (NotImplementedError)  a backbone, family or route lacks what was asked
     ├── CorruptArtefact        (ValueError)      a file that is not what its digest or kind says
@@ -14,6 +15,7 @@
     ├── Overloaded             (RuntimeError)    a bounded queue is full; carries `retry_after_s`
     ├── DeadlineExceeded       (TimeoutError)    a deadline passed before the answer was whole
     ├── Unavailable            (ConnectionError) a part is down or being rebuilt; carries `retry_after_s`
+    ├── NoLearningSignal       (RuntimeError)    rewards never differ: policy gradients have no direction
     └── Locked                 (RuntimeError)    another writer holds the registry
 
 Each class's `args` equal its constructor's parameters, so that Ray hands the caller the error itself.
@@ -60,10 +62,10 @@ class WindowExceeded(InvalidRequest):
 class BodyTooLarge(InvalidRequest):
     """The request's body is longer than this server reads."""
 
-    def __init__(self, max_mib: float) -> None:
-        MetasepiaError.__init__(self, max_mib)
-        self.param, self.max_mib = "body", max_mib
-        self.message = f"longer than {max_mib:g} MiB; send fewer texts at a time"
+    def __init__(self, max_mib: float, way_out: str = "send fewer texts at a time") -> None:
+        MetasepiaError.__init__(self, max_mib, way_out)
+        self.param, self.max_mib, self.way_out = "body", max_mib, way_out
+        self.message = f"longer than {max_mib:g} MiB; {way_out}"
 
 
 class UnknownName(MetasepiaError, LookupError):
@@ -87,6 +89,17 @@ class DeletedName(MetasepiaError, LookupError):
     def __str__(self) -> str:
         when = datetime.fromtimestamp(self.deleted_unix_s, UTC).isoformat(timespec="seconds")
         return f"the {self.kind} {self.name} was deleted at {when}; create it again, the same content has the same id"
+
+
+class NameTaken(MetasepiaError, ValueError):
+    """The name stands for something else, and the request did not say that it may be replaced."""
+
+    def __init__(self, kind: str, name: str, digest: str) -> None:
+        super().__init__(kind, name, digest)
+        self.kind, self.name, self.digest = kind, name, digest
+
+    def __str__(self) -> str:
+        return f"the {self.kind} {self.name!r} exists ({self.digest}); replace it with PUT, or choose another name"
 
 
 class Outdated(MetasepiaError, RuntimeError):
@@ -170,6 +183,21 @@ class Unavailable(MetasepiaError, ConnectionError):
 
     def __str__(self) -> str:
         return f"{self.part} is not available now; try again in {self.retry_after_s:.0f} s"
+
+
+class NoLearningSignal(MetasepiaError, RuntimeError):
+    """Every answer got the same reward, batch after batch, before anything was learnt."""
+
+    def __init__(self, num_batches: int, reward: float) -> None:
+        super().__init__(num_batches, reward)
+        self.num_batches, self.reward = num_batches, reward
+
+    def __str__(self) -> str:
+        return (
+            f"all answers of {self.num_batches} batches in a row had the same reward, {self.reward:g}: the model never "
+            "does what is rewarded, so there is nothing to strengthen. Raise --temperature or --samples, begin with "
+            "--choice-steps (tasks with labels), give partial rewards in the task, or use --method sft"
+        )
 
 
 class Locked(MetasepiaError, RuntimeError):

@@ -18,22 +18,24 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from metasepia.errors import (
     CorruptArtefact,
     InvalidRequest,
     Locked,
     MetasepiaError,
+    NameTaken,
     Unavailable,
     UnknownName,
 )
 from metasepia.local_disk import check_local_disk, sync_directory, take_lock
 
-Kind = Literal["expert", "mixture", "context", "module", "factors", "embedding"]
+Kind = Literal["expert", "mixture", "search", "context", "module", "factors", "embedding"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 SHARED = "shared"
@@ -41,6 +43,8 @@ SHARED = "shared"
 
 MAX_CARD_BYTES = 1 << 20
 MAX_NAMES_IN_AN_ERROR = 50
+MAX_CHANGES = 1000
+"""Changes of names that are remembered; whoever is further behind lists everything again."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -58,6 +62,11 @@ CREATE UNIQUE INDEX live_names ON entries (kind, owner, name) WHERE deleted IS N
 CREATE INDEX entries_by_digest ON entries (digest);
 CREATE INDEX entries_by_blob ON entries (sha256);
 """
+_INDEXES = """
+CREATE INDEX IF NOT EXISTS entries_by_name ON entries (kind, name);
+CREATE INDEX IF NOT EXISTS entries_deleted ON entries (deleted) WHERE deleted IS NOT NULL;
+"""
+"""Made at any opening where they are missing: they change how fast and not what."""
 _COLUMNS = "kind, digest, name, owner, created, num_bytes, card, deleted"
 
 
@@ -74,6 +83,18 @@ class Artefact:
     card: dict[str, object] = field(default_factory=dict)
     deleted_unix_s: float | None = None
     """When the name was deleted or replaced; None while it points here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What happened to names since a revision; see `Registry.changes`."""
+
+    revision: tuple[int, int]
+    """To be given next time."""
+    names: tuple[tuple[str, str], ...] | None
+    """(owner, name) of each name that may have changed; None: list everything again."""
+    live: tuple[Artefact, ...] = ()
+    """What those names stand for now; one that is not here stands for nothing."""
 
 
 def check_name(name: str, param: str = "name") -> None:
@@ -98,7 +119,9 @@ class Registry:
         root = root.expanduser().resolve()
         check_local_disk(root)
         self.root, self._blobs, self._clock = root, root / "blobs", clock
-        self._mutex = threading.RLock()
+        self._mutex, self._reading = threading.RLock(), threading.RLock()
+        self._num_changes = 0
+        self._changed: deque[tuple[int, str, str, str]] = deque(maxlen=MAX_CHANGES)
         self._holder = f"process {os.getpid()} on {socket.gethostname()}"
         with self._failures_in_words():
             self._blobs.mkdir(parents=True, exist_ok=True)
@@ -109,6 +132,7 @@ class Registry:
                     unfinished.unlink()
                 self._db = self._open_catalogue()
                 self.epoch = self._begin_epoch()
+                self._read_db = self._connect()  # reads do not wait for a write that waits for the disk
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -122,12 +146,13 @@ class Registry:
         name: str | None,
         owner: str,
         card: dict[str, object] | None = None,
+        replace: bool = True,
     ) -> Artefact:
         """Stores a blob and points `name` at it (None: it is found by its digest alone); durable when this returns.
 
         `digest` is the content digest; whoever takes bytes from a client computes it from them first. A name in use is
-        moved to the new digest. The same put again changes nothing, except that it mends a damaged blob.
-        Raises InvalidRequest for a kind, name, owner or card that is not allowed.
+        moved to the new digest, or with `replace` false NameTaken is raised. The same put again changes nothing, except
+        that it mends a damaged blob. Raises InvalidRequest for a kind, name, owner or card that is not allowed.
         """
         if kind not in KINDS:
             raise InvalidRequest("kind", f"{kind!r} is not a kind; one of {', '.join(KINDS)}")
@@ -151,12 +176,15 @@ class Registry:
             if live is not None:
                 if (live["digest"], live["sha256"], live["card"]) == (digest, sha256, card_json):
                     return _artefact(live)
+                if not replace:
+                    raise NameTaken(kind, name, live["digest"])
                 db.execute("UPDATE entries SET deleted=? WHERE id=?", (now, live["id"]))
             db.execute(
                 "INSERT INTO entries (kind, digest, owner, name, created, num_bytes, sha256, card) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (kind, digest, owner, name, now, len(blob), sha256, card_json),
             )
+        self._note(kind, owner, name)
         return Artefact(
             kind=kind,
             digest=digest,
@@ -173,11 +201,12 @@ class Registry:
         `deleted` finds the latest tombstone where nothing stands for it now. Raises UnknownName listing the names of
         that kind this owner can see.
         """
-        row = self._one(
-            f"SELECT {_COLUMNS} FROM entries WHERE kind=? AND (name=? OR digest=?) AND owner IN (?, ?) "
-            "AND (? OR deleted IS NULL) "
+        found = f"SELECT id, {_COLUMNS} FROM entries WHERE kind=? AND owner IN (?, ?) AND (? OR deleted IS NULL)"
+        whose = (kind, owner, SHARED, deleted)
+        row = self._one(  # each half by its own index: a name may have thousands of tombstones beside it
+            f"SELECT * FROM ({found} AND name=? UNION ALL {found} AND digest=?) "
             "ORDER BY deleted IS NOT NULL, owner = ? DESC, name = ? DESC, deleted DESC, id LIMIT 1",
-            (kind, name, name, owner, SHARED, deleted, owner, name),
+            (*whose, name, *whose, name, owner, name),
         )
         if row is None:
             raise UnknownName(kind, name, self._known(kind, owner))
@@ -189,22 +218,14 @@ class Registry:
         `owner` None is the system itself: a shard that pulls what an admitted row names. Raises UnknownName for a
         digest this owner has not got, CorruptArtefact when the bytes on disk are no longer those that were stored.
         """
-        with self._mutex:  # until the file is open: after that `purge` cannot take the bytes from under us
-            row = self._one(
-                "SELECT sha256 FROM entries WHERE digest=? AND (? IS NULL OR owner IN (?, ?)) "
-                "ORDER BY owner IS ? DESC, deleted IS NOT NULL, id LIMIT 1",
-                (digest, owner, owner, SHARED, owner),
-            )
-            if row is None:
-                raise UnknownName("artefact", digest, self._known(None, owner))
-            with self._failures_in_words():
-                try:
-                    file = (self._blobs / row["sha256"]).open("rb")
-                except FileNotFoundError:
-                    raise CorruptArtefact(f"artefact {digest}", "its blob is missing; put it again") from None
+        try:
+            file, sha256 = self._open_blob(digest, owner)
+        except CorruptArtefact:  # or `purge` took the bytes while another entry of them was being made
+            with self._mutex:
+                file, sha256 = self._open_blob(digest, owner)
         with file, self._failures_in_words():
             blob = file.read()
-        if hashlib.sha256(blob).hexdigest() != row["sha256"]:
+        if hashlib.sha256(blob).hexdigest() != sha256:
             raise CorruptArtefact(
                 f"artefact {digest}", "the bytes on disk have changed since they were stored; put it again"
             )
@@ -218,13 +239,36 @@ class Registry:
         `deleted` adds tombstones, newest first behind the live entry of their name. A shared entry that the owner's own
         hides is listed too.
         """
-        with self._mutex, self._failures_in_words():
-            rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM entries WHERE (? IS NULL OR kind=?) AND owner IN (?, ?) AND name > ? "
-                "AND (? OR deleted IS NULL) ORDER BY name, deleted IS NOT NULL, id DESC LIMIT ?",
-                (kind, kind, owner, SHARED, after, deleted, limit),
+        alive = "" if deleted else "AND deleted IS NULL "
+        of_kind, kinds = ("", ()) if kind is None else ("kind=? AND ", (kind,))
+        one = (
+            f"SELECT * FROM (SELECT id, {_COLUMNS} FROM entries WHERE {of_kind}owner=? AND name > ? {alive}"
+            "ORDER BY name, deleted IS NOT NULL, id DESC LIMIT ?)"
+        )
+        with self._reading, self._failures_in_words():
+            rows = self._read_db.execute(
+                f"SELECT * FROM ({one} UNION ALL {one}) ORDER BY name, deleted IS NOT NULL, id DESC LIMIT ?",
+                (*kinds, owner, after, limit, *kinds, SHARED, after, 0 if owner == SHARED else limit, limit),
             ).fetchall()
         return tuple(_artefact(row) for row in rows)
+
+    def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
+        """The names of a kind, the owner's and the shared ones, that may have changed since a revision.
+
+        For keepers of a copy: take the revision (`since` None), list everything once, then ask what has changed. What
+        `put` or `delete` had answered before this was asked is in the answer. After another writer took over, or more
+        than MAX_CHANGES changes, everything must be listed again.
+        """
+        with self._reading:
+            changed, now = tuple(self._changed), self._num_changes
+        behind = None if since is None or since[0] != self.epoch else now - since[1]
+        if behind is None or not 0 <= behind <= len(changed):
+            return Changes(revision=(self.epoch, now), names=None)
+        recent = changed[len(changed) - behind :] if behind else ()
+        names = tuple(
+            dict.fromkeys((own, name) for _, of, own, name in recent if of == kind and own in (owner, SHARED))
+        )
+        return Changes(revision=(self.epoch, now), names=names, live=self._live(kind, names))
 
     def delete(self, kind: Kind, name: str, owner: str, *, digest: str | None = None) -> Artefact:
         """Takes an owner's name away and returns its tombstone; the blob stays until `purge`.
@@ -244,6 +288,7 @@ class Registry:
                 now = self._clock()
                 db.execute("UPDATE entries SET deleted=? WHERE id=?", (now, row["id"]))
                 row = {**dict(row), "deleted": now}
+        self._note(kind, owner, name)
         return _artefact(row)
 
     def purge(self, older_than_s: float) -> int:
@@ -266,8 +311,9 @@ class Registry:
 
     def close(self) -> None:
         """Gives the directory free for another writer."""
-        with self._mutex:
+        with self._mutex, self._reading:
             self._db.close()
+            self._read_db.close()
             if self._lock >= 0:
                 os.close(self._lock)
                 self._lock = -1
@@ -280,9 +326,8 @@ class Registry:
 
     def _open_catalogue(self) -> sqlite3.Connection:
         # Autocommit: transactions begin and end where `_write` says. SQLite plays back the write-ahead log by itself.
-        db = sqlite3.connect(self.root / "catalogue.sqlite", isolation_level=None, check_same_thread=False, timeout=5.0)
+        db = self._connect()
         try:
-            db.row_factory = sqlite3.Row
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -296,10 +341,16 @@ class Registry:
                 )
             if version == 0:
                 db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+            db.executescript(_INDEXES)
             sync_directory(self.root)
         except BaseException:
             db.close()
             raise
+        return db
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.root / "catalogue.sqlite", isolation_level=None, check_same_thread=False, timeout=5.0)
+        db.row_factory = sqlite3.Row
         return db
 
     def _begin_epoch(self) -> int:
@@ -339,13 +390,39 @@ class Registry:
             os.replace(part, target)
         sync_directory(self._blobs)  # also for a file that was there: its own writer may have died before this
 
+    def _open_blob(self, digest: str, owner: str | None) -> tuple[BinaryIO, str]:
+        row = self._one(
+            "SELECT sha256 FROM entries WHERE digest=? AND (? IS NULL OR owner IN (?, ?)) "
+            "ORDER BY owner IS ? DESC, deleted IS NOT NULL, id LIMIT 1",
+            (digest, owner, owner, SHARED, owner),
+        )
+        if row is None:
+            raise UnknownName("artefact", digest, self._known(None, owner))
+        with self._failures_in_words():
+            try:
+                return (self._blobs / row["sha256"]).open("rb"), row["sha256"]
+            except FileNotFoundError:
+                raise CorruptArtefact(f"artefact {digest}", "its blob is missing; put it again") from None
+
+    def _note(self, kind: str, owner: str, name: str) -> None:
+        """Remembers a committed change, before it is acknowledged."""
+        with self._reading:
+            self._num_changes += 1
+            self._changed.append((self._num_changes, kind, owner, name))
+
+    def _live(self, kind: str, names: Sequence[tuple[str, str]]) -> tuple[Artefact, ...]:
+        query = f"SELECT {_COLUMNS} FROM entries WHERE kind=? AND owner=? AND name=? AND deleted IS NULL"
+        with self._reading, self._failures_in_words():
+            rows = [self._read_db.execute(query, (kind, owner, name)).fetchone() for owner, name in names]
+        return tuple(_artefact(row) for row in rows if row is not None)
+
     def _one(self, query: str, values: tuple[object, ...]) -> Any:
-        with self._mutex, self._failures_in_words():
-            return self._db.execute(query, values).fetchone()
+        with self._reading, self._failures_in_words():
+            return self._read_db.execute(query, values).fetchone()
 
     def _known(self, kind: str | None, owner: str | None, *, shared: bool = True) -> tuple[str, ...]:
-        with self._mutex:
-            rows = self._db.execute(
+        with self._reading:
+            rows = self._read_db.execute(
                 "SELECT DISTINCT name FROM entries WHERE deleted IS NULL AND (? IS NULL OR kind=?) "
                 "AND (? IS NULL OR owner=? OR (? AND owner=?)) ORDER BY name LIMIT ?",
                 (kind, kind, owner, owner, shared, SHARED, MAX_NAMES_IN_AN_ERROR + 1),

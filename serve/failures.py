@@ -45,6 +45,7 @@ TABLE: dict[type[BaseException], Failure] = {
     errors.InvalidRequest: Failure(400, "invalid_request_error", "invalid_value", grpc.StatusCode.INVALID_ARGUMENT),
     errors.UnknownName: Failure(404, "invalid_request_error", "model_not_found", grpc.StatusCode.NOT_FOUND),
     errors.DeletedName: Failure(410, "invalid_request_error", "deleted", grpc.StatusCode.NOT_FOUND),
+    errors.NameTaken: Failure(409, "invalid_request_error", "already_exists", grpc.StatusCode.ALREADY_EXISTS),
     errors.Outdated: Failure(409, "invalid_request_error", "outdated", grpc.StatusCode.FAILED_PRECONDITION),
     errors.NotSupported: Failure(400, "invalid_request_error", "not_supported", grpc.StatusCode.UNIMPLEMENTED),
     errors.Overloaded: Failure(429, "rate_limit_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -68,8 +69,15 @@ TABLE: dict[type[BaseException], Failure] = {
 
 UNEXPECTED = Failure(500, "server_error", "internal_error", grpc.StatusCode.INTERNAL)
 
-_PARAM_OF_KIND = {"encoder": "encoder", "backbone": "backbone", "expert": "weights", "reasoning module": "module"}
-"""The field that held the name; `model` otherwise. Expert names by themselves are met in mixtures only."""
+_PARAM_OF_KIND = {
+    "encoder": "encoder",
+    "backbone": "backbone",
+    "expert": "weights",
+    "registered expert": "name",
+    "registered mixture": "digest",
+    "reasoning module": "module",
+}
+"""The field that held the name; `model` otherwise. Plain `expert` is one that a mixture names."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def answer(error: BaseException) -> Answer:
     elif not isinstance(error, errors.MetasepiaError):
         message = _MESSAGES.get(failure.code, "the request was not answered")
     param = getattr(error, "param", None)
-    if isinstance(error, errors.UnknownName | errors.DeletedName):
+    if isinstance(error, errors.UnknownName | errors.DeletedName | errors.NameTaken):
         param = _PARAM_OF_KIND.get(error.kind, "model")
     return envelope(failure, message, param, getattr(error, "retry_after_s", None))
 

@@ -14,6 +14,7 @@ CASES: list[errors.MetasepiaError] = [
     errors.BodyTooLarge(8.0),
     errors.UnknownName("expert", "law", ("maths",)),
     errors.DeletedName("context", "ctx-0", 1e9),
+    errors.NameTaken("expert", "law", "0a" * 32),
     errors.Outdated("context ctx-0", "encoder", "minilm (0a)", ("minilm (1b)",)),
     errors.NotSupported("tp_size 2 for family t5", "use tp_size 1"),
     errors.CorruptArtefact("expert.safetensors", "it ends inside tensor z"),
