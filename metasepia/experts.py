@@ -55,8 +55,9 @@ def index_path(digest: str, home: Path) -> Path:
     return home / "factors" / f"{digest}.json"
 
 
-def factors_path(digest: str, home: Path) -> Path:
-    return home / "factors" / f"{digest}.safetensors"
+def factors_path(digest: str, home: Path, rank: int = 0) -> Path:
+    """The whole factors, or a file of the leading `rank` singular vectors."""
+    return home / "factors" / (f"{digest}.r{rank}.safetensors" if rank else f"{digest}.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,26 +2,30 @@
 
 The file is keyed by backbone and layer names (DESIGN 5). It is made once and never once a replica, because near-equal
 singular values rotate between runs, and an expert's multipliers follow their order. Factored in fp64 and stored in
-fp32, so that two machines differ by rounding only.
+fp32, so that two machines differ by rounding only. A file may hold the leading singular vectors alone, with all the
+singular values: what truncated experts need, and all that a large backbone has room for.
 """
 
 import fcntl
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported
 from metasepia.experts import FactorIndex, factors_path, index_path
+from metasepia.factor_files import FactorFile
+from metasepia.prepared import PreparedBackbone
+from metasepia.shards import LayerShard
+from metasepia.stored import StoredTensors
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class FactorSet:
     digest: str
     backbone: str
     factors: Mapping[str, SingularFactors]
+    shards: Mapping[str, LayerShard] = field(default_factory=dict)
+    """How `factors` are cut already; a layer that is not named is whole."""
+    rank: int = 0
+    """Leading singular vectors that `factors` have, of each layer that has more; 0: all of them. s is always whole."""
 
     def __getitem__(self, name: str) -> SingularFactors:
         return self.factors[name]
@@ -114,36 +122,156 @@ def factors_of(
     file. A cached file that is not what it should be is computed anew. `backbone` is the backbone's digest.
     """
     layers = expert_layers_of(model, suffixes)
-    shapes = {name: tuple(weight.shape) for name, weight in layers.items()}
-    digest = FactorIndex.digest_for(backbone, tuple(layers))
-    path = factors_path(digest, home)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        cached = _read(path, digest, backbone, shapes)
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in layers.items()}
+    return _made(shapes, lambda name: layers[name].detach(), backbone, home, 0, "cpu", progress)
+
+
+def factors_of_backbone(
+    prepared: PreparedBackbone,
+    suffixes: Sequence[str],
+    home: Path,
+    *,
+    rank: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> FactorSet:
+    """As `factors_of`, with the model left on disk: one weight at a time is read, factored on `device` and written.
+
+    What is written stays: a process that was ended in between goes on where it stopped. `rank` keeps the leading
+    singular vectors alone, in a file of their own unless the whole factors are there.
+    """
+    from metasepia import checkpoints, loading
+
+    directory = Path(prepared.path)
+    model = loading.skeleton(directory, torch.float32)
+    layers = expert_layers_of(model, suffixes)
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in layers.items()}
+    stored = StoredTensors.of_directory(directory)
+    try:
+        names = loading.stored_names(model, stored)
+    except NotSupported:  # transformers makes its parameters out of several tensors
+        whole = expert_layers_of(checkpoints.load(prepared, torch.float32, "cpu"), suffixes)
+        return _made(shapes, lambda name: whole[name].detach(), prepared.digest, home, rank, device, progress)
+    return _made(
+        shapes, lambda name: stored.load(names[name], torch.float32), prepared.digest, home, rank, device, progress
+    )
+
+
+def cut_factors(
+    digest: str,
+    backbone: str,
+    home: Path,
+    shards: Mapping[str, LayerShard],
+    *,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> FactorSet:
+    """A rank's part of factors that are on disk: each layer is read when it is asked for, and is not kept.
+
+    Of a layer that `shards` names only this rank's rows of u or columns of vh are read, and of every layer the
+    leading `rank` singular vectors. Raises CorruptArtefact for factors that are missing or not what their index says.
+    """
+    index = FactorIndex.read(digest, home)
+    path = _existing(digest, home, rank)
+    if path is None:
+        raise CorruptArtefact(f"factors {short(digest)}", "they are not there; run `python -m jobs.factor_backbone`")
+    parts = _Parts(StoredTensors([path]), tuple(index.lengths), shards, rank, dtype, device)
+    return FactorSet(digest, backbone, parts, shards=dict(shards), rank=rank)
+
+
+class _Parts(Mapping[str, SingularFactors]):
+    """Reads one layer's factors, cut, whenever they are asked for."""
+
+    def __init__(
+        self,
+        stored: StoredTensors,
+        names: tuple[str, ...],
+        shards: Mapping[str, LayerShard],
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self._stored, self._names, self._shards, self._rank = stored, names, shards, rank
+        self._dtype, self._device = dtype, device
+
+    def __getitem__(self, name: str) -> SingularFactors:
+        if name not in self._names:
+            raise KeyError(name)
+        rows, columns = self._shards.get(name, LayerShard()).part_of(2)
+        leading = slice(self._rank or None)
+        try:
+            return SingularFactors(
+                u=self._read(f"{name}/u", rows, leading, self._dtype),
+                s=self._read(f"{name}/s", slice(None), slice(None), torch.float32),
+                vh=self._read(f"{name}/vh", leading, columns, self._dtype),
+            )
+        except KeyError as error:
+            raise CorruptArtefact("the factors", f"they lack {error}; delete them and start again") from error
+
+    def _read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        shape = self._stored[name].shape
+        sides = [len(range(*part.indices(side))) for part, side in zip((rows, columns), shape, strict=False)]
+        part = torch.empty(sides, dtype=dtype, device=self._device)
+        self._stored.read(name, part, rows, columns)
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _existing(digest: str, home: Path, rank: int) -> Path | None:
+    """A file with at least the leading `rank` singular vectors (0: all of them); the smallest there is."""
+    kept = {int(p.suffixes[-2][2:]): p for p in (home / "factors").glob(f"{digest}.r*.safetensors")} if rank else {}
+    enough = [kept[one] for one in sorted(kept) if one >= rank]
+    whole = factors_path(digest, home)
+    return enough[0] if enough else whole if whole.is_file() else None
+
+
+def _made(
+    shapes: Mapping[str, tuple[int, int]],
+    weight: Callable[[str], Tensor],
+    backbone: str,
+    home: Path,
+    rank: int,
+    device: str,
+    progress: bool,
+) -> FactorSet:
+    """The factors of the named weights, from disk; what is missing is made first, each weight in its turn."""
+    from rich.progress import track
+
+    digest = FactorIndex.digest_for(backbone, tuple(shapes))
+    lengths = {name: min(shape) for name, shape in shapes.items()}
+    directory = factors_path(digest, home).parent
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / f"{digest}.lock"):
+        cached = _read(digest, backbone, home, shapes, rank)
         if cached is not None:
             return cached
-        computed = FactorSet(digest, backbone, _factor(layers, progress))
-        _write(path, computed, home)
-    cached = _read(path, digest, backbone, shapes)
+        file = FactorFile(factors_path(digest, home, rank), shapes, rank)
+        what = "Factoring the expert layers (once)"
+        for name in track(file.missing(), what, disable=not progress, total=len(shapes), completed=file.num_done):
+            with torch.no_grad():
+                exact = SingularFactors.of(weight(name).to(device).double())
+            file.put(name, exact.u.float().cpu(), exact.s.float().cpu(), exact.vh.float().cpu())
+        file.finish()
+        index = index_path(digest, home)
+        scratch = index.with_suffix(".tmp")
+        scratch.write_text(FactorIndex(digest=digest, backbone=backbone, lengths=lengths).to_json())
+        scratch.replace(index)
+    cached = _read(digest, backbone, home, shapes, rank)
     if cached is None:
         raise CorruptArtefact(f"factors {short(digest)}", "they changed on disk while they were read; start again")
     return cached
 
 
-def _factor(layers: Mapping[str, Tensor], progress: bool) -> dict[str, SingularFactors]:
-    from rich.progress import track
-
-    factors: dict[str, SingularFactors] = {}
-    with torch.no_grad():
-        for name in track(list(layers), "Factoring the expert layers (once)", disable=not progress):
-            exact = SingularFactors.of(layers[name].detach().double())
-            factors[name] = SingularFactors(exact.u.float(), exact.s.float(), exact.vh.float())
-    return factors
-
-
-def _read(path: Path, digest: str, backbone: str, shapes: Mapping[str, tuple[int, ...]]) -> FactorSet | None:
+def _read(digest: str, backbone: str, home: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> FactorSet | None:
     """None for a file that is missing, torn or of other layers: the caller computes it."""
-    if not path.is_file() or not index_path(digest, path.parents[1]).is_file():
+    path = _existing(digest, home, rank)
+    if path is None or not index_path(digest, home).is_file():
         return None
     try:
         tensors = load_file(path)
@@ -152,25 +280,14 @@ def _read(path: Path, digest: str, backbone: str, shapes: Mapping[str, tuple[int
         return None
     for name, (rows, columns) in shapes.items():
         f, singular = factors[name], min(rows, columns)
-        if (f.u.shape, f.s.shape, f.vh.shape) != ((rows, singular), (singular,), (singular, columns)):
+        kept = f.u.shape[1]
+        if (f.u.shape, f.s.shape, f.vh.shape) != ((rows, kept), (singular,), (kept, columns)):
             return None
-    return FactorSet(digest, backbone, factors)
-
-
-def _write(path: Path, computed: FactorSet, home: Path) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, f in computed.factors.items():
-        tensors |= {f"{name}/u": f.u, f"{name}/s": f.s, f"{name}/vh": f.vh}
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
-    scratch.chmod(0o644)  # safetensors writes 0600, and other users of this home may serve from it
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    index = index_path(computed.digest, home)
-    scratch = index.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(computed.index.to_json())
-    scratch.replace(index)
+        if kept < min(rank or singular, singular):
+            return None
+        if rank and kept > rank:
+            factors[name] = SingularFactors(f.u[:, :rank], f.s, f.vh[:rank])
+    return FactorSet(digest, backbone, factors, rank=rank)
 
 
 @contextmanager
