@@ -14,6 +14,7 @@ import numpy as np
 from metasepia.digests import canonical_json, digest_of, is_digest
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors
+from metasepia.lora import LoraAdapter
 from metasepia.rows import Adapter, Weight
 
 BASE = "base"
@@ -155,11 +156,19 @@ class ExpertMixer:
         return ExpertVectors(backbone=first.backbone, factors=first.factors, z=z, renormalise=first.renormalise)
 
 
-def check_same_kind(experts: Sequence[ExpertVectors]) -> None:
+def check_same_kind(experts: Sequence[ExpertVectors | LoraAdapter]) -> None:
     """Raises InvalidRequest unless all share backbone, factors and form."""
     first = experts[0]
     for expert in experts[1:]:
-        if (expert.backbone, expert.factors) != (first.backbone, first.factors):
+        if expert.backbone != first.backbone:
+            raise InvalidRequest("weights", "experts of different backbones or factors cannot be mixed")
+        if isinstance(expert, LoraAdapter) or isinstance(first, LoraAdapter):
+            if type(expert) is not type(first):
+                raise InvalidRequest(
+                    "weights", "low-rank adapters cannot be mixed with expert vectors; choose one kind"
+                )
+            continue
+        if expert.factors != first.factors:
             raise InvalidRequest("weights", "experts of different backbones or factors cannot be mixed")
         if expert.renormalise != first.renormalise:
             raise InvalidRequest("weights", "renormalised experts cannot be mixed with others; choose one kind")
