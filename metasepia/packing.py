@@ -1,7 +1,8 @@
 """Linear layers of frozen models on a CPU: weights kept in oneDNN's blocked order, bias and GELU within the product.
 
-`F.linear` in float32 goes to MKL, which takes a slower path on processors that are not Intel's and lays the weights out
-anew in each call; oneDNN compiles its kernels for the instructions that it finds. Results differ by rounding only.
+`F.linear` in float32 goes to MKL, which takes a slower path on processors that are not Intel's; in both dtypes the
+weights are laid out anew in each call. oneDNN compiles its kernels for the instructions that it finds (bfloat16 is
+accumulated in float32). Results differ by rounding only.
 """
 
 from typing import Any, Literal
@@ -19,8 +20,8 @@ _TYPICAL_ROWS = 256
 class PackedLinear:
     """A linear layer, and a GELU after it, without gradients.
 
-    Packed when first called and again once the weight has changed; the layer keeps its own weight too. Weights that are
-    not float32 on a CPU, or a torch without oneDNN: plainly computed.
+    Packed when first called and again once the weight has changed; the layer keeps its own weight too. Weights that
+    `can_pack` refuses, and inputs of another dtype, are plainly computed.
     """
 
     def __init__(self, linear: nn.Linear, *, gelu: Gelu | None = None) -> None:
@@ -30,7 +31,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.linear.weight
-        if x.numel() == 0 or x.dtype != torch.float32 or not can_pack(weight):
+        if x.numel() == 0 or x.dtype != weight.dtype or not can_pack(weight):
             y = self.linear(x)
             return y if self.gelu is None else F.gelu(y, approximate="tanh" if self.gelu == "tanh" else "none")
         now = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
@@ -46,12 +47,13 @@ class PackedLinear:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this torch and this weight take the packed path."""
+    """Whether this torch and this weight take the packed path: float32, or bfloat16 where the processor has AVX-512."""
     return (
-        weight.dtype == torch.float32
+        weight.dtype in (torch.float32, torch.bfloat16)
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metasepia.packing import PackedLinear, pack
+from metasepia.packing import PackedLinear, can_pack, pack
 
 
 def layer(inputs: int = 24, outputs: int = 40, *, bias: bool = True) -> nn.Linear:
@@ -34,6 +34,20 @@ def test_the_gelu_within_is_the_one_asked_for(gelu):
 def test_a_view_of_every_second_column_is_read_as_it_stands():
     plain, x = layer(), torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(PackedLinear(plain)(x[:, ::2]), plain(x[:, ::2]), atol=1e-5, rtol=0)
+
+
+def test_a_packed_layer_in_bfloat16_rounds_once():
+    plain, x = layer(96, 40).bfloat16(), torch.randn(5, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    packed = PackedLinear(plain)
+    exact = nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double())
+    got = packed(x)
+    assert got.dtype == torch.bfloat16 and (packed._packed is not None) == can_pack(plain.weight)
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=2e-3)
+
+
+def test_an_input_of_another_dtype_than_the_weights_is_refused_as_torch_refuses_it():
+    with pytest.raises(RuntimeError, match="dtype"):
+        PackedLinear(layer().bfloat16())(torch.ones(2, 24))
 
 
 def test_weights_of_another_dtype_are_computed_plainly():
