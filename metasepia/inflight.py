@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName, WindowExceeded
 from metasepia.prepared import PreparedBackbone
-from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
+from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
 from metasepia.steps import NewRow
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class Limits:
     max_batch_tokens: int
     """Rows times the longest row, prompt and answer: once over the rows that decode, once over prompts being read."""
     max_queued_tokens: int
-    """Waiting prompts and their answers."""
+    """Waiting prompts and their answers. Background rows (priority below 0) may fill half as much, and are not counted
+    when others arrive: they never cause a refusal."""
     max_prefix_tokens: int = 0
     """Prefixes kept for the rows that name them; 0 keeps none."""
     step_target_s: float = 0.25
@@ -73,9 +74,14 @@ class Entry:
     answer: Callable[[Answer], None]
     key: int
     submitted_s: float
+    place: int
+    """Orders rows of one priority: that of arrival, also after it was put back."""
     token: int = -1
     """Live rows: the token chosen last, to be fed next."""
-    num_answered: int = 0
+    answered: list[int] = field(default_factory=list)
+    """Tokens chosen since it began."""
+    leased: bool = True
+    """Its experts are held, and stay while it waits unless a row before it needs their room (`metasepia.leases`)."""
     reads_prefix: bool = False
     """It is no caller's: it is read for the rows that share it."""
     waits_for_prefix: bool = False
@@ -85,15 +91,19 @@ class Entry:
 
     @property
     def ready(self) -> bool:
-        return not self.waits_for_prefix or (self.prefix is not None and self.prefix.held)
+        return self.leased and (not self.waits_for_prefix or (self.prefix is not None and self.prefix.held))
 
     @property
     def order(self) -> tuple[int, int]:
-        return -self.row.priority, self.key
+        return -self.row.priority, self.place
 
     @property
     def generates(self) -> bool:
         return self.row.want == "tokens"
+
+    @property
+    def is_background(self) -> bool:
+        return self.row.priority < 0
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -116,6 +126,17 @@ class Entry:
     @property
     def total_len(self) -> int:
         return len(self.row.token_ids) + (self.row.sampling.max_tokens if self.generates else 0)
+
+    @property
+    def left_len(self) -> int:
+        """Steps until it ends, about: what is still to be chosen."""
+        return self.row.sampling.max_tokens - len(self.row.sent) - len(self.answered) if self.generates else 1
+
+    def put_back(self, key: int) -> None:
+        """To be read again from its beginning, under another key, together with what it has answered."""
+        self.row = dataclasses.replace(self.row, sent=(*self.row.sent, *self.answered))
+        self.key, self.token, self.answered = key, -1, []
+        self.prefix, self.waits_for_prefix = None, self.shared > 0
 
     def new_row(self) -> NewRow:
         row = self.row
@@ -141,11 +162,22 @@ class Group:
     num_rows: int
     """As begun: rows that leave meanwhile are still computed."""
     done: int
+    adapters: tuple[Adapter, ...]
+    """As begun, for the same reason."""
 
     @classmethod
     def of(cls, entries: list[Entry]) -> "Group":
         width = max(entry.read_len for entry in entries)
-        return cls(entries, width, len(entries), width - max(entry.own_len for entry in entries))
+        adapters = tuple(entry.row.adapter for entry in entries)
+        return cls(entries, width, len(entries), width - max(entry.own_len for entry in entries), adapters)
+
+    @property
+    def priority(self) -> int:
+        return self.entries[0].row.priority
+
+    @property
+    def is_background(self) -> bool:
+        return self.priority < 0
 
     @property
     def num_reused(self) -> int:
@@ -198,8 +230,12 @@ class State:
         return itertools.chain.from_iterable(group.entries for group in self.groups.values())
 
     def forget(self, entry: Entry) -> None:
-        """Takes a row out from wherever it is."""
+        """Takes a row out from wherever it is, for good."""
         del self.entries[entry.row.request_id]
+        self.take_out(entry)
+
+    def take_out(self, entry: Entry) -> None:
+        """Takes a row out from where it is; the decoder forgets its key."""
         if entry in self.waiting:
             self.waiting.remove(entry)
             return

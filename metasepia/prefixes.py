@@ -139,7 +139,7 @@ def _reader(entry: Entry, key: int, now: float) -> Entry:
         want="hidden_states",
         hidden=HiddenStatesWanted(layers=(-1,), pooling="last"),
     )
-    return Entry(row, _nobody, key, now, reads_prefix=True)
+    return Entry(row, _nobody, key, now, place=key, leased=entry.leased, reads_prefix=True)
 
 
 def _nobody(answer: object) -> None:

@@ -59,7 +59,8 @@ class Row:
     """Sampling noise is a function of (seed, position)."""
     deadline_unix_s: float = float("inf")
     priority: int = 0
-    """Larger goes first; rows of equal priority in order of arrival."""
+    """Larger goes first; rows of equal priority in order of arrival. Below 0: background, which gives its place to
+    others even after it began, and goes on later where it stopped."""
     want: Literal["tokens", "logprobs", "hidden_states"] = "tokens"
     score_from: int = 1
     """want = logprobs: the first position whose token is scored given those before it. In [1, number of tokens]."""

@@ -3,9 +3,12 @@
 No torch and no Ray: the scheduler hands `StepPlan`s to a callable and reads `StepResult`s. Waiting rows go by priority,
 then arrival; rows that generate and rows that are only read (scores, hidden states) take turns at equal priority.
 Prompts are read in pieces of about `step_target_s`, and a short prompt may overtake a long one that is being read.
+
+Rows of priority below 0 are *background* (a search's population). They fill what others leave: where one of these has
+no room, background rows that have begun are put back to wait, and go on later with the tokens that they have sent. The
+queue has room of its own for them, so however many there are, no other row is refused for them.
 """
 
-import bisect
 import itertools
 import logging
 import threading
@@ -16,19 +19,23 @@ from typing import Literal
 
 import numpy as np
 
-from metasepia.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from metasepia.errors import DeadlineExceeded, InvalidRequest, MetasepiaError, Unavailable
 from metasepia.inflight import Answer as Answer
 from metasepia.inflight import Entry, Group, Rates, State, check
 from metasepia.inflight import Limits as Limits
+from metasepia.leases import Leases, Moves
 from metasepia.prefixes import Prefixes
 from metasepia.prepared import PreparedBackbone
+from metasepia.room import Room
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from metasepia.steps import Advance, Begin, Chosen, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
 MAX_GROUPS = 3
-"""Groups of prompts being read at once; more only delay each other."""
+"""Groups of prompts being read at once; more only delay each other. For rows that are not background, those of
+background rows do not count.
+"""
 MIN_BUDGET = 64
 """Tokens read in one step, whatever was measured."""
 MAX_BUDGET = 8192
@@ -53,6 +60,14 @@ class Load:
     """Of kept prefixes."""
     reused_tokens: int
     """Taken from kept prefixes instead of read, since the start."""
+    put_back: int = 0
+    """Times that a background row made way for another, since the start."""
+    experts: int = 0
+    """Held by each rank; 0 where they are not leased."""
+    expert_bytes: int = 0
+    experts_learnt: int = 0
+    """Since the start."""
+    experts_forgotten: int = 0
 
 
 class Scheduler:
@@ -64,14 +79,23 @@ class Scheduler:
         limits: Limits,
         prepared: PreparedBackbone,
         *,
+        leases: Leases | None = None,
+        move: Callable[[Moves], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`leases`: who may begin depends on the experts that the decoder holds, which the plans change; `move` is told
+        which ones to bring, from the scheduler's thread, and must not block. None: `run` refuses what it lacks.
+        """
+        self._leases, self._move = leases, move
         self._run, self._limits, self._prepared, self._clock = run, limits, prepared, clock
         self._state, self._rates = State(), Rates()
         self._prefixes = Prefixes(limits.max_prefix_tokens)
         self._changed = threading.Condition()
-        self._keys = itertools.count()
+        self._keys, self._groups = itertools.count(), itertools.count()
+        self._room = Room(self._state, limits, self._keys)
         self._last_generated = False
+        self._stirred = False
+        """Something came since the last step began."""
 
     # -- from any thread -----------------------------------------------------------------------------------------------
 
@@ -82,8 +106,8 @@ class Scheduler:
         for a row that can never run, DeadlineExceeded for one that is late already, Overloaded when the queue is full,
         with the seconds that it takes to drain at the measured rate, Unavailable once stepping has ended.
         """
-        now = self._clock()
-        entry = Entry(row, answer, next(self._keys), now)
+        now, key = self._clock(), next(self._keys)
+        entry = Entry(row, answer, key, now, place=key, leased=self._leases is None or not row.adapter)
         check(row, self._prepared, self._limits)
         self._prefixes.admit(entry)
         if row.deadline_unix_s <= now:
@@ -93,13 +117,28 @@ class Scheduler:
                 raise Unavailable("the backbone", 5.0)
             if row.request_id in self._state.entries:
                 raise InvalidRequest("request_id", f"{row.request_id} is in flight already")
-            over = self._waiting_tokens() + entry.total_len - self._limits.max_queued_tokens
-            if over > 0 and self._state.waiting:
-                seconds = over / self._rates.tokens_per_s if self._rates.tokens_per_s else 1.0
-                raise Overloaded("the backbone's queue", min(max(seconds, 1.0), 600.0))
+            self._room.check_queue(entry, self._rates.tokens_per_s)
             self._state.entries[row.request_id] = entry
-            bisect.insort(self._state.waiting, entry, key=lambda one: one.order)
-            self._changed.notify_all()
+            self._room.queue(entry)
+            self._stir()
+
+    def expert_arrived(self, digest: str, num_bytes: int) -> None:
+        """Every rank has the expert aside: asked for, or not."""
+        assert self._leases is not None
+        with self._changed:
+            self._leases.arrived(digest, num_bytes)
+            self._stir()
+
+    def expert_refused(self, digest: str, error: MetasepiaError) -> None:
+        """An expert that was asked for cannot be had; the rows that wait for it are answered with the error."""
+        assert self._leases is not None
+        with self._changed:
+            self._leases.refuse(digest, error)
+            self._stir()
+
+    def _stir(self) -> None:
+        self._stirred = True
+        self._changed.notify_all()
 
     def cancel(self, request_id: str) -> bool:
         """Drops a row without an answer, before the next step. False if it is not here (any more)."""
@@ -107,24 +146,37 @@ class Scheduler:
             entry = self._state.entries.get(request_id)
             if entry is not None:
                 self._state.forget(entry)
-                self._changed.notify_all()
+                self._stir()
             return entry is not None
 
     def load(self) -> Load:
         with self._changed:
             state = self._state
-            generating = self._generating()
+            generating = self._room.generating()
             return Load(
                 num_live=len(state.live),
                 num_reading=sum(1 for _ in state.reading()),
                 num_waiting=len(state.waiting),
-                num_waiting_tokens=self._waiting_tokens(),
+                num_waiting_tokens=self._room.waiting_tokens(),
                 cache_tokens=len(generating) * max((entry.total_len for entry in generating), default=0),
                 tokens_per_s=self._rates.tokens_per_s,
                 steps=state.steps,
                 prefix_tokens=self._prefixes.num_tokens,
                 reused_tokens=self._prefixes.reused,
+                put_back=self._room.num_put_back,
+                **self._expert_load(),
             )
+
+    def _expert_load(self) -> dict[str, int]:
+        leases = self._leases
+        if leases is None:
+            return {}
+        return {
+            "experts": leases.num_held,
+            "expert_bytes": leases.num_bytes,
+            "experts_learnt": leases.num_learnt,
+            "experts_forgotten": leases.num_forgotten,
+        }
 
     # -- the stepping thread -------------------------------------------------------------------------------------------
 
@@ -138,7 +190,7 @@ class Scheduler:
             while not stop.is_set():
                 if not self.step():
                     with self._changed:
-                        if not self._state.waiting and not self._state.drops:
+                        if not self._stirred:  # rows may wait for experts
                             self._changed.wait(0.2)
         finally:
             with self._changed:
@@ -147,9 +199,15 @@ class Scheduler:
     def step(self) -> bool:
         """Plans, runs and answers one step; False if there was nothing to do."""
         with self._changed:
+            self._stirred = False
             answers = self._expire(self._clock())
+            self._assign_prefixes()
+            answers += self._assign_experts()
             plan = self._plan()
+            moves = self._leases.moves() if self._leases is not None else None
         self._deliver(answers)
+        if moves and self._move is not None:
+            self._move(moves)
         if plan is None:
             return False
         started = self._clock()
@@ -182,12 +240,8 @@ class Scheduler:
     def _plan(self) -> StepPlan | None:
         state = self._state
         begin: list[Begin] = []
-        self._assign_prefixes()
-        while len(state.groups) < MAX_GROUPS:
-            entries = self._next_group()
-            if not entries:
-                break
-            name = state.steps * MAX_GROUPS + len(begin)
+        while entries := self._next_group():
+            name = next(self._groups)
             state.waiting = [entry for entry in state.waiting if entry not in entries]
             group = state.groups[name] = Group.of(entries)
             self._prefixes.reused += group.num_reused
@@ -195,10 +249,19 @@ class Scheduler:
         drop, state.drops = tuple(sorted(state.drops)), set()
         feed = tuple((key, entry.token) for key, entry in state.live.items())
         advance = tuple(self._advances())
-        if not (drop or feed or advance):
+        forget, learn = self._leases.changes() if self._leases is not None else ((), ())
+        if not (forget or learn or drop or feed or advance):
             return None
         state.steps += 1
-        return StepPlan(step=state.steps, drop=drop, feed=feed, begin=tuple(begin), advance=advance)
+        return StepPlan(
+            step=state.steps,
+            forget=forget,
+            learn=learn,
+            drop=drop,
+            feed=feed,
+            begin=tuple(begin),
+            advance=advance,
+        )
 
     def _assign_prefixes(self) -> None:
         """Queues the prefixes that waiting rows lack. Dropped ones are forgotten before anything begins: whoever used
@@ -209,7 +272,27 @@ class Scheduler:
         state.drops.update(dropped)
         for reader in readers:
             state.entries[reader.row.request_id] = reader
-            bisect.insort(state.waiting, reader, key=lambda one: one.order)
+            self._room.queue(reader)
+
+    def _assign_experts(self) -> list[tuple[Entry, Answer]]:
+        """Decides which waiting rows have their experts. Returns those that can never have them, which end."""
+        state = self._state
+        if self._leases is None:
+            return []
+        begun: dict[str, int] = {}
+        for entry in (*state.live.values(), *state.reading()):
+            for digest, _ in entry.row.adapter:
+                begun[digest] = max(begun.get(digest, 0), entry.left_len)
+        for group in state.groups.values():  # rows that left it are still computed
+            for adapter in group.adapters:
+                for digest, _ in adapter:
+                    begun.setdefault(digest, 1)
+        failed = self._leases.assign(state.waiting, begun, state.steps, max_rows=MAX_LOOKAHEAD)
+        for entry, _ in failed:
+            if entry.reads_prefix:
+                self._prefixes.failed(entry, state.waiting)
+            state.forget(entry)
+        return list(failed)
 
     def _budget(self) -> int:
         """Tokens to read in one step; twice as many while no live row waits for it."""
@@ -221,7 +304,9 @@ class Scheduler:
         groups = list(self._state.groups.items())
         # The oldest every fourth step, so that short prompts cannot keep a long one waiting for ever.
         if self._state.steps % 4:
-            groups.sort(key=lambda item: (-item[1].entries[0].row.priority, item[1].remaining))
+            groups.sort(key=lambda item: (-item[1].priority, item[1].remaining))
+        else:
+            groups.sort(key=lambda item: item[1].is_background)
         budget = self._budget()
         for name, group in groups:
             columns = min(group.remaining, max(budget // group.num_rows, 1))
@@ -240,12 +325,17 @@ class Scheduler:
                 heads[entry.generates] = entry  # in order: who has no room blocks those of his sort behind him
                 if len(heads) == 2:
                     break
-        able = [entry for entry in heads.values() if self._fits([entry])]
+        for entry in heads.values():
+            self._room.make_way(entry)
+        able = [entry for entry in heads.values() if self._room.fits([entry])]
         if not able:
             return []
-        head = min(able, key=lambda one: (-one.row.priority, one.generates == self._last_generated, one.key))
-        for group in state.groups.values():
-            overtakes = head.row.priority > group.entries[0].row.priority or 2 * head.own_len <= group.remaining
+        head = min(able, key=lambda one: (-one.row.priority, one.generates == self._last_generated, one.place))
+        rivals = [group for group in state.groups.values() if head.is_background or not group.is_background]
+        if len(rivals) >= MAX_GROUPS:
+            return []
+        for group in rivals:
+            overtakes = head.row.priority > group.priority or 2 * head.own_len <= group.remaining
             if not overtakes:
                 return []
         self._last_generated = head.generates
@@ -255,30 +345,10 @@ class Scheduler:
                 continue
             lengths = [one.own_len for one in (*chosen, entry)]
             if len(lengths) * max(lengths) <= budget and max(lengths) <= max(2 * min(lengths), 16):
-                if not self._fits([*chosen, entry]):
+                if not self._room.fits([*chosen, entry]):
                     break
                 chosen.append(entry)
         return chosen
-
-    def _fits(self, new: list[Entry]) -> bool:
-        """Whether these rows keep the bounds; a row that is alone always does (checked on arrival)."""
-        groups = self._state.groups.values()
-        read = sum(group.num_rows * group.width for group in groups)
-        if (groups or len(new) > 1) and read + len(new) * max(
-            entry.read_len for entry in new
-        ) > self._limits.max_batch_tokens:
-            return False
-        if not new[0].generates:
-            return True
-        rows = [*self._generating(), *new]
-        longest = max(entry.total_len for entry in rows)
-        return len(rows) <= self._limits.max_rows and len(rows) * longest <= self._limits.max_batch_tokens
-
-    def _generating(self) -> list[Entry]:
-        return [*self._state.live.values(), *(entry for entry in self._state.reading() if entry.generates)]
-
-    def _waiting_tokens(self) -> int:
-        return sum(entry.total_len for entry in self._state.waiting)
 
     # -- what came back ------------------------------------------------------------------------------------------------
 
@@ -315,7 +385,7 @@ class Scheduler:
         return answers
 
     def _token_answer(self, entry: Entry, chosen: Chosen, executed: Executed) -> TokenChunk:
-        sampling, before = entry.row.sampling, len(entry.row.sent) + entry.num_answered
+        sampling, before = entry.row.sampling, len(entry.row.sent) + len(entry.answered)
         finish: Literal["stop", "length"] | None = None
         kept = True
         if before >= sampling.max_tokens:  # a row run again whose last chunk was lost
@@ -326,7 +396,7 @@ class Scheduler:
             finish = "length"
         if finish is None:
             entry.token = chosen.token_id
-            entry.num_answered += 1
+            entry.answered.append(chosen.token_id)
             self._state.live[entry.key] = entry
         else:
             self._state.forget(entry)

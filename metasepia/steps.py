@@ -48,9 +48,13 @@ class Advance:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step of the decoder, in this order: drop, feed, begin, advance. The same value on each rank."""
+    """One step, in this order: forget, learn, drop, feed, begin, advance. The same value on each rank."""
 
     step: int
+    forget: tuple[str, ...] = ()
+    """Digests of experts that leave every rank's table: of rows that go on, none uses them."""
+    learn: tuple[str, ...] = ()
+    """Digests of experts that every rank has aside, and that enter its table."""
     drop: tuple[int, ...] = ()
     """Keys of rows that leave, live or still being read, and of kept prefixes; one that left already is ignored."""
     feed: tuple[tuple[int, int], ...] = ()

@@ -245,6 +245,59 @@ def test_a_short_prompt_overtakes_a_long_one_and_does_not_stop_it() -> None:
         raise AssertionError("short prompts kept a long one waiting for ever")
 
 
+def test_background_rows_never_fill_the_queue_of_others_and_have_half_of_it() -> None:
+    h = Harness()
+    h.submit(row("runs", 5, 50), *(row(f"live-{i}", 5, 50) for i in range(3)))
+    h.scheduler.step()
+    with pytest.raises(Overloaded):
+        h.submit(*(row(f"background-{i}", 50, 50, priority=-1) for i in range(10)))
+    assert h.scheduler.load().num_waiting_tokens == 500
+    h.submit(*(row(f"normal-{i}", 50, 50) for i in range(10)))  # all of the queue, as if nothing were there
+    with pytest.raises(Overloaded):
+        h.submit(row("one more", 50, 50))
+    h.finish()
+    assert h.order.index("normal-9") < h.order.index("background-0")
+
+
+def test_a_background_row_makes_way_and_goes_on_where_it_stopped() -> None:
+    h = Harness()
+    h.submit(*(row(f"background-{i}", 5, 60, priority=-1) for i in range(4)))
+    for _ in range(10):
+        h.scheduler.step()
+    h.submit(row("normal", 5, 6), row("other", 7, 6))
+    h.finish()
+    assert h.order[:2] == ["normal", "other"] and h.scheduler.load().put_back == 2
+    for i in range(4):
+        assert h.tokens(f"background-{i}") == tuple(range(5, 65))
+    again = [one for plan in h.decoder.plans for begin in plan.begin for one in begin.rows if len(one.token_ids) > 7]
+    assert [len(one.token_ids) for one in again] == [15, 15]  # with the ten that had left
+    assert len({key for plan in h.decoder.plans for key, _ in plan.feed}) == 8  # no key twice
+
+
+def test_background_prompts_that_are_being_read_make_way_and_are_read_again() -> None:
+    limits = Limits(max_rows=4, max_batch_tokens=500, max_queued_tokens=10_000)
+    h = Harness(limits, seconds_per_token=0.01)
+    for i, length in enumerate((250, 90)):
+        h.submit(row(f"background-{i}", length, 1, want="logprobs", priority=-1))
+        h.scheduler.step()
+    h.submit(row("normal", 250, 1))
+    h.scheduler.step()
+    assert h.scheduler.load().put_back > 0 and not h.order
+    assert "normal" in {entry.row.request_id for entry in h.scheduler._state.reading()}
+    h.finish()
+    assert h.order[0] == "normal" and sorted(h.order[1:]) == ["background-0", "background-1"]
+    assert all(len(answers) == 1 for answers in h.answers.values())
+
+
+def test_background_rows_stay_where_their_going_would_not_help() -> None:
+    h = Harness()
+    h.submit(*(row(f"normal-{i}", 5, 40) for i in range(4)), row("background", 200, 1, want="logprobs", priority=-1))
+    h.scheduler.step()
+    h.submit(row("waits", 5, 5))
+    h.finish()
+    assert h.scheduler.load().put_back == 0
+
+
 def test_bounds_hold_in_every_step_of_a_random_load() -> None:
     rng = np.random.default_rng(0)
     limits = Limits(max_rows=3, max_batch_tokens=200, max_queued_tokens=10**6)
