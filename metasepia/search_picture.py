@@ -17,7 +17,7 @@ _COLOURS = (
     "#9c6b4e",
     "#9498a0",
 )
-_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 360, 200, 56, 34, 70
+_WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 360.0, 200.0, 56.0, 34.0, 70.0
 
 
 def picture(names: Sequence[str], trace: Sequence[Mapping[str, Any]], score: By) -> bytes:
@@ -42,7 +42,7 @@ def picture(names: Sequence[str], trace: Sequence[Mapping[str, Any]], score: By)
     for i, one in enumerate(trace):
         below = 0.0
         for k, weight in enumerate(one["weights"]):
-            top, bottom = _y(below + weight, 0, 1), _y(below, 0, 1)
+            top, bottom = _y(below + weight, 0.0, 1.0), _y(below, 0.0, 1.0)
             parts.append(
                 f'<rect x="{second + i * bar:.1f}" y="{top:.1f}" width="{max(bar - 1, 0.5):.1f}" '
                 f'height="{bottom - top:.1f}" fill="{_COLOURS[k % len(_COLOURS)]}"/>'
@@ -53,7 +53,9 @@ def picture(names: Sequence[str], trace: Sequence[Mapping[str, Any]], score: By)
         parts.append(_text(right, _TOP + 10 + 15 * k, name, _COLOURS[k % len(_COLOURS)]))
     width = right + 9 * max(map(len, names), default=0) + 12
     height = max(_TOP + _HEIGHT + 34, _TOP + 20 + 15 * len(names))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" font-family="sans-serif">'
+    )
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"]).encode()
 
 
@@ -61,7 +63,7 @@ def _axes(left: float, title: str, low: float, high: float) -> list[str]:
     bottom = _TOP + _HEIGHT
     return [
         _text(left, _TOP - 14, title, "#1b1e23"),
-        f'<rect x="{left}" y="{_TOP}" width="{_WIDTH}" height="{_HEIGHT}" fill="none" stroke="#ccc"/>',
+        f'<rect x="{left:.0f}" y="{_TOP:.0f}" width="{_WIDTH:.0f}" height="{_HEIGHT:.0f}" fill="none" stroke="#ccc"/>',
         _text(left - 50, _TOP + 8, f"{high:.3g}", "#1b1e23"),
         _text(left - 50, bottom, f"{low:.3g}", "#1b1e23"),
         _text(left + _WIDTH / 2 - 32, bottom + 22, "generation", "#1b1e23"),
