@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from metasepia.scheduling import Answer, Limits, Load
-    from metasepia.svf import FactorSet
+    from metasepia.svf import FactorSet, LayerShard
 
 OWNER_CHECK_S = 0.5
 
@@ -74,13 +74,13 @@ class BackboneShard:
 
         No weights: a rank's share follows from its place in the gang. Calling it again does nothing.
         """
-        if "weights" in self._seconds:
+        if "files" in self._seconds:
             return
         begin = time.monotonic()
         import torch
 
         from actors import tensor_parallel
-        from metasepia import stored
+        from metasepia import factors, stored
 
         tensor_parallel.load()
         torch.set_num_threads(self._settings.threads)
@@ -89,22 +89,35 @@ class BackboneShard:
         stored.read_ahead(stored.weight_files(Path(self._prepared.path)))
         self._factors: FactorSet | None = None
         if self._settings.expert_layers:
-            self._factors = self._read_factors()
-        self._seconds["weights"] = time.monotonic() - begin - self._seconds["imports"]
+            # Made here if nobody has, of the weights in fp32 whatever dtype runs. Mapped: not in memory yet.
+            self._factors = factors.factors_of_backbone(
+                self._prepared,
+                self._settings.expert_layers,
+                self._home,
+                rank=self._settings.expert_rank,
+                progress=False,
+            )
+        self._seconds["files"] = time.monotonic() - begin - self._seconds["imports"]
 
-    def _read_factors(self) -> "FactorSet":
-        """The shared factors; computed here if nobody has. Always of the fp32 weights, whatever dtype runs."""
+    def _own_factors(self, shards: "dict[str, LayerShard]", device: "torch.device") -> "FactorSet | None":
+        """The factors as this rank holds them: of what is cut, rounded or elsewhere only its own part is ever read."""
         import torch
 
-        from metasepia import checkpoints, factors, loading
-        from metasepia.experts import FactorIndex, factors_path
+        from metasepia.factors import cut_factors
 
-        layers, digest = self._settings.expert_layers, self._prepared.digest
-        model = loading.skeleton(Path(self._prepared.path), torch.float32)
-        names = tuple(factors.expert_layers_of(model, layers))
-        if not factors_path(FactorIndex.digest_for(digest, names), self._home).is_file():
-            model = checkpoints.load(self._prepared, torch.float32, "cpu")
-        return factors.factors_of(model, layers, digest, self._home, progress=False)
+        settings, whole = self._settings, self._factors
+        if whole is None or (settings.tp_size == 1 and device.type == "cpu" and settings.dtype == "float32"):
+            return whole
+        self._factors = None
+        return cut_factors(
+            whole.digest,
+            whole.backbone,
+            self._home,
+            {name: cut for name, cut in shards.items() if name in whole.factors},
+            rank=settings.expert_rank,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+        )
 
     def open_store(self, address: str) -> int:
         """Rank 0: opens the store at which the gang meets, on a port that the kernel chooses, and returns the port."""
@@ -149,9 +162,9 @@ class BackboneShard:
         )
         shards = tensor_parallel.layer_shards(model)
         shapes = {name: tuple(model.get_parameter(name).shape) for name in shards}
-        experts = None
-        if self._factors is not None:
-            experts = attach(model, self._factors, tensor_parallel.check_cuts(model, self._factors, shards), reduce)
+        factors, experts = self._own_factors(shards, device), None
+        if factors is not None:
+            experts = attach(model, factors, tensor_parallel.check_cuts(model, factors, shards), reduce)
         for block in _blocks(model):
             block.register_forward_hook(self._count)
         self._experts = experts
@@ -159,7 +172,7 @@ class BackboneShard:
             model,
             backbone=self._prepared.digest,
             experts=experts,
-            factors=self._factors.digest if self._factors else None,
+            factors=factors.digest if factors else None,
             tp_size=world,
             chooses=tp_rank == 0,
         )
@@ -173,7 +186,7 @@ class BackboneShard:
             shard_shapes=shapes,
             partition_sizes={name: one.sizes for name, one in shards.items()},
             all_reduce=all_reduce,
-            factors=self._factors.digest if self._factors else None,
+            factors=factors.digest if factors else None,
             seconds=dict(self._seconds),
         )
 

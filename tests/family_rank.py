@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from actors import tensor_parallel
 from metasepia import checkpoints
+from metasepia.factors import cut_factors
 from metasepia.svf import ExpertVectors, attach, factors_of
 
 EXPERT_LAYERS = {
@@ -54,7 +55,9 @@ def examine(directory: Path, family: str, world: int, rank: int) -> dict[str, An
     masked = cut(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
     shards = tensor_parallel.layer_shards(cut)
     shapes = {name: list(cut.get_parameter(name).shape) for name in shards}
-    experts = attach(cut, factors, tensor_parallel.check_cuts(cut, factors, shards), reduce)
+    own = cut_factors(factors.digest, backbone, directory, {n: s for n, s in shards.items() if n in factors.factors})
+    assert tensor_parallel.check_cuts(cut, factors, shards) == own.shards  # the whole factors, cut as they are used
+    experts = attach(cut, own, tensor_parallel.check_cuts(cut, own, shards), reduce)
 
     draw = np.random.default_rng(1)
     vectors = [
