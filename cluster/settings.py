@@ -56,6 +56,8 @@ class HttpSettings:
     """From 1 to 65535."""
     max_body_mib: float = 8.0
     """Larger bodies are refused with 413. From 0.01 to 1024."""
+    max_upload_mib: float = 64.0
+    """Larger experts are refused with 413, those whose length is told unread. From 0.01 to 4096."""
     max_json_depth: int = 64
     """Deeper JSON is refused with 400. From 8 to 500."""
     request_timeout_s: float = 120.0
@@ -83,6 +85,7 @@ class HttpSettings:
     def __post_init__(self) -> None:
         _between("http", "port", self.port, 1, 65535)
         _between("http", "max_body_mib", self.max_body_mib, 0.01, 1024)
+        _between("http", "max_upload_mib", self.max_upload_mib, 0.01, 4096)
         _between("http", "max_json_depth", self.max_json_depth, 8, 500)
         _between("http", "request_timeout_s", self.request_timeout_s, 1, 86400)
         _between("http", "max_examples", self.max_examples, 256, 100_000)
@@ -125,6 +128,9 @@ class BackboneSettings:
     """Warm spare processes a rank, for a rebuild under five seconds. 0 or 1."""
     expert_layers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     """Linear layers, by the end of their names, that expert vectors act on."""
+    expert_rank: int = 0
+    """Leading singular vectors of each expert layer that are made, kept and served; experts truncated to as many or
+    fewer can be used. 0 keeps all, and any expert can be used. From 0 to 65536; `cluster.plan` tells what it saves."""
     max_rows: int = 16
     """Rows that decode together. From 1 to 4096."""
     max_batch_tokens: int = 16_384
@@ -160,6 +166,7 @@ class BackboneSettings:
         owner = f"backbones[{self.id}]"
         _between(owner, "tp_size", self.tp_size, 1, 64)
         _between(owner, "spares", self.spares, 0, 1)
+        _between(owner, "expert_rank", self.expert_rank, 0, 65_536)
         _between(owner, "max_rows", self.max_rows, 1, 4096)
         _between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
         _between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
