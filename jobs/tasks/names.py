@@ -8,12 +8,13 @@ from typing import Any, cast
 from jobs.tasks import arc, classify, gsm8k, gym, mbpp
 from jobs.tasks.base import LabelTask, Task
 from jobs.tasks.desk import DESK
+from jobs.tasks.dispatch import DISPATCH
 from jobs.tasks.sentiment import SENTIMENT
 from jobs.tasks.support import SUPPORT
 from metasepia.errors import InvalidSettings, UnknownName
 
 TASKS: dict[str, LabelTask] = {task.name: task for task in (SUPPORT, SENTIMENT, DESK)}
-"""Tasks that need no data."""
+"""Labelling tasks of sentences written here, each with its shipped expert."""
 
 FROM_DATA: Mapping[str, Callable[[Path], Task]] = {
     "arc_challenge": arc.challenge,
@@ -27,7 +28,7 @@ FROM_DATA: Mapping[str, Callable[[Path], Task]] = {
 
 def names() -> tuple[str, ...]:
     """What `make` takes, but for the families `gym:<dataset>` and `package.module:attribute`."""
-    return tuple(sorted((*TASKS, *FROM_DATA)))
+    return tuple(sorted((*TASKS, DISPATCH.name, *FROM_DATA)))
 
 
 def make(name: str, data: Path | None = None) -> Task:
@@ -46,10 +47,10 @@ def make(name: str, data: Path | None = None) -> Task:
         return gym.make(name)
     if ":" in name:
         return _users_own(name, data)
-    if name not in TASKS:
+    if name != DISPATCH.name and name not in TASKS:
         raise UnknownName("task", name, (*names(), f"{gym.PREFIX}<dataset>", "package.module:attribute"))
     _check_no_data(name, data)
-    return TASKS[name]
+    return DISPATCH if name == DISPATCH.name else TASKS[name]
 
 
 def _check_no_data(name: str, data: Path | None) -> None:

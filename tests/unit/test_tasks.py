@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from jobs.tasks import TASKS, LabelTask
+from jobs.tasks import TASKS, LabelTask, make
 from jobs.tasks.base import SPLITS
+from jobs.tasks.dispatch import DISPATCH
 from jobs.tasks.general import CALIBRATION, HELD_OUT
 from metasepia.errors import InvalidSettings
 
@@ -73,5 +74,29 @@ def test_an_answer_is_right_when_it_is_the_label_and_nothing_more(answer: str, r
     assert task.verify(answer, example) == right
 
 
-def test_prompts_of_no_task_are_calibrated_on_and_checked_on_apart() -> None:
+def test_prompts_of_no_task_are_trained_calibrated_and_checked_on_apart() -> None:
     assert not set(CALIBRATION) & set(HELD_OUT)
+    parts = [set(DISPATCH.others[split]) for split in SPLITS]
+    assert not any(one & other for one, other in itertools.combinations(parts, 2))
+    assert [len(part) for part in parts] == [len(DISPATCH.others[split]) for split in SPLITS]
+
+
+def test_half_of_the_messages_to_dispatch_are_of_the_tasks_in_turn_and_half_of_none() -> None:
+    for split in ("train", "valid"):
+        batch = DISPATCH.batch(split, 12, seed=1, step=2)
+        assert Counter(one.answer for one in batch) == {"support": 2, "sentiment": 2, "desk": 2, "other": 6}
+        assert batch == DISPATCH.batch(split, 12, seed=1, step=2) != DISPATCH.batch(split, 12, seed=1, step=3)
+    held_out = DISPATCH.held_out(DISPATCH.most, 0)
+    assert len({one.prompt for one in held_out}) == DISPATCH.most
+    trained = {one.prompt for step in range(200) for one in DISPATCH.batch("train", 12, 0, step)}
+    assert not trained & {one.prompt for one in held_out}
+    with pytest.raises(InvalidSettings, match=f"at most {DISPATCH.most}"):
+        DISPATCH.held_out(DISPATCH.most + 1, 0)
+
+
+def test_a_message_to_dispatch_stands_where_the_card_of_its_expert_says() -> None:
+    dispatcher = DISPATCH.dispatcher
+    for one in DISPATCH.held_out(12, 0):
+        assert one.prompt == str(dispatcher["prompt"]).format(text=one.text)
+    assert dispatcher["labels"] == {"support": "support", "sentiment": "sentiment", "desk": "desk", "other": None}
+    assert make("dispatch").labels == tuple(DISPATCH.labels)
