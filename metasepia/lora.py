@@ -178,3 +178,19 @@ def linear_shapes(directory: Path) -> dict[str, tuple[int, int]]:
     if not shapes:
         raise CorruptArtefact(str(directory), "it holds no safetensors files with linear layers")
     return shapes
+
+
+def facts_of(adapter: ExpertVectors | LoraAdapter) -> dict[str, object]:
+    """What the card of any registered expert says of its content, whoever wrote the rest of the card."""
+    lora = isinstance(adapter, LoraAdapter)
+    layers = adapter.a if lora else adapter.z
+    facts: dict[str, object] = {
+        "kind": "expert",
+        "form": "lora" if lora else "svf",
+        "digest": adapter.digest,
+        "backbone": adapter.backbone,
+        "parameters": adapter.num_bytes // 4,
+        "num_layers": len(layers),
+        "rank": adapter.rank,
+    }
+    return facts if lora else facts | {"factors": adapter.factors, "renormalise": adapter.renormalise}

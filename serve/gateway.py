@@ -26,14 +26,17 @@ from metasepia.errors import NotSupported, UnknownName
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
 from serve import bodies, completion, failures
+from serve.accepting import Fits
 from serve.classification import Classification
 from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
 from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
+from serve.experts import Experts
 from serve.health import Health, probe_backbone
 from serve.metrics import CONTENT_TYPE, Measured, Metrics
-from serve.names import AUTO, MIXTURE, Names
+from serve.mixtures import Mixtures
+from serve.names import AUTO, MIXTURE, OWNER, Names
 from serve.parts import (
     Backbone,
     Catalogue,
@@ -82,6 +85,7 @@ class Door:
         mixing: Mixing,
         catalogue: Catalogue,
         dispatch: Sequence[str],
+        fits: Mapping[str, Fits],
     ) -> None:
         self._http, self._mixing, self._reasoning = http, mixing, reasoning
         self._routing = Routing(backbones[0], catalogue, dispatch)
@@ -92,6 +96,8 @@ class Door:
         vectors = ContextVectors(self.names, embedding, self.prompts)
         self._contexts = Contexts(http, self.names, vectors, reasoning, catalogue)
         self._classification = Classification(http, self._contexts, vectors, reasoning)
+        self.experts = Experts(http, fits, catalogue)
+        self.mixtures = Mixtures(http, self.names.backbones, catalogue)
         self.metrics = Metrics()
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
@@ -201,8 +207,11 @@ class Door:
         if backbone is None:
             raise UnknownName("backbone", body.backbone, tuple(self.names.backbones))
         async with asked.deadline.limit("registering the mixture"):
-            digest = await self._mixing.register(backbone.prepared.digest, body.weights)
-        return JSONResponse({"model": f"{backbone.id}:{MIXTURE}{digest}", "digest": digest, "object": "mixture"})
+            digest = await self._mixing.register(backbone.prepared.digest, body.weights, OWNER, body.name)
+        id_ = body.name or digest
+        return JSONResponse(
+            {"id": id_, "object": "mixture", "model": f"{backbone.id}:{MIXTURE}{id_}", "digest": digest}
+        )
 
     def _deadline(self, request: Request) -> Deadline:
         return Deadline.of(request.headers, self._http.request_timeout_s)
@@ -217,11 +226,7 @@ class Door:
             if wanted.startswith(PREFIX):
                 stored = await self._contexts.find(wanted, usable=False)
                 return JSONResponse(self.names.context(stored.artefact))
-            listed = await self.names.fixed()
-        for one in listed:
-            if one["id"] == wanted:
-                return JSONResponse(one)
-        raise UnknownName("model", wanted, tuple(one["id"] for one in listed))
+            return JSONResponse(await self.names.one(wanted))
 
     async def health(self, request: Request) -> Response:
         report = await self.health_of_parts.report()
@@ -252,6 +257,7 @@ class Gateway:
         modules: Sequence[ModuleCard],
         catalogue: Catalogue,
         dispatch: Sequence[str],
+        fits: Mapping[str, Fits],
     ) -> None:
         self._door = Door(
             http,
@@ -261,6 +267,7 @@ class Gateway:
             ServedMixing(mixing),
             catalogue,
             dispatch,
+            fits,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -280,7 +287,16 @@ def create_app(door: Door) -> ASGIApp:
         ("POST", "/v1/chat/completions", door.chat),
         ("POST", "/v1/completions", door.complete),
         ("POST", "/v1/embeddings", door.embeddings),
+        ("POST", "/v1/experts", door.experts.add),
+        ("GET", "/v1/experts", door.experts.list),
+        ("GET", "/v1/experts/{name}", door.experts.get),
+        ("PUT", "/v1/experts/{name}", door.experts.replace),
+        ("DELETE", "/v1/experts/{name}", door.experts.delete),
+        ("GET", "/v1/experts/{name}/content", door.experts.content),
         ("POST", "/v1/mixtures", door.mix),
+        ("GET", "/v1/mixtures", door.mixtures.list),
+        ("GET", "/v1/mixtures/{digest}", door.mixtures.get),
+        ("DELETE", "/v1/mixtures/{digest}", door.mixtures.delete),
         ("GET", "/v1/models", door.models),
         ("GET", "/v1/models/{model:path}", door.model),
         ("GET", "/health", door.health),

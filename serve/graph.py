@@ -24,6 +24,7 @@ from actors.registry import RegistryClient
 from cluster.resources import gang_bundles
 from cluster.settings import Settings
 from metasepia.prepared import PreparedBackbone
+from serve.accepting import Fits
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
 from serve.routing import check_stages
@@ -103,4 +104,5 @@ def build(
         tuple(modules),
         registry,
         settings.dispatch,
+        {one.id: Fits.of(one, prepared[one.id], settings.home) for one in settings.backbones},
     )

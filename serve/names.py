@@ -2,27 +2,30 @@
 
 <backbone>                the frozen model
 <backbone>:<expert>       one expert
-<backbone>:mix@<digest>   a registered mixture
+<backbone>:mix@<digest>   a registered mixture, by its digest or the name that it was given
 <encoder>                 a text encoder (embeddings, classification)
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metasepia.digests import is_digest
-from metasepia.errors import CorruptArtefact, NotSupported, UnknownName
+from metasepia.errors import CorruptArtefact, DeletedName, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX as CONTEXT
-from metasepia.registry import SHARED, Artefact
+from metasepia.registry import Artefact, Kind
 from metasepia.rows import Adapter
 from serve.parts import Backbone, Catalogue, TextEncoder
+from serve.shelf import Shelf
 
 OWNER = "local"
 """Owner of what clients make, while the door has no keys."""
 MIXTURE = "mix@"
 AUTO = "auto"
+NUM_KNOWN = 20
+"""Experts, and as many mixtures, that an error about an unknown model names."""
 _PAGE = 1000
 _CONTEXT_FACTS = (
     *("input", "classes", "num_examples", "num_unlabelled", "encoder", "module", "protocol", "seed", "self_check"),
@@ -52,11 +55,13 @@ class Names:
         self.encoders: Mapping[str, TextEncoder] = {one.id: one for one in encoders}
         self._catalogue, self._auto_is_served = catalogue, auto_is_served
         self._created = int(time.time())
+        self._experts: Shelf[dict[str, Any] | None] = Shelf(catalogue, "expert", OWNER, self._adapter_entry)
+        self._mixtures: Shelf[dict[str, Any] | None] = Shelf(catalogue, "mixture", OWNER, self._adapter_entry)
 
     async def resolve(self, model: str) -> Chosen:
         """The backbone and adapter of a model name that generates text.
 
-        Raises UnknownName with the known names, NotSupported for an encoder's.
+        Raises UnknownName with known names, DeletedName, and NotSupported for an encoder's or a context's.
         """
         if model in self.backbones:
             return Chosen(model, self.backbones[model])
@@ -66,23 +71,47 @@ class Names:
             )
         if model.startswith(CONTEXT):
             raise NotSupported(f"generating text or embedding with the context {model[:80]}", "send it to /v1/classify")
-        backbone_id, colon, expert = model.partition(":")
-        if not colon or backbone_id not in self.backbones:
-            raise UnknownName("model", model, await self.known_generating())
-        backbone = self.backbones[backbone_id]
-        try:
-            if expert.startswith(MIXTURE):
-                return Chosen(model, backbone, await self._mixture(backbone, expert.removeprefix(MIXTURE)))
-            artefact = await self._catalogue.resolve("expert", expert, SHARED)
-        except UnknownName:
-            raise UnknownName("model", model, await self.known_generating()) from None
-        if artefact.card.get("backbone") != backbone.prepared.digest:
-            raise UnknownName("model", model, await self.known_generating())
+        backbone, artefact = await self._adapted(model)
+        if artefact.kind == "mixture":
+            return Chosen(model, backbone, adapter_of(artefact))
         return Chosen(model, backbone, ((artefact.digest, 1.0),))
 
+    async def _adapted(self, model: str) -> tuple[Backbone, Artefact]:
+        """The backbone and the expert or mixture of `<backbone>:<...>`: one look-up by name, however many there are.
+
+        Raises UnknownName with known names, and DeletedName for what stood for something once.
+        """
+        backbone_id, colon, name = model.partition(":")
+        if colon and backbone_id in self.backbones:
+            backbone = self.backbones[backbone_id]
+            kind: Kind = "mixture" if name.startswith(MIXTURE) else "expert"
+            with contextlib.suppress(UnknownName):
+                found = await self._catalogue.resolve(kind, name.removeprefix(MIXTURE), OWNER, deleted=True)
+                if found.card.get("backbone") == backbone.prepared.digest:
+                    if found.deleted_unix_s is not None:
+                        raise DeletedName("model", model, found.deleted_unix_s)
+                    return backbone, found
+        raise UnknownName("model", model[:200], await self.known_generating())
+
     async def known_generating(self) -> tuple[str, ...]:
-        """Names that generate text."""
-        return tuple(one["id"] for one in await self.fixed() if one["id"] not in self.encoders)
+        """Names that generate text: every backbone, and some of their experts and mixtures."""
+        known = list(self.backbones)
+        for shelf in (self._experts, self._mixtures):
+            ids = [one["id"] for one in (await shelf.all()).values() if one is not None]
+            known += ids[:NUM_KNOWN]
+            if len(ids) > NUM_KNOWN:
+                known.append("and more (GET /v1/models)")
+        return (*known, AUTO) if await self._auto_is_served() else tuple(known)
+
+    async def one(self, model: str) -> dict[str, Any]:
+        """A name that is no context's, as GET /v1/models/{id} has it. Raises UnknownName, DeletedName."""
+        for entry in await self._parts():
+            if entry["id"] == model:
+                return entry
+        _, artefact = await self._adapted(model)
+        entry = self._adapter_entry(artefact)
+        assert entry is not None  # its backbone is served
+        return entry
 
     async def listing(self) -> list[dict[str, Any]]:
         """Everything served, as GET /v1/models has it: backbones, encoders, experts, mixtures, `auto`, contexts."""
@@ -106,12 +135,15 @@ class Names:
                 return found
 
     async def fixed(self) -> list[dict[str, Any]]:
-        """What GET /v1/models has without the contexts, of which there may be thousands."""
-        experts, mixtures, infos = await asyncio.gather(
-            self._catalogue.list("expert", SHARED),
-            self._catalogue.list("mixture", SHARED),
-            asyncio.gather(*(one.info() for one in self.encoders.values())),
-        )
+        """What GET /v1/models has without the contexts."""
+        parts, experts, mixtures = await asyncio.gather(self._parts(), self._experts.all(), self._mixtures.all())
+        adapted = [one for one in (*experts.values(), *mixtures.values()) if one is not None]
+        auto = [one for one in parts if one["id"] == AUTO]
+        return [one for one in parts if one["id"] != AUTO] + adapted + auto
+
+    async def _parts(self) -> list[dict[str, Any]]:
+        """Backbones, encoders and `auto`."""
+        infos = await asyncio.gather(*(one.info() for one in self.encoders.values()))
         models = [
             self._entry(one.id, one.prepared.source, None, self._created, _backbone_info(one))
             for one in self.backbones.values()
@@ -120,18 +152,20 @@ class Names:
             facts = {"kind": "encoder", "digest": info.digest, "width": info.width, "window": info.window}
             facts["modality"] = info.modality
             models.append(self._entry(one.id, one.id, None, self._created, facts))
-        ids = {one.prepared.digest: one.id for one in self.backbones.values()}
-        for artefact in [*experts, *mixtures]:
-            parent = ids.get(str(artefact.card.get("backbone")))
-            if parent is not None:
-                prefix = MIXTURE if artefact.kind == "mixture" else ""
-                name = f"{parent}:{prefix}{artefact.digest if prefix else artefact.name}"
-                facts = {"kind": artefact.kind, "digest": artefact.digest, "card": _short_card(artefact.card)}
-                models.append(self._entry(name, artefact.digest, parent, int(artefact.created_unix_s), facts))
         if await self._auto_is_served():
             facts = {"kind": "auto", "backbone": next(iter(self.backbones))}
             models.append(self._entry(AUTO, AUTO, None, self._created, facts))
         return models
+
+    def _adapter_entry(self, artefact: Artefact) -> dict[str, Any] | None:
+        """An expert or mixture; None where its backbone is not served here."""
+        served = (one.id for one in self.backbones.values() if one.prepared.digest == artefact.card.get("backbone"))
+        parent = next(served, None)
+        if parent is None:
+            return None
+        name = f"{parent}:{MIXTURE if artefact.kind == 'mixture' else ''}{artefact.name}"
+        facts = {"kind": artefact.kind, "digest": artefact.digest, "card": short_card(artefact.card)}
+        return self._entry(name, artefact.digest, parent, int(artefact.created_unix_s), facts)
 
     def _entry(self, id_: str, root: str, parent: str | None, created: int, info: dict[str, Any]) -> dict[str, Any]:
         """vLLM's shape; what is ours stands under the one key `x_info`."""
@@ -146,21 +180,15 @@ class Names:
             "x_info": info,
         }
 
-    async def _mixture(self, backbone: Backbone, digest: str) -> Adapter:
-        if not is_digest(digest):
-            raise UnknownName("mixture", digest[:80], ())
-        artefact = await self._catalogue.resolve("mixture", digest, SHARED)
-        return adapter_of(artefact, backbone.prepared.digest)
 
-
-def adapter_of(mixture: Artefact, backbone: str) -> Adapter:
-    """The experts and weights of a registered mixture. Raises UnknownName when it is another backbone's."""
-    if mixture.card.get("backbone") != backbone:
-        raise UnknownName("mixture", mixture.digest, ())
+def adapter_of(mixture: Artefact) -> Adapter:
+    """The experts and weights of a registered mixture, by its card."""
     weights = mixture.card.get("adapter")
     if not isinstance(weights, list):
         raise CorruptArtefact(f"mixture {mixture.digest}", "its card names no experts")
-    return tuple((str(digest), float(weight)) for digest, weight in weights)
+    return tuple(
+        (str(digest), tuple(weight) if isinstance(weight, list) else float(weight)) for digest, weight in weights
+    )
 
 
 def _backbone_info(backbone: Backbone) -> dict[str, Any]:
@@ -174,6 +202,6 @@ def _backbone_info(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _short_card(card: Mapping[str, Any]) -> dict[str, Any]:
+def short_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """Without the dispatch centroid: two vectors of the hidden size that nobody reads in a list."""
     return {key: value for key, value in card.items() if key != "dispatch"}

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Media, Texts
 from metasepia.prepared import PreparedBackbone
-from metasepia.registry import Artefact, Kind
+from metasepia.registry import Artefact, Changes, Kind
 from metasepia.rows import HiddenStates, Row, TokenChunk
 from serve.shipped import ModuleCard
 
@@ -71,8 +71,8 @@ class Reasoning(Protocol):
 class Mixing(Protocol):
     """Registers mixtures of experts."""
 
-    async def register(self, backbone: str, weights: Mapping[str, float]) -> str:
-        """The mixture's digest. `backbone` is a digest too."""
+    async def register(self, backbone: str, weights: Mapping[str, float], owner: str, name: str | None) -> str:
+        """The mixture's digest. `backbone` is a digest too; `name` None: it is found by its digest alone."""
         ...
 
 
@@ -80,8 +80,17 @@ class Catalogue(Protocol):
     """The registry, as far as the door asks it."""
 
     async def put(
-        self, kind: Kind, blob: bytes, *, digest: str, name: str | None, owner: str, card: dict[str, object]
+        self,
+        kind: Kind,
+        blob: bytes,
+        *,
+        digest: str,
+        name: str | None,
+        owner: str,
+        card: dict[str, object],
+        replace: bool = True,
     ) -> Artefact: ...
+    async def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes: ...
     async def resolve(self, kind: Kind, name: str, owner: str, *, deleted: bool = False) -> Artefact: ...
     async def list(self, kind: Kind, owner: str, *, after: str = "", limit: int = 1000) -> Sequence[Artefact]: ...
     async def get(self, digest: str) -> bytes: ...
@@ -168,5 +177,5 @@ class ServedMixing:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def register(self, backbone: str, weights: Mapping[str, float]) -> str:
-        return await answered(self._handle.register.remote(backbone, dict(weights)))
+    async def register(self, backbone: str, weights: Mapping[str, float], owner: str, name: str | None) -> str:
+        return await answered(self._handle.register.remote(backbone, dict(weights), owner, name))

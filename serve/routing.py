@@ -5,17 +5,21 @@ nearest task centroid among the experts' cards. `auto` is listed while some expe
 """
 
 import asyncio
+import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from metasepia.dispatch import CentroidTable, Dispatched, TaskCentroid
-from metasepia.errors import InvalidSettings, NotSupported, UnknownName
-from metasepia.registry import SHARED, Artefact
+from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, UnknownName
+from metasepia.registry import Artefact
 from metasepia.rows import Row
 from serve.deadlines import Deadline
-from serve.names import AUTO, Chosen
+from serve.names import AUTO, OWNER, Chosen
 from serve.parts import Backbone, Catalogue
+from serve.shelf import Shelf
+
+logger = logging.getLogger("ray.serve")
 
 SERVED_STAGES = ("centroid",)
 
@@ -43,17 +47,19 @@ class Routing:
     def __init__(self, backbone: Backbone, catalogue: Catalogue, stages: Sequence[str]) -> None:
         self.backbone, self.stages = backbone, tuple(stages)
         self._catalogue = catalogue
-        self._table: tuple[tuple[str, ...], CentroidTable] = ((), CentroidTable(backbone.prepared.digest, {}))
+        self._experts: Shelf[tuple[str, TaskCentroid] | None] = Shelf(catalogue, "expert", OWNER, _centroid)
+        self._read: Mapping[str, tuple[str, TaskCentroid] | None] = {}
+        self._table: tuple[CentroidTable, dict[str, str]] = (CentroidTable(backbone.prepared.digest, {}), {})
 
     async def is_served(self) -> bool:
-        return bool(self.stages) and len((await self._known())[1]) > 0
+        return bool(self.stages) and len((await self._known())[0]) > 0
 
     async def route(self, token_ids: tuple[int, ...], stages: Sequence[str] | None, deadline: Deadline) -> Routed:
         """The chain over one prompt. Raises UnknownName when there is nothing to choose from."""
         for stage in self.stages if stages is None else stages:
             if stage not in SERVED_STAGES:
                 raise NotSupported(f"the dispatch stage {stage}", f"use {', '.join(SERVED_STAGES)}")
-        experts, table = await self._known()
+        table, names = await self._known()
         if not len(table):
             raise UnknownName("model", AUTO, (self.backbone.id,))
         wanted = table.wanted
@@ -74,15 +80,25 @@ class Routing:
         )
         if dispatched.expert is None:
             return Routed(Chosen(self.backbone.id, self.backbone), "abstained", dispatched.margin)
-        name = next(one.name for one in experts if one.digest == dispatched.expert)
-        chosen = Chosen(f"{self.backbone.id}:{name}", self.backbone, ((dispatched.expert, 1.0),))
+        chosen = Chosen(f"{self.backbone.id}:{names[dispatched.expert]}", self.backbone, ((dispatched.expert, 1.0),))
         return Routed(chosen, dispatched.stage, dispatched.margin)
 
-    async def _known(self) -> tuple[Sequence[Artefact], CentroidTable]:
-        experts = await self._catalogue.list("expert", SHARED)
-        digests = tuple(one.digest for one in experts)
-        if self._table[0] != digests:
-            found = {one.digest: TaskCentroid.of_card(one.card, one.name) for one in experts}
-            centroids = {digest: one for digest, one in found.items() if one is not None}
-            self._table = (digests, CentroidTable(self.backbone.prepared.digest, centroids))
-        return experts, self._table[1]
+    async def _known(self) -> tuple[CentroidTable, dict[str, str]]:
+        """The centroids of the experts that stand now, and their names by digest; made anew only after a change."""
+        experts = await self._experts.all()
+        if experts is not self._read:
+            entries = {name: one for name, one in experts.items() if one is not None}
+            names = {digest: name for name, (digest, _) in reversed(entries.items())}
+            self._table = (CentroidTable(self.backbone.prepared.digest, dict(entries.values())), names)
+            self._read = experts
+        return self._table
+
+
+def _centroid(artefact: Artefact) -> tuple[str, TaskCentroid] | None:
+    """Digest and centroid; None for an expert that `auto` never chooses by one."""
+    try:
+        centroid = TaskCentroid.of_card(artefact.card, artefact.name)
+    except CorruptArtefact as error:  # one broken card must not keep everybody from `auto`
+        logger.warning("%s", error)
+        return None
+    return None if centroid is None else (artefact.digest, centroid)

@@ -275,3 +275,5 @@ class MixtureRequest(_Body):
 
     backbone: Text
     weights: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = Field(min_length=1)
+    name: Text | None = None
+    """A name beside the digest: `<backbone>:mix@<name>`."""

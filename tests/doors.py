@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 
 from actors.encoder import Encoder
+from actors.expert_mixing import ExpertMixing
 from actors.messages import (
     Build,
     Built,
@@ -25,15 +26,22 @@ from actors.messages import (
 from actors.reasoning_pool import labelled_vectors
 from cluster.settings import EncoderSettings, HttpSettings
 from metasepia.errors import UnknownName, WindowExceeded
+from metasepia.experts import FactorIndex
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import EmbeddedContext
-from metasepia.registry import Artefact, Kind, Registry
+from metasepia.registry import Artefact, Changes, Kind, Registry
 from metasepia.rows import Executed, HiddenStates, Row, TokenChunk
+from serve.accepting import Fits
 from serve.gateway import Door, create_app
+from serve.parts import Catalogue, Mixing
 from serve.shipped import ModuleCard
 
 HTTP = HttpSettings(max_body_mib=0.25)
 DIGEST, EXPERT, OTHER = "b" * 64, "e" * 64, "f" * 64
+UP, DOWN = "layers.0.up.weight", "layers.0.down.weight"
+SHAPES = {UP: (6, 4), DOWN: (4, 6)}
+INDEX = FactorIndex(digest="d" * 64, backbone=DIGEST, lengths={UP: 4, DOWN: 4})
+SINGULAR = {name: np.array([4, 3, 2, 1], np.float32) for name in SHAPES}
 
 
 class FakeBackbone:
@@ -194,11 +202,38 @@ class FakeReasoning:
 class FakeMixing:
     """Every mixture of known experts is the one in the catalogue."""
 
-    async def register(self, backbone: str, weights: Mapping[str, float]) -> str:
+    async def register(self, backbone: str, weights: Mapping[str, float], owner: str, name: str | None) -> str:
         for name in weights:
             if name != "maths":
                 raise UnknownName("expert", name, ("maths",))
         return "a" * 64
+
+
+class RealCatalogue:
+    """A registry in this process, for every kind."""
+
+    def __init__(self, root: Path) -> None:
+        self.registry = Registry(root)
+        self.num_lists = 0
+
+    async def put(self, kind: Kind, blob: bytes, **rest: Any) -> Artefact:
+        return self.registry.put(kind, blob, **rest)
+
+    async def resolve(self, kind: Kind, name: str, owner: str, *, deleted: bool = False) -> Artefact:
+        return self.registry.resolve(kind, name, owner, deleted=deleted)
+
+    async def list(self, kind: Kind, owner: str, *, after: str = "", limit: int = 1000) -> Sequence[Artefact]:
+        self.num_lists += 1
+        return self.registry.list(kind, owner, after=after, limit=limit)
+
+    async def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
+        return self.registry.changes(kind, owner, since)
+
+    async def get(self, digest: str) -> bytes:
+        return self.registry.get(digest)
+
+    async def delete(self, kind: Kind, name: str, owner: str) -> Artefact:
+        return self.registry.delete(kind, name, owner)
 
 
 class FakeCatalogue:
@@ -225,14 +260,17 @@ class FakeCatalogue:
         if kind == "context" and self.registry is not None:
             return self.registry.resolve(kind, name, owner, deleted=deleted)
         for one in self.artefacts:
-            if (one.kind, one.name, one.owner) == (kind, name, owner):
+            if one.kind == kind and name in (one.name, one.digest):
                 return one
         raise UnknownName(kind, name, ())
+
+    async def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
+        return Changes(revision=(0, 0), names=None)
 
     async def list(self, kind: Kind, owner: str, *, after: str = "", limit: int = 1000) -> Sequence[Artefact]:
         if kind == "context":
             return self.registry.list(kind, owner, after=after, limit=limit) if self.registry is not None else ()
-        return [one for one in self.artefacts if (one.kind, one.owner) == (kind, owner)]
+        return [one for one in self.artefacts if one.kind == kind]
 
     async def get(self, digest: str) -> bytes:
         if self.registry is None:
@@ -250,8 +288,18 @@ class Bench:
     def __init__(self, directory: Path, http: HttpSettings = HTTP, media: Sequence[NearEncoder] = ()) -> None:
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
+        self._open(http, media, FakeMixing(), self.catalogue)
+
+    def _open(self, http: HttpSettings, media: Sequence[NearEncoder], mixing: Mixing, catalogue: Catalogue) -> None:
         self.door = Door(
-            http, [self.backbone], [self.encoder, *media], self.reasoning, FakeMixing(), self.catalogue, ("centroid",)
+            http,
+            [self.backbone],
+            [self.encoder, *media],
+            self.reasoning,
+            mixing,
+            catalogue,
+            ("centroid",),
+            {"tiny": Fits(id="tiny", prepared=self.backbone.prepared, shapes=SHAPES, index=INDEX, s=SINGULAR)},
         )
         self.app = create_app(self.door)
 
@@ -259,6 +307,12 @@ class Bench:
         """With a real registry for contexts."""
         self.catalogue.registry = Registry(root)
         self.reasoning.blobs = self.catalogue.registry.get
+        return self
+
+    def with_experts(self, root: Path, http: HttpSettings = HTTP) -> "Bench":
+        """With a real registry for experts and mixtures, and real mixing."""
+        self.real = RealCatalogue(root)
+        self._open(http, (), ExpertMixing(self.real), self.real)  # pyright: ignore[reportArgumentType]
         return self
 
     def says(self, text: str) -> None:
