@@ -1,11 +1,12 @@
 """Registers mixtures of experts: checked here once, then known everywhere by their digest."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from metasepia.errors import InvalidRequest
+from metasepia.errors import InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors, FactorIndex
 from metasepia.lora import LoraAdapter, read_adapter
 from metasepia.mixing import (
@@ -37,6 +38,7 @@ class Catalogue(Protocol):
         name: str | None,
         owner: str,
         card: dict[str, object] | None = None,
+        replace: bool = True,
     ) -> Artefact: ...
 
 
@@ -69,20 +71,27 @@ class ExpertMixing:
         """`layers` None: weights by layer are counted against each other only, not against the backbone."""
         self._catalogue, self._layers = catalogue, layers
 
-    async def register(self, backbone: str, weights: Mapping[str, float | Sequence[float]], owner: str = SHARED) -> str:
+    async def register(
+        self,
+        backbone: str,
+        weights: Mapping[str, float | Sequence[float]],
+        owner: str = SHARED,
+        name: str | None = None,
+    ) -> str:
         """The digest of the mixture, durable in the registry when this returns; the same mixture again changes nothing.
 
         `backbone` is a digest; `weights` on the simplex, by the name or digest of experts that `owner` can see, and
-        `base` for the base model: numbers, or for each factored layer one. A row names the mixture by `adapter`.
+        `base` for the base model: numbers, or for each factored layer one. A row names the mixture by `adapter`; with
+        a `name` it is found by that too.
         Raises UnknownName with the known experts; InvalidRequest off the simplex, for experts of another backbone, for
         renormalised experts together with others and low-rank adapters together with expert vectors.
         """
         adapter = adapter_of(weights)  # the simplex first: it costs no lookup
-        found = await self.candidates(backbone, [name for name, _ in adapter], owner)
-        mixed = added_up((found.digests[name], weight) for name, weight in adapter)
+        found = await self.candidates(backbone, [one for one, _ in adapter], owner)
+        mixed = added_up((found.digests[one], weight) for one, weight in adapter)
         if self._layers is not None and found.factors is not None:
             check_simplex(mixed, len(self._layers(found.factors).lengths))
-        return await self.put(backbone, mixed, found, owner)
+        return await self.put(backbone, mixed, found, owner, name=name)
 
     async def candidates(self, backbone: str, names: Sequence[str], owner: str, param: str = "weights") -> Candidates:
         """What names stand for, once it is sure that they can be mixed. `param` is the field that complaints name.
@@ -122,8 +131,13 @@ class ExpertMixing:
         candidates: Candidates,
         owner: str,
         facts: Mapping[str, object] | None = None,
+        name: str | None = None,
     ) -> str:
-        """Registers a mixture of candidates, with `facts` added to its card."""
+        """Registers a mixture of candidates, with `facts` added to its card; without, a card that is there stays."""
+        digest = mixture_digest(adapter)
+        if facts is None and name is None:
+            with contextlib.suppress(UnknownName):
+                return (await self._catalogue.resolve("mixture", digest, owner)).digest
         names = {digest: name for name, digest in candidates.named}
         card: dict[str, object] = {
             "kind": "mixture",
@@ -134,5 +148,8 @@ class ExpertMixing:
             **(facts or {}),
         }
         digest = mixture_digest(adapter)
-        await self._catalogue.put("mixture", mixture_blob(adapter), digest=digest, name=None, owner=owner, card=card)
+        blob = mixture_blob(adapter)
+        await self._catalogue.put(
+            "mixture", blob, digest=digest, name=name, owner=owner, card=card, replace=name is None
+        )
         return digest

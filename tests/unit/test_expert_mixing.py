@@ -7,7 +7,8 @@ import pytest
 
 from actors.expert_mixing import ExpertMixing
 from metasepia.errors import InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors
+from metasepia.experts import ExpertVectors, FactorIndex
+from metasepia.lora import LoraAdapter
 from metasepia.registry import SHARED, Artefact, Kind, Registry
 
 BACKBONE = "b" * 64
@@ -34,9 +35,10 @@ class Direct:
         name: str | None,
         owner: str,
         card: dict[str, object] | None = None,
+        replace: bool = True,
     ) -> Artefact:
         self.num_puts += 1
-        return self.registry.put(kind, blob, digest=digest, name=name, owner=owner, card=card)
+        return self.registry.put(kind, blob, digest=digest, name=name, owner=owner, card=card, replace=replace)
 
 
 def an_expert(value: float, **changes: object) -> ExpertVectors:
@@ -101,3 +103,53 @@ def test_what_cannot_be_served_is_not_registered(registry: Registry, weights: di
     with pytest.raises(InvalidRequest, match=problem):
         register(registry, weights)
     assert registry.list("mixture", SHARED) == ()
+
+
+def test_the_base_takes_part_under_its_name_and_alone_it_is_refused(registry: Registry) -> None:
+    digest = register(registry, {"maths": 0.25, "base": 0.75})
+    card = registry.resolve("mixture", digest, SHARED).card
+    base = ExpertVectors.identity(BACKBONE, "f" * 64).digest
+    assert dict(card["adapter"]) == {EXPERTS["maths"].digest: 0.25, base: 0.75}  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert card["experts"] == ["base", "maths"]
+    with pytest.raises(InvalidRequest, match="base alone is the backbone itself"):
+        register(registry, {"base": 1.0})
+
+
+def test_the_base_is_mixed_in_the_form_of_the_experts_beside_it(registry: Registry) -> None:
+    digest = register(registry, {"other-kind": 0.5, "base": 0.5})
+    adapter = registry.resolve("mixture", digest, SHARED).card["adapter"]
+    assert ExpertVectors.identity(BACKBONE, "f" * 64, renormalise=True).digest in dict(adapter)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_weights_by_layer_are_as_many_as_the_backbone_has_factored_layers(registry: Registry) -> None:
+    def layers(factors: str) -> FactorIndex:
+        return FactorIndex(digest=factors, backbone=BACKBONE, lengths={"up.weight": 2, "down.weight": 2})
+
+    mixing = ExpertMixing(Direct(registry), layers)
+    digest = asyncio.run(mixing.register(BACKBONE, {"maths": [0.25, 1.0], "law": [0.75, 0.0]}))
+    adapter = registry.resolve("mixture", digest, SHARED).card["adapter"]
+    assert adapter == sorted([[EXPERTS["maths"].digest, [0.25, 1.0]], [EXPERTS["law"].digest, [0.75, 0.0]]])
+    with pytest.raises(InvalidRequest, match="one for each of the 2 factored layers, got 3"):
+        asyncio.run(mixing.register(BACKBONE, {"maths": [0.25, 1.0, 0.5], "law": [0.75, 0.0, 0.5]}))
+
+
+def test_low_rank_adapters_are_mixed_among_themselves_only(registry: Registry) -> None:
+    for name, seed in (("one", 0.5), ("two", 0.25)):
+        pair = {"a": {"up.weight": np.full((1, 3), seed, np.float32)}, "b": {"up.weight": np.ones((2, 1), np.float32)}}
+        lora = LoraAdapter(backbone=BACKBONE, **pair)
+        registry.put("expert", lora.to_bytes(), digest=lora.digest, name=name, owner=SHARED)
+    card = registry.resolve("mixture", register(registry, {"one": 0.5, "two": 0.5}), SHARED).card
+    assert card["experts"] == ["one", "two"] and card["factors"] is None
+    with pytest.raises(InvalidRequest, match="low-rank adapters cannot be mixed with expert vectors"):
+        register(registry, {"one": 0.5, "maths": 0.5})
+    with pytest.raises(InvalidRequest, match="base can be mixed with expert vectors"):
+        register(registry, {"one": 0.5, "base": 0.5})
+
+
+def test_a_mixture_registered_again_keeps_what_its_card_says_of_a_search(registry: Registry) -> None:
+    mixing = ExpertMixing(Direct(registry))
+    candidates = asyncio.run(mixing.candidates(BACKBONE, ["maths", "law"], SHARED))
+    adapter = tuple(sorted((digest, 0.5) for _, digest in candidates.named))
+    digest = asyncio.run(mixing.put(BACKBONE, adapter, candidates, SHARED, {"search": {"id": "search-1"}}))
+    assert register(registry, {"maths": 0.5, "law": 0.5}) == digest
+    assert registry.resolve("mixture", digest, SHARED).card["search"] == {"id": "search-1"}
