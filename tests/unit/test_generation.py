@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from metasepia.backbone import ReferenceBackbone
+from metasepia.choices import choose, gumbel, scores_of
 from metasepia.errors import CorruptArtefact, NotSupported, UnknownName
 from metasepia.experts import ExpertVectors
-from metasepia.generation import RowDecoder, choose, gumbel, scores_of
+from metasepia.generation import RowDecoder
 from metasepia.rows import Adapter, HiddenStatesWanted, Sampling
 from metasepia.steps import Advance, Begin, NewRow, StepPlan, StepResult
 from metasepia.svf import attach, factors_of
@@ -164,7 +165,8 @@ def test_an_expert_that_is_not_held_fails_its_own_row_only(with_experts) -> None
 
 def test_an_expert_dropped_in_flight_fails_its_rows_only(with_experts) -> None:
     model, layers, oracle, (a, _, _) = with_experts
-    passing = ExpertVectors(backbone=DIGEST, factors=oracle.factors.digest, z={})
+    name = next(iter(oracle.factors.factors))
+    passing = ExpertVectors(backbone=DIGEST, factors=oracle.factors.digest, z={name: np.full(3, 1.5, np.float32)})
     layers.put(passing.digest, passing)
     driver = Driver(RowDecoder(model, backbone=DIGEST, experts=layers))
     driver.run(new(0, prompt(5), ((passing.digest, 1.0),)), new(1, prompt(6), ((a, 1.0),)))

@@ -108,7 +108,7 @@ def test_an_expert_of_ones_and_a_base_row_give_the_base_logits(factors: FactorSe
     model = llama()
     base = logits(model, TOKENS)
     layers = attach(model, factors)
-    assert torch.equal(logits(model, TOKENS), base)
+    assert_same_logits(logits(model, TOKENS), base)
     ones = expert(factors, 0, amount=0)
     layers.put(ones.digest, ones)
     layers.select([((ones.digest, 1.0),)] * 4)
@@ -162,8 +162,8 @@ def test_a_layer_that_an_expert_lacks_counts_as_ones_alone_and_in_a_mixture(fact
 
 def test_below_fp32_an_expert_of_ones_is_the_base_model_to_the_last_bit(factors: FactorSet) -> None:
     model = llama().bfloat16()
-    base = logits(model, TOKENS)
     layers = attach(model, factors)
+    base = logits(model, TOKENS)
     ones = expert(factors, 0, amount=0)
     layers.put(ones.digest, ones)
     layers.select([((ones.digest, 1.0),)] * 4)
@@ -172,8 +172,8 @@ def test_below_fp32_an_expert_of_ones_is_the_base_model_to_the_last_bit(factors:
 
 def test_the_base_after_an_expert_is_the_base_to_the_last_bit(factors: FactorSet) -> None:
     model = llama()
-    base = logits(model, TOKENS)
     layers = attach(model, factors)
+    base = logits(model, TOKENS)
     one = expert(factors, 1)
     layers.put(one.digest, one)
     layers.select([((one.digest, 1.0),)] * 4)
@@ -338,8 +338,7 @@ def test_experts_cost_their_vectors_only_and_switching_between_them_less_than_a_
     experts = [expert(factors, seed) for seed in range(20)]
     for one in experts:
         layers.put(one.digest, one)
-    held = sum(z.nbytes for z in layers._z.values())
-    assert held == 20 * 4 * factors.num_singular == sum(one.num_bytes for one in experts)
+    assert layers.num_bytes == 20 * 4 * factors.num_singular == sum(one.num_bytes for one in experts)
     with torch.profiler.profile(profile_memory=True) as profile:
         tracemalloc.start()
         layers.select([((experts[3].digest, 1.0),), ((experts[7].digest, 1.0),), ()])
