@@ -60,6 +60,17 @@ def factors_path(digest: str, home: Path, rank: int = 0) -> Path:
     return home / "factors" / (f"{digest}.r{rank}.safetensors" if rank else f"{digest}.safetensors")
 
 
+def found_factors(digest: str, home: Path, rank: int = 0) -> Path | None:
+    """The file with at least the leading `rank` singular vectors (0: all), the smallest where there are several.
+
+    None where nobody has made one.
+    """
+    kept = {int(p.suffixes[-2][2:]): p for p in (home / "factors").glob(f"{digest}.r*.safetensors")} if rank else {}
+    enough = [kept[one] for one in sorted(kept) if one >= rank]
+    whole = factors_path(digest, home)
+    return enough[0] if enough else whole if whole.is_file() else None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertVectors:
     """One expert: W' = n U diag(s z) Vh for each named layer, n = sum(s) / sum(s z) if `renormalise`, else 1.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported
-from metasepia.experts import FactorIndex, factors_path, index_path
+from metasepia.experts import FactorIndex, factors_path, found_factors, index_path
 from metasepia.factor_files import FactorFile
 from metasepia.prepared import PreparedBackbone
 from metasepia.shards import LayerShard
@@ -30,11 +30,14 @@ from metasepia.stored import StoredTensors
 
 @dataclass(frozen=True)
 class SingularFactors:
-    """A weight matrix W = U diag(s) Vh, factored once and kept; s descends, singular = min(out, in)."""
+    """A weight matrix W = U diag(s) Vh, factored once and kept; s descends, singular = min(out, in).
 
-    u: Float[Tensor, "out singular"]
+    Of u and vh the leading vectors alone may be kept; s is always whole.
+    """
+
+    u: Float[Tensor, "out kept"]
     s: Float[Tensor, " singular"]
-    vh: Float[Tensor, "singular in"]
+    vh: Float[Tensor, "kept in"]
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"]) -> "SingularFactors":
@@ -173,7 +176,7 @@ def cut_factors(
     leading `rank` singular vectors. Raises CorruptArtefact for factors that are missing or not what their index says.
     """
     index = FactorIndex.read(digest, home)
-    path = _existing(digest, home, rank)
+    path = found_factors(digest, home, rank)
     if path is None:
         raise CorruptArtefact(f"factors {short(digest)}", "they are not there; run `python -m jobs.factor_backbone`")
     parts = _Parts(StoredTensors([path]), tuple(index.lengths), shards, rank, dtype, device)
@@ -223,14 +226,6 @@ class _Parts(Mapping[str, SingularFactors]):
         return len(self._names)
 
 
-def _existing(digest: str, home: Path, rank: int) -> Path | None:
-    """A file with at least the leading `rank` singular vectors (0: all of them); the smallest there is."""
-    kept = {int(p.suffixes[-2][2:]): p for p in (home / "factors").glob(f"{digest}.r*.safetensors")} if rank else {}
-    enough = [kept[one] for one in sorted(kept) if one >= rank]
-    whole = factors_path(digest, home)
-    return enough[0] if enough else whole if whole.is_file() else None
-
-
 def _made(
     shapes: Mapping[str, tuple[int, int]],
     weight: Callable[[str], Tensor],
@@ -270,7 +265,7 @@ def _made(
 
 def _read(digest: str, backbone: str, home: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> FactorSet | None:
     """None for a file that is missing, torn or of other layers: the caller computes it."""
-    path = _existing(digest, home, rank)
+    path = found_factors(digest, home, rank)
     if path is None or not index_path(digest, home).is_file():
         return None
     try:
