@@ -8,12 +8,11 @@ row is a pure function of its message, and `Row.sent` tells the new gang what th
 import asyncio
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +21,12 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from actors import families
-from actors.gang import Fault, Gang, GangParts, Placement, RankProcess, first_of, kill_all
+from actors.gang import Fault, Gang, GangParts, PinRefused, Placement, RankProcess, first_of, kill_all
+from actors.gang_experts import Fetch, GangExperts, Resolve, cause
+from actors.messages import News
 from actors.processes import Identity, Joined
 from cluster.settings import BackboneSettings
-from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable, UnknownName
+from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from metasepia.scheduling import Answer, Limits, Load
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from metasepia.backbone import Capability
 
 logger = logging.getLogger("metasepia.gang")
-
-Fetch = Callable[[str], bytes | Awaitable[bytes]]
-"""Bytes of an expert by digest; raises UnknownName."""
 
 POLL_S = 5.0
 """Longest wait of one call for answers."""
@@ -73,6 +71,8 @@ class GroupInfo:
     pids: tuple[int, ...]
     spare_pids: tuple[int, ...]
     """Warm spares only."""
+    pinned: str | None
+    """Digest of the expert whose weights are rebuilt."""
     start_seconds: dict[str, float]
     """Parts of rank 0's start."""
     rebuilds: tuple[Rebuild, ...]
@@ -98,14 +98,13 @@ class BackboneGroup:
 
     capabilities: "frozenset[Capability]" = frozenset(("generate", "score", "hidden_states", "row_adapters"))
 
-    def __init__(self, parts: GangParts, fetch: Fetch | None) -> None:
-        self._parts, self._settings, self._fetch = parts, parts.settings, fetch
+    def __init__(self, parts: GangParts, fetch: Fetch | None, resolve: Resolve | None) -> None:
+        self._parts, self._settings = parts, parts.settings
+        self._experts = GangExperts(parts.settings, fetch, resolve)
         self._gang: Gang | None = None
         self._spares: list[RankProcess] = []
         self._held: dict[str, _Held] = {}
         self._keys = itertools.count()
-        self._paths: dict[str, Path] = {}
-        self._putting: dict[tuple[Gang, str], asyncio.Task[None]] = {}
         self._rebuilds: list[Rebuild] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._supervisor: asyncio.Task[None] | None = None
@@ -122,11 +121,14 @@ class BackboneGroup:
         placement_group: PlacementGroup,
         first_bundle: int = 1,
         fetch: Fetch | None = None,
+        resolve: Resolve | None = None,
     ) -> "BackboneGroup":
         """A serving group, its ranks in the bundles from `first_bundle` on.
 
-        `fetch` is asked for experts that no rank holds yet. Raises NotSupported or InvalidSettings for a model that
-        cannot be cut into `tp_size`, before any process is started, and whatever keeps a rank from starting.
+        `fetch` is asked for experts that the ranks do not hold, `resolve` for what the setting `pinned` names. Raises
+        NotSupported or InvalidSettings for a model that cannot be cut into `tp_size`, and InvalidSettings for a pin
+        that is unknown, before any process is started; InvalidSettings for one that cannot be served, and whatever
+        keeps a rank from starting.
         """
         families.check(json.loads((Path(prepared.path) / "config.json").read_text()), settings.tp_size)
         limits = Limits(
@@ -137,11 +139,15 @@ class BackboneGroup:
         )
         placement = Placement(group=placement_group, first_bundle=first_bundle)
         parts = GangParts(settings=settings, prepared=prepared, home=home, placement=placement, limits=limits)
-        group = cls(parts, fetch)
+        group = cls(parts, fetch, resolve)
+        pinned = await group._experts.pinned()
         try:
-            group._gang = await Gang.launch(parts)
+            group._gang = await Gang.launch(parts, pinned=pinned)
+        except PinRefused as error:
+            raise group._experts.bad_pin(error) from error
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
+        group._experts.served = pinned
         group._supervisor = asyncio.create_task(group._supervise())
         group._warm_spares()
         return group
@@ -153,6 +159,7 @@ class BackboneGroup:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
+        await self._experts.stop()
         gang, self._gang = self._gang, None
         self._problem = "stopped"
         spares, self._spares = self._spares, []
@@ -175,6 +182,7 @@ class BackboneGroup:
             all_reduce=first.all_reduce,
             pids=tuple(process.identity.pid for process in self._gang.processes),
             spare_pids=tuple(p.identity.pid for p in self._spares if p.warming.done()),
+            pinned=self._gang.pinned,
             start_seconds=first.seconds,
             rebuilds=tuple(self._rebuilds),
         )
@@ -280,11 +288,9 @@ class BackboneGroup:
         held.gang = gang
         row = dataclasses.replace(held.row, sent=(*held.row.sent, *held.sent))
         try:
-            for digest, _ in row.adapter:
-                await self._ensure_expert(gang, digest)
             refusal: MetasepiaError | None = await gang.rank0.submit.remote(row)
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except RayError:
             return  # the gang died under us: the supervisor submits every held row to the next
         if refusal is not None:
@@ -305,36 +311,8 @@ class BackboneGroup:
     # -- experts -------------------------------------------------------------------------------------------------------
 
     async def put_expert(self, digest: str, path: Path) -> None:
-        """Gives the ranks an expert from a file, now and after every rebuild. Raises CorruptArtefact."""
-        self._paths[digest] = path
-        if self._gang is not None:
-            try:
-                await self._ensure_expert(self._gang, digest)
-            except RayTaskError as error:
-                del self._paths[digest]
-                raise _cause(error) from None
-            except RayError:
-                return  # rows of the next gang ask for it
-
-    async def _ensure_expert(self, gang: Gang, digest: str) -> None:
-        if digest in gang.experts:
-            return
-        key = (gang, digest)
-        if key not in self._putting:
-            task = asyncio.create_task(self._put(gang, digest))
-            self._putting[key] = task
-            task.add_done_callback(lambda _: self._putting.pop(key, None))
-        await asyncio.shield(self._putting[key])  # others may wait for the same expert
-
-    async def _put(self, gang: Gang, digest: str) -> None:
-        if digest in self._paths:
-            blob = await asyncio.to_thread(self._paths[digest].read_bytes)
-        elif self._fetch is not None:
-            fetched = self._fetch(digest)
-            blob = await fetched if inspect.isawaitable(fetched) else fetched
-        else:
-            raise UnknownName("expert", digest, tuple(sorted(self._paths)))
-        await gang.put_expert(digest, blob)
+        """Gives the ranks an expert from a file, now and whenever a row asks for it again. Raises CorruptArtefact."""
+        await self._experts.put(self._gang, digest, path)
 
     # -- faults --------------------------------------------------------------------------------------------------------
 
@@ -378,12 +356,14 @@ class BackboneGroup:
     async def _drain(self, gang: Gang) -> None:
         while True:
             try:
-                answers: list[tuple[str, Answer]] = await gang.rank0.next_answers.remote(POLL_S)
+                news: News = await gang.rank0.news.remote(POLL_S)
             except RayTaskError as error:
-                raise Fault(f"rank 0 failed: {_cause(error)}", by_itself=True) from None
+                raise Fault(f"rank 0 failed: {cause(error)}", by_itself=True) from None
             except RayError as error:
                 raise Fault(f"rank 0 died: {type(error).__name__}", by_itself=False) from None
-            for key, answer in answers:
+            for moves in news.moves:
+                self._experts.follow(gang, moves)
+            for key, answer in news.answers:
                 held = self._held.get(key)
                 if held is None:
                     continue
@@ -392,19 +372,26 @@ class BackboneGroup:
                 held.inbox.put_nowait(answer)
 
     async def _replace(self) -> tuple[Gang, bool]:
-        """A new gang, from the spares if they live; tries again until there is one."""
+        """A new gang, from the spares if they live; tries again until there is one.
+
+        Its pin is what the name stands for now; what served before where that cannot be served.
+        """
+        pin_refused = False
         for attempt in itertools.count(1):
             spares, self._spares = self._spares, []
             if spares and not await self._alive(spares):
                 await kill_all(spares)
                 spares = []
             try:
-                gang = await Gang.launch(self._parts, spares)
+                pinned = self._experts.served if pin_refused else await self._experts.pinned()
+                gang = await Gang.launch(self._parts, spares, pinned)
             except Exception as error:  # whatever it is, the rows wait and the next try may do better
-                cause = str(_cause(error) if isinstance(error, RayTaskError) else error).partition("\n")[0]
-                logger.error("gang %s: try %d to replace it failed: %s", self._settings.id, attempt, cause)
+                pin_refused = pin_refused or isinstance(error, PinRefused)
+                reason = str(cause(error) if isinstance(error, RayTaskError) else error).partition("\n")[0]
+                logger.error("gang %s: try %d to replace it failed: %s", self._settings.id, attempt, reason)
                 await asyncio.sleep(0 if spares else min(MAX_PAUSE_S, 0.5 * 2**attempt))
                 continue
+            self._experts.served = pinned
             return gang, bool(spares)
         raise AssertionError
 
@@ -438,8 +425,3 @@ class BackboneGroup:
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(f"backbone {self._settings.id}", REBUILD_S)
-
-
-def _cause(error: RayTaskError) -> Exception:
-    """What a rank raised, without Ray's wrapping."""
-    return error.cause if isinstance(error.cause, Exception) else error

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.actor import ActorClass
 
+from actors.messages import News
 from actors.processes import Identity, Joined, Pulse, process_state
 from cluster.settings import BackboneSettings
 from metasepia.digests import short
-from metasepia.errors import MetasepiaError, NotSupported
+from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Row
 from metasepia.steps import StepPlan, StepResult
@@ -27,7 +28,9 @@ from metasepia.steps import StepPlan, StepResult
 if TYPE_CHECKING:
     import torch
 
-    from metasepia.scheduling import Answer, Limits, Load
+    from metasepia.held import PreparedExpert
+    from metasepia.leases import Moves
+    from metasepia.scheduling import Answer, Limits, Load, Scheduler
     from metasepia.svf import FactorSet, LayerShard
 
 OWNER_CHECK_S = 0.5
@@ -39,12 +42,17 @@ class BackboneShard:
     def __init__(self, settings: BackboneSettings, prepared: PreparedBackbone, home: str, owner: Identity) -> None:
         self._settings, self._prepared, self._home = settings, prepared, Path(home)
         self._seconds: dict[str, float] = {}
-        self._lock = threading.Lock()  # the decoder and the expert table: steps against put_expert
+        self._lock = threading.Lock()  # the decoder and the expert table: steps against pin_expert
         self._progress, self._busy = 0, False
         self._failed: str | None = None
+        self._scheduler: Scheduler | None = None
+        """Rank 0's."""
         self._last_step = -1
         self._peers: list[Any] = []
         self._answers: list[tuple[str, Answer]] = []
+        self._moves: list[Moves] = []
+        self._aside: dict[str, PreparedExpert] = {}
+        """Experts by digest, checked and ready, that a plan will name."""
         self._answered = threading.Condition()
         self._store: Any = None
         threading.Thread(target=self._die_with, args=(owner,), daemon=True).start()
@@ -199,15 +207,52 @@ class BackboneShard:
         """Peers: runs a step that rank 0 planned. Steps arrive in the order in which rank 0 sent them."""
         self._run(plan)
 
+    @ray.method(concurrency_group="experts")
     def put_expert(self, digest: str, blob: bytes) -> None:
-        """Holds an expert from now on. CorruptArtefact when the bytes are not this expert of this backbone."""
-        from metasepia.svf import ExpertVectors
+        """Puts an expert aside, ready for the plan that learns it; steps go on meanwhile. Rank 0 is given it last.
+
+        CorruptArtefact when the bytes are not this expert of this backbone.
+        """
+        expert = self._prepare_expert(digest, blob)
+        self._aside[digest] = expert
+        if self._scheduler is not None:
+            self._scheduler.expert_arrived(digest, expert.num_bytes)
+
+    @ray.method(concurrency_group="experts")
+    def take_back_expert(self, digest: str) -> None:
+        """Forgets what was put aside and no plan has learnt."""
+        self._aside.pop(digest, None)
+
+    def pin_expert(self, digest: str, blob: bytes) -> None:
+        """Before the first row: holds an expert for good, and rebuilds its weights. Raises as `put_expert` does."""
+        expert = self._prepare_expert(digest, blob)
+        if expert.num_bytes > self._settings.max_expert_bytes:
+            raise CorruptArtefact(
+                f"expert {short(digest)}",
+                f"it takes {expert.num_bytes / 2**20:.3g} MiB and max_expert_mib is {self._settings.max_expert_mib:g}",
+            )
+        assert self._experts is not None
+        with self._lock:
+            self._experts.insert(digest, expert)
+            self._experts.pin(((digest, 1.0),))
+        if self._scheduler is not None:
+            self._scheduler.expert_pinned(digest, expert.num_bytes)
+
+    def _prepare_expert(self, digest: str, blob: bytes) -> "PreparedExpert":
+        from metasepia.lora import read_adapter
 
         if self._experts is None:
             raise NotSupported(f"an expert on backbone {short(self._prepared.digest)}", "its settings name no layers")
-        expert = ExpertVectors.from_bytes(blob, f"expert {short(digest)}")
-        with self._lock:
-            self._experts.put(digest, expert)
+        return self._experts.prepare(digest, read_adapter(blob, f"expert {short(digest)}"))
+
+    def _change_experts(self, plan: StepPlan) -> None:
+        """What the plan says, on each rank between the same two steps. What it learns is aside: rank 0 knows."""
+        for digest in plan.forget:
+            assert self._experts is not None
+            self._experts.drop(digest)
+        for digest in plan.learn:
+            assert self._experts is not None
+            self._experts.insert(digest, self._aside.pop(digest))
 
     def _run(self, plan: StepPlan) -> StepResult:
         import torch
@@ -217,8 +262,10 @@ class BackboneShard:
             if plan.step <= self._last_step:
                 raise RuntimeError(f"it came after step {self._last_step}")
             self._last_step = plan.step
-            with self._lock, torch.inference_mode():
-                return self._decoder.run(plan)
+            with self._lock:
+                self._change_experts(plan)
+                with torch.inference_mode():
+                    return self._decoder.run(plan)
         except BaseException as error:
             self._fail(f"step {plan.step}: {type(error).__name__}: {error}")
             # Builtin on purpose: unpickling a class of torch would make the owner import torch first.
@@ -234,16 +281,23 @@ class BackboneShard:
     # -- rank 0 --------------------------------------------------------------------------------------------------------
 
     def _schedule(self, peers: list[Any], limits: "Limits") -> None:
+        from metasepia.experts import ExpertVectors
+        from metasepia.leases import Leases
         from metasepia.scheduling import Scheduler
 
         self._peers = peers
-        self._scheduler = Scheduler(self._run_on_all, limits, self._prepared)
-        self._stop = threading.Event()
-        threading.Thread(target=self._schedule_forever, daemon=True, name="scheduler").start()
+        always: frozenset[str] = frozenset()
+        if self._experts is not None:  # the base as an expert is held without being put
+            factors = self._experts.factors.digest
+            base = [ExpertVectors.identity(self._prepared.digest, factors, form) for form in (False, True)]
+            always = frozenset(one.digest for one in base)
+        leases = Leases(self._settings.max_expert_bytes, always=always)
+        self._scheduler = Scheduler(self._run_on_all, limits, self._prepared, leases=leases, move=self._move)
+        threading.Thread(target=self._schedule_forever, args=(self._scheduler,), daemon=True, name="scheduler").start()
 
-    def _schedule_forever(self) -> None:
+    def _schedule_forever(self, scheduler: "Scheduler") -> None:
         try:
-            self._scheduler.run_forever(self._stop)
+            scheduler.run_forever(threading.Event())
         except BaseException as error:
             self._fail(f"scheduler: {type(error).__name__}: {error}")
 
@@ -256,6 +310,7 @@ class BackboneShard:
     @ray.method(concurrency_group="door")
     def submit(self, row: Row) -> MetasepiaError | None:
         """Rank 0: queues a row; its answers come out of `next_answers`. The error, if it is refused."""
+        assert self._scheduler is not None
         try:
             self._scheduler.submit(row, lambda answer: self._answer(row.request_id, answer))
         except MetasepiaError as error:
@@ -264,24 +319,39 @@ class BackboneShard:
 
     @ray.method(concurrency_group="door")
     def cancel(self, request_id: str) -> bool:
+        assert self._scheduler is not None
         return self._scheduler.cancel(request_id)
 
     @ray.method(concurrency_group="door")
     def load(self) -> "Load":
+        assert self._scheduler is not None
         return self._scheduler.load()
 
-    @ray.method(concurrency_group="answers")
-    def next_answers(self, wait_s: float) -> "list[tuple[str, Answer]]":
-        """Rank 0: all answers since the last call, as soon as there is one; after `wait_s` perhaps none.
+    @ray.method(concurrency_group="door")
+    def refuse_expert(self, digest: str, error: MetasepiaError) -> None:
+        """Rank 0: an expert that its scheduler asked for cannot be had."""
+        assert self._scheduler is not None
+        self._scheduler.expert_refused(digest, error)
+
+    @ray.method(concurrency_group="news")
+    def news(self, wait_s: float) -> News:
+        """Rank 0: all answers since the last call and what to do with experts, as soon as there is something; after
+        `wait_s` perhaps nothing.
 
         RuntimeError when the gang can run no more steps.
         """
         with self._answered:
-            self._answered.wait_for(lambda: self._answers or self._failed, timeout=wait_s)
+            self._answered.wait_for(lambda: self._answers or self._moves or self._failed, timeout=wait_s)
             if self._failed:
                 raise RuntimeError(self._failed)
-            answers, self._answers = self._answers, []
-        return answers
+            news = News(answers=tuple(self._answers), moves=tuple(self._moves))
+            self._answers, self._moves = [], []
+        return news
+
+    def _move(self, moves: "Moves") -> None:
+        with self._answered:
+            self._moves.append(moves)
+            self._answered.notify_all()
 
     def _answer(self, request_id: str, answer: "Answer") -> None:
         with self._answered:
@@ -290,7 +360,7 @@ class BackboneShard:
 
 
 BackboneShardActor: ActorClass[BackboneShard] = ray.remote(
-    concurrency_groups={"pulse": 1, "door": 1, "answers": 1}, max_restarts=0, max_task_retries=0
+    concurrency_groups={"pulse": 1, "door": 1, "experts": 1, "news": 1}, max_restarts=0, max_task_retries=0
 )(BackboneShard)  # pyright: ignore[reportCallIssue]
 
 

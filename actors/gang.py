@@ -11,12 +11,12 @@ import os
 import signal
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -67,6 +67,18 @@ class GangParts:
     home: Path
     placement: Placement
     limits: Limits
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """An expert that every rank holds for good, on rebuilt weights."""
+
+    digest: str
+    blob: bytes
+
+
+class PinRefused(Exception):
+    """The ranks are well, and cannot serve the expert that is to be pinned."""
 
 
 @dataclass(eq=False)
@@ -161,12 +173,17 @@ class Gang:
     settings: BackboneSettings
     processes: tuple[RankProcess, ...]
     joined: tuple[Joined, ...] = ()
-    experts: set[str] = field(default_factory=set)
-    """Digests that every rank holds."""
+    pinned: str | None = None
+    """Digest."""
 
     @classmethod
-    async def launch(cls, parts: GangParts, processes: Sequence[RankProcess] = ()) -> "Gang":
-        """A running gang, from warm processes if given, else from nothing. Leaves no process behind when it raises."""
+    async def launch(
+        cls, parts: GangParts, processes: Sequence[RankProcess] = (), pinned: Pinned | None = None
+    ) -> "Gang":
+        """A running gang, from warm processes if given, else from nothing. Leaves no process behind when it raises.
+
+        Raises PinRefused, from what the rank said, when `pinned` is the reason.
+        """
         started = list(processes)
         try:
             if not started:
@@ -180,14 +197,14 @@ class Gang:
             gang = cls(parts.settings, tuple(started))
             # Watched from now on: a rank that freezes while the gang meets would hold the others until their timeouts.
             await asyncio.wait_for(
-                first_of(gang._join(parts.limits), gang.watch(STARTING_FACTOR)), parts.settings.start_timeout_s
+                first_of(gang._join(parts.limits, pinned), gang.watch(STARTING_FACTOR)), parts.settings.start_timeout_s
             )
         except BaseException:
             await kill_all(started)
             raise
         return gang
 
-    async def _join(self, limits: Limits) -> None:
+    async def _join(self, limits: Limits, pinned: Pinned | None) -> None:
         # Fail on the first that fails: the others may wait for it in vain.
         await asyncio.gather(*(process.warming for process in self.processes))
         first = self.processes[0]
@@ -203,16 +220,29 @@ class Gang:
                 )
             )
         )
+        if pinned is not None:  # before the first row: no step runs that it could come between
+            blob = ray.put(pinned.blob)
+            try:
+                await asyncio.gather(*(p.handle.pin_expert.remote(pinned.digest, blob) for p in self.processes))
+            except RayTaskError as error:
+                raise PinRefused(str(error.cause)) from error.cause
+            self.pinned = pinned.digest
 
     @property
     def rank0(self) -> Any:
         return self.processes[0].handle
 
     async def put_expert(self, digest: str, blob: bytes) -> None:
-        """Every rank holds the expert when this returns."""
+        """Every rank has the expert aside when this returns; the scheduler's plan takes it in where there is room."""
         reference = ray.put(blob)
-        await asyncio.gather(*(p.handle.put_expert.remote(digest, reference) for p in self.processes))
-        self.experts.add(digest)
+        first, *peers = self.processes
+        # Rank 0 last: once it has it, its next plan may name it to all.
+        await asyncio.gather(*(process.handle.put_expert.remote(digest, reference) for process in peers))
+        await first.handle.put_expert.remote(digest, reference)
+
+    async def take_back_expert(self, digest: str) -> None:
+        """No rank has it aside when this returns."""
+        await asyncio.gather(*(process.handle.take_back_expert.remote(digest) for process in self.processes))
 
     async def watch(self, patience: int = STARVED_FACTOR) -> None:
         """Never returns; raises Fault once a rank has died, is silent for too long, hangs or says that it failed.

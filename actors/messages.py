@@ -6,9 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metasepia.fewshot import By
+from metasepia.inflight import Answer
+from metasepia.leases import Moves
 from metasepia.modalities.media import Modality
 from metasepia.registry import Artefact as Artefact
 from metasepia.rows import Adapter, Executed
+from metasepia.search import SearchSettings
+from metasepia.search_jobs import Example, Match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,16 @@ class Receipt:
             tp_size=executed.tp_size,
             seed=seed,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What rank 0's scheduler has for its owner, in order."""
+
+    answers: "tuple[tuple[str, Answer], ...]"
+    """By row."""
+    moves: tuple[Moves, ...]
+    """Of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +190,25 @@ class Built:
     """Of the compiled context in memory."""
     self_check: SelfChecked | None
     """None where there was no time for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchAsked:
+    """A few-shot search as the door hands it on: tokens, and experts by the names that the client gave."""
+
+    backbone: str
+    """Digest."""
+    owner: str
+    experts: tuple[str, ...] | None
+    """None: all that can be chosen."""
+    base: bool
+    examples: tuple[Example, ...]
+    num_shots: int
+    settings: SearchSettings
+    by: By
+    match: Match
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

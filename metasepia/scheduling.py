@@ -129,6 +129,12 @@ class Scheduler:
             self._leases.arrived(digest, num_bytes)
             self._stir()
 
+    def expert_pinned(self, digest: str, num_bytes: int) -> None:
+        """Every rank holds the expert, for good."""
+        assert self._leases is not None
+        with self._changed:
+            self._leases.pin(digest, num_bytes)
+
     def expert_refused(self, digest: str, error: MetasepiaError) -> None:
         """An expert that was asked for cannot be had; the rows that wait for it are answered with the error."""
         assert self._leases is not None

@@ -16,6 +16,7 @@ from cluster.settings import BackboneSettings
 from metasepia.errors import Unavailable
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
+from serve.names import OWNER
 
 
 class BackboneReplica:
@@ -27,8 +28,12 @@ class BackboneReplica:
         group = ray.util.get_current_placement_group()
         assert group is not None  # graph.py gives every backbone one
         self._settings = settings
+
+        async def resolve(name: str) -> str:
+            return (await registry.resolve("expert", name, OWNER)).digest
+
         self._group = await BackboneGroup.start(
-            settings, prepared, Path(home), group, first_bundle=1, fetch=registry.get
+            settings, prepared, Path(home), group, first_bundle=1, fetch=registry.get, resolve=resolve
         )
         self._served_unix_s = time.time()
 
