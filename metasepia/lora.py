@@ -85,29 +85,10 @@ class LoraAdapter:
                 raise CorruptArtefact(name, f"{layer or 'a tensor without a layer'} has not both of a and b")
         if len(tensors) != 2 * len(layers):
             raise CorruptArtefact(name, "it holds tensors that are neither a nor b of a layer")
-        made = cls(
-            backbone=str(header["backbone"]),
-            a={layer: tensors[f"{layer}/a"] for layer in layers},
-            b={layer: tensors[f"{layer}/b"] for layer in layers},
-        )
-        made.check(name)
-        return made
-
-    def check(self, name: str) -> None:
-        """Raises CorruptArtefact unless every layer is a finite fp32 pair of one rank, and there is one."""
-        if not self.a:
-            raise CorruptArtefact(name, "it holds no layers")
-        for layer, a in self.a.items():
-            b = self.b[layer]
-            if a.dtype != np.float32 or b.dtype != np.float32:
-                raise CorruptArtefact(name, f"{layer} is {a.dtype} and {b.dtype}; both must be float32")
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.size or not b.size:
-                raise CorruptArtefact(
-                    name,
-                    f"{layer} has shapes {list(a.shape)} and {list(b.shape)}; they must be [rank, in], [out, rank]",
-                )
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
-                raise CorruptArtefact(name, f"{layer} holds NaN or infinity")
+        a = {layer: tensors[f"{layer}/a"] for layer in layers}
+        b = {layer: tensors[f"{layer}/b"] for layer in layers}
+        check_pairs(a, b, name)
+        return cls(backbone=str(header["backbone"]), a=a, b=b)
 
     def check_fits(self, shapes: Shapes, name: str | None = None) -> None:
         """Raises CorruptArtefact for a layer that the backbone has not got, or has in another shape."""
@@ -125,6 +106,21 @@ class LoraAdapter:
     @cached_property
     def _tensors(self) -> dict[str, np.ndarray]:
         return {f"{n}/a": one for n, one in self.a.items()} | {f"{n}/b": one for n, one in self.b.items()}
+
+
+def check_pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], name: str) -> None:
+    """Raises CorruptArtefact unless every layer is a finite fp32 pair of one rank, and there is one."""
+    if not a:
+        raise CorruptArtefact(name, "it holds no layers")
+    for layer, down in a.items():
+        up = b[layer]
+        if down.dtype != np.float32 or up.dtype != np.float32:
+            raise CorruptArtefact(name, f"{layer} is {down.dtype} and {up.dtype}; both must be float32")
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.size or not up.size:
+            shapes = f"{list(down.shape)}, {list(up.shape)}"
+            raise CorruptArtefact(name, f"{layer} has shapes {shapes}; they must be [rank, in], [out, rank]")
+        if not (np.isfinite(down).all() and np.isfinite(up).all()):
+            raise CorruptArtefact(name, f"{layer} holds NaN or infinity")
 
 
 def read_adapter(blob: bytes, name: str) -> ExpertVectors | LoraAdapter:

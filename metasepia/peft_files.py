@@ -16,7 +16,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from metasepia.errors import CorruptArtefact, NotSupported
-from metasepia.lora import MAX_LORA_BYTES, LoraAdapter, Shapes
+from metasepia.lora import MAX_LORA_BYTES, LoraAdapter, Shapes, check_pairs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -87,8 +87,8 @@ def read_peft(config: bytes, weights: bytes, backbone: str, shapes: Shapes, name
         a[layer] = pair["lora_A"]
         with np.errstate(over="ignore"):  # an infinity is found by the check
             b[layer] = (pair["lora_B"] * np.float32(scale)).astype(np.float32)
+    check_pairs(a, b, name)
     made = LoraAdapter(backbone=backbone, a=a, b=b)
-    made.check(name)
     made.check_fits(shapes, name)
     return made
 
