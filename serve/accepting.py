@@ -15,7 +15,7 @@ from cluster.settings import BackboneSettings
 from metasepia.digests import short
 from metasepia.dispatch import TaskCentroid
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex, factors_path
+from metasepia.experts import ExpertVectors, FactorIndex, found_factors
 from metasepia.lora import LoraAdapter, Shapes, facts_of, linear_shapes, read_adapter
 from metasepia.mixing import BASE
 from metasepia.peft_files import read_peft
@@ -47,12 +47,13 @@ class Fits:
     def of(cls, settings: BackboneSettings, prepared: PreparedBackbone, home: Path) -> "Fits":
         """From the headers of weights and factors on disk; a few kilobytes a layer are read."""
         shapes = linear_shapes(Path(prepared.path))
-        index = find_index(prepared.digest, settings.expert_layers, home)
-        if index is None:
+        index = find_index(prepared.digest, settings.expert_layers, home, settings.expert_rank)
+        path = None if index is None else found_factors(index.digest, home, settings.expert_rank)
+        if index is None or path is None:
             return cls(id=settings.id, prepared=prepared, shapes=shapes)
         digest = index.digest
         try:
-            with safe_open(factors_path(digest, home), "np") as file:
+            with safe_open(path, "np") as file:
                 s = {name: file.get_tensor(f"{name}/s") for name in index.lengths}
         except (OSError, SafetensorError) as error:
             raise CorruptArtefact(
@@ -193,11 +194,14 @@ def _card(card: bytes | None, prepared: PreparedBackbone) -> dict[str, Any]:
     return tree
 
 
-def find_index(backbone: str, suffixes: Sequence[str], home: Path) -> FactorIndex | None:
-    """The factors on disk of a backbone's layers that end in `suffixes`, all of these and no others."""
+def find_index(backbone: str, suffixes: Sequence[str], home: Path, rank: int = 0) -> FactorIndex | None:
+    """The factors on disk of a backbone's layers that end in `suffixes`, all of these and no others.
+
+    None also where fewer than the leading `rank` singular vectors are there; 0 wants all of them.
+    """
     for path in sorted((home / "factors").glob("*.json")):
         index = FactorIndex.read(path.stem, home)
         ends = [{s for s in suffixes if f".{n}".removesuffix(".weight").endswith(f".{s}")} for n in index.lengths]
         if index.backbone == backbone and all(ends) and set().union(*ends) == set(suffixes):
-            return index if factors_path(index.digest, home).is_file() else None
+            return index if found_factors(index.digest, home, rank) is not None else None
     return None

@@ -23,13 +23,10 @@ def prepare(settings: Settings) -> dict[str, PreparedBackbone]:
         except InvalidSettings as error:
             raise InvalidSettings(f"backbones[{backbone.id}].{error.field}", error.value, error.allowed) from error
         layers = backbone.expert_layers
-        if layers and find_index(prepared.digest, layers, settings.home) is None:
-            import torch
+        if layers and find_index(prepared.digest, layers, settings.home, backbone.expert_rank) is None:
+            from metasepia.factors import factors_of_backbone
 
-            from metasepia.factors import factors_of
-
-            model = checkpoints.load(prepared, torch.float32, "cpu")
-            factors_of(model, layers, prepared.digest, settings.home)
+            factors_of_backbone(prepared, layers, settings.home, rank=backbone.expert_rank)
     return found
 
 
