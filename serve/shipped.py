@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.messages import Artefact
 from actors.registry import RegistryClient
 from metasepia.errors import CorruptArtefact, UnknownName
-from metasepia.experts import ExpertVectors
+from metasepia.lora import facts_of, read_adapter
 from metasepia.registry import SHARED
 
 ASSETS = Path(__file__).parents[1] / "metasepia" / "assets"
@@ -52,8 +52,8 @@ async def import_experts(registry: RegistryClient, folder: Path = ASSETS / "expe
     imported: list[Artefact] = []
     for path in sorted(folder.glob("*/expert.safetensors")):
         blob, name = path.read_bytes(), path.parent.name
-        expert = ExpertVectors.from_bytes(blob, name)
-        card = json.loads((path.parent / "card.json").read_text()) | {"backbone": expert.backbone}
+        expert = read_adapter(blob, name)
+        card = json.loads((path.parent / "card.json").read_text()) | facts_of(expert)
         imported.append(await registry.put("expert", blob, digest=expert.digest, name=name, owner=SHARED, card=card))
     return imported
 
