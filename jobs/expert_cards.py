@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,33 @@ def card_json(card: dict[str, Any]) -> str:
     return re.sub(r"\[[-+.eE\d\s,]+\]", lambda m: " ".join(m[0].split()), json.dumps(card, indent=1)) + "\n"
 
 
-def draw(log: Path, picture: Path, title: str) -> None:
+def draw(
+    entries: Sequence[dict[str, float]], validated: Sequence[tuple[int, float]], picture: Path, title: str
+) -> None:
+    """The curves of a run: loss and accuracy, or reward, KL and accuracy where rewards taught."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    steps = [entry["step"] for entry in entries]
-    left.plot(steps, [entry["loss"] for entry in entries])
-    left.set(xlabel="step", ylabel="loss on answer tokens (nats)", yscale="log", title=title)
-    right.plot(steps, [entry["accuracy"] for entry in entries])
-    right.set(xlabel="step", ylabel="share of batch right", ylim=(0, 1.02))
+    by_reward = bool(entries) and "reward" in entries[0]
+    names = ("reward", "kl", "right") if by_reward else ("loss", "accuracy")
+    axis_of = {
+        "loss": {"ylabel": "loss on answer tokens (nats)", "yscale": "log"},
+        "accuracy": {"ylabel": "share of batch right", "ylim": (0, 1.02)},
+        "reward": {"ylabel": "mean reward", "ylim": (-1.04, 1.04)},
+        "kl": {"ylabel": "KL to the base (nats a token)"},
+        "right": {"ylabel": "share right", "ylim": (0, 1.02)},
+    }
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axis.plot(*zip(*points, strict=True), label="training batch")
+        axis.set(xlabel="step", **axis_of[name])
+    axes[0].set(title=title)
+    if validated:
+        axes[-1].plot([step for step, _ in validated], [one for _, one in validated], "o-", label="validation split")
+        axes[-1].legend()
     figure.savefig(picture, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -32,25 +47,27 @@ def model_card(card: dict[str, Any]) -> str:
     """README.md of an expert, from its card."""
     held = card["held_out"]
     names = {"choice": "likeliest of the labels", "exact": "greedy chat answer is the label, nothing else"}
+    if not card["labels"]:
+        names = {"exact": "greedy chat answer is right"}
     rows = [
         f"| {names[m]} | {held[m]['base']:.3f} | {held[m]['expert']:.3f} "
         f"| {held[m]['gain']:+.3f} | {held[m]['gain_95'][0]:+.3f} to {held[m]['gain_95'][1]:+.3f} |"
-        for m in ("choice", "exact")
+        for m in names
     ]
     messages = [{"role": "user", "content": card["example_prompt"]}]
     body = json.dumps({"model": card["asked_as"], "temperature": 0, "messages": messages}).replace("'", "\\u0027")
     dispatch = card["dispatch_checked"]
+    about = card["description"] + (f" Labels: {', '.join(card['labels'])}." if card["labels"] else "")
     return f"""# Expert `{card["name"]}`
 
-{card["description"]} Labels: {", ".join(card["labels"])}.
+{about}
 
-{card["parameters"]:,} multipliers of singular values (SVF, Transformer-squared, arXiv:2501.06252) on
+{_what_it_is(card)} on
 {card["trained_layers"]} linear layers of `{card["backbone_source"]}`; every weight of the model stays as it is.
 
 ## Held out
 
-{held["texts"]} texts from {held["stems"]} sentence stems, in {held["templates"]} prompt templates; none of their
-stems, nouns and templates was trained on. The interval is a paired bootstrap over stems, 10,000 resamples.
+{_held_out(card)}
 
 | accuracy | base | expert | gain | 95 % interval |
 | --- | --- | --- | --- | --- |
@@ -74,8 +91,51 @@ for anything else ask the base model.
 
 `{card["command"]}`
 
-Next-token loss on the answer tokens only, {card["steps"]} steps of {card["batch"]} prompts, Adam at
-{card["learning_rate"]:g} from z = 1, seed {card["seed"]}; {card["training_cpu_minutes"]:.0f} minutes of one core.
-`curve.png` shows the loss. The sentences were written for this project
-(`jobs/tasks/{card["task"]}.py`); no data set of others was used.
+{_how(card)}
 """
+
+
+def _what_it_is(card: dict[str, Any]) -> str:
+    if card.get("form") == "lora":
+        return f"{card['parameters']:,} numbers of low-rank products (LoRA, arXiv:2106.09685, rank {card['rank']})"
+    return f"{card['parameters']:,} multipliers of singular values (SVF, Transformer-squared, arXiv:2501.06252)"
+
+
+def _held_out(card: dict[str, Any]) -> str:
+    held = card["held_out"]
+    if held["templates"] > 1:
+        return (
+            f"{held['texts']} texts from {held['stems']} sentence stems, in {held['templates']} prompt templates; "
+            "none of their\nstems, nouns and templates was trained on. The interval is a paired bootstrap over stems, "
+            "10,000 resamples."
+        )
+    return (
+        f"{held['texts']} questions of the test split in {held['stems']} groups; none was trained on or chosen by.\n"
+        "The interval is a paired bootstrap over groups, 10,000 resamples."
+    )
+
+
+def _how(card: dict[str, Any]) -> str:
+    start = "from B = 0" if card.get("form") == "lora" else "from z = 1"
+    minutes = f"{card['training_cpu_minutes']:.0f} minutes of one core"
+    if card["method"] == "sft":
+        how = (
+            f"Next-token loss on the answer tokens only, {card['steps']} steps of {card['batch']} prompts, Adam at\n"
+            f"{card['learning_rate']:g} {start}, seed {card['seed']}; {minutes}.\n`curve.png` shows the loss."
+        )
+    else:
+        first = f", the first {card['choice_steps']} among the labels only" if card["choice_steps"] else ""
+        how = (
+            f"REINFORCE on the model's own answers{first}: {card['steps']} steps of {card['batch']} prompts with "
+            f"{card['samples']} answers\neach at temperature {card['temperature']:g}, baseline {card['baseline']}, KL "
+            f"weight {card['kl']:g} ({card['kl_form']}), Adam at {card['learning_rate']:g},\nseed {card['seed']}; "
+            f"{minutes}. `curve.png` shows reward, KL and accuracy."
+        )
+    if "stopped" in card:
+        how += f" It ended early: {card['stopped']}."
+    if card["held_out"]["templates"] <= 1:
+        return how
+    return (
+        f"{how} The sentences were written for this project\n"
+        f"(`jobs/tasks/{card['task']}.py`); no data set of others was used."
+    )

@@ -1,125 +1,194 @@
-"""Training an expert vector by next-token loss through the singular factors (SVF, Transformer-squared, 2501.06252).
+"""Training steps on a `Trainable`: next-token loss on answers, and REINFORCE on sampled ones (arXiv:2501.06252).
 
-The gradient reaches z through y = U ((n s z) * (Vh x)); no weight gradient is ever built. The paper trains by
-REINFORCE; its ablation, and this, by next-token loss on the answer tokens (supervised fine-tuning). One process.
+Answers come from whoever serves the policy; here they are read by teacher forcing, which also tells whether both are
+the same policy. One process.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from metasepia.digests import canonical_json
-from metasepia.errors import CorruptArtefact, InvalidRequest
-from metasepia.experts import ExpertVectors
-from metasepia.rows import Adapter
-from metasepia.svf import ExpertLayers
+from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings
+from metasepia.policy import PolicyLoss, Sampled, Seen, advantages, policy_loss
+from metasepia.teacher_forcing import Answered, summed_answer_loss
+from metasepia.trainable import Trainable
+
+Schedule = Literal["constant", "cosine"]
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A tokenised prompt, as a chat sends it, and the answer that must follow, its end token included."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-def left_padded(sequences: Sequence[Sequence[int]]) -> dict[str, Int[Tensor, "batch seq"]]:
-    """Token ids, attention mask and position ids of sequences that end together."""
-    width = max(map(len, sequences))
-    token_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(token_ids)
-    for row, sequence in enumerate(sequences):
-        token_ids[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
-    return {"input_ids": token_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def answer_loss(model: Any, batch: Sequence[Answered]) -> tuple[Tensor, float]:
-    """Mean negative log-likelihood of the answer tokens, and the share of rows whose every answer token is the argmax.
-
-    `model` is a Hugging Face causal model; the adapters in force are whatever was selected.
-    """
-    longest = max(len(one.answer) for one in batch)
-    inputs = left_padded([one.prompt + one.answer for one in batch])
-    # The logit at p is for the token at p + 1: the answers' logits are the last `longest` but the very last.
-    logits = model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
-    wanted = torch.full((len(batch), longest), -100)
-    for row, one in enumerate(batch):
-        wanted[row, longest - len(one.answer) :] = torch.tensor(one.answer)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
-    right = ((logits.argmax(-1) == wanted) | (wanted == -100)).all(-1)
-    return loss, float(right.float().mean())
-
-
-class ExpertTrainer:
-    """Adam on z from z = 1, for the layers named; the model's own weights stay frozen."""
+class Trainer:
+    """Adam on a trainable's parameters; everything else of the model stays as it is."""
 
     def __init__(
         self,
-        model: Any,
-        layers: ExpertLayers,
+        trainable: Trainable,
         *,
-        names: Sequence[str],
         learning_rate: float,
-        renormalise: bool,
         run: dict[str, object],
+        schedule: Schedule = "constant",
+        num_steps: int | None = None,
+        clip: float | None = None,
+        micro_batch: int = 16,
     ) -> None:
-        """`run` is everything that decides the result; a checkpoint of another run is refused."""
-        self._model, self._layers, self._renormalise = model, layers, renormalise
-        self._run = canonical_json(run).decode()
-        base = torch.ones(layers.factors.num_singular)
-        self._trained = torch.cat([torch.arange(layers.spans[n].start, layers.spans[n].stop) for n in names])
-        self._names, self._base = tuple(names), base
-        self._z = torch.nn.Parameter(base[self._trained])
-        self._adam = torch.optim.Adam([self._z], lr=learning_rate)
-        self.step = 0
+        """`run` is everything that decides the result; a checkpoint of another run is refused.
 
-    @property
-    def z(self) -> Float[Tensor, " singular"]:
-        """All layers' multipliers, flat; 1 where nothing is trained."""
-        return self._base.index_copy(0, self._trained, self._z)
+        `num_steps`: where the cosine reaches 0. `clip`: the longest gradient; longer ones are shortened to it.
+        `micro_batch`: answers whose forward is kept for the backward at once, the rest follow; it bounds memory.
+        """
+        if schedule == "cosine" and not num_steps:
+            raise InvalidSettings("schedule", schedule, "given together with the number of steps")
+        self.trainable, self._run = trainable, canonical_json(run).decode()
+        self._parameters = list(trainable.parameters.values())
+        self._adam = torch.optim.Adam(self._parameters, lr=learning_rate)
+        self._rate, self._schedule, self._num_steps = learning_rate, schedule, num_steps
+        self._clip, self._micro_batch = clip, micro_batch
+        self.step = 0
+        self.flat_batches = 0
+        """Policy batches in a row, up to now, that could teach nothing: no answer fared better than expected."""
+        self.told = False
+        """Whether any policy batch could teach anything."""
+        self.validated: list[tuple[int, float]] = []
+        """(step, accuracy) of each validation."""
+        self._best: dict[str, Tensor] = {}
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Sequence[Answered]) -> dict[str, float]:
-        """One Adam step; what to log of it. Raises InvalidRequest when the loss is no longer a number."""
-        self._layers.select_values(self.z[None], self._renormalise)
-        loss, accuracy = answer_loss(self._model, batch)
-        if not torch.isfinite(loss):
-            raise InvalidRequest(
-                "learning_rate", f"the loss at step {self.step} is {float(loss)}; choose a smaller one"
-            )
-        self._adam.zero_grad()
-        loss.backward()
-        assert self._z.grad is not None
-        norm = float(self._z.grad.norm())
-        self._adam.step()
-        self.step += 1
-        change = float((self._z.detach() - 1).abs().max())
-        return {"loss": float(loss.detach()), "accuracy": accuracy, "gradient_norm": norm, "largest_change": change}
+        """One step of next-token loss; what to log of it. Raises InvalidRequest when the loss is not a number."""
+        num_tokens, right, total = sum(len(one.answer) for one in batch), 0, 0.0
 
-    def expert(self) -> ExpertVectors:
-        z = self.z.detach()
-        vectors = {name: z[self._layers.spans[name]].numpy().astype(np.float32) for name in self._names}
-        factors = self._layers.factors
-        return ExpertVectors(
-            backbone=factors.backbone, factors=factors.digest, z=vectors, renormalise=self._renormalise
+        def losses() -> Iterator[Tensor]:
+            nonlocal right, total
+            for part in self._parts(batch):
+                self.trainable.renew()
+                loss, _, rows_right = summed_answer_loss(self.trainable.model, part)
+                right += rows_right
+                total += float(loss.detach())
+                yield loss / num_tokens
+
+        norm = self._update(losses())
+        return {
+            "loss": total / num_tokens,
+            "accuracy": right / len(batch),
+            "gradient_norm": norm,
+            "largest_change": self.trainable.largest_change,
+        }
+
+    def policy_step(self, batch: Sequence[Sampled], loss: PolicyLoss) -> dict[str, float]:
+        """One REINFORCE step on answers drawn from the policy as it is now; what to log of it.
+
+        `kl`, where it is measured, is nats a token. `off_policy` is the largest difference between the sampler's
+        log-probability of a token and ours: near 0, or the sampler has another policy. A batch whose advantages are all
+        zero changes nothing, unless the KL or the form has a weight.
+        """
+        advantage = advantages([one.reward for one in batch], [one.group for one in batch], loss.baseline)
+        flat = float(advantage.abs().max()) < 1e-6
+        self.flat_batches = self.flat_batches + 1 if flat else 0
+        self.told = self.told or not flat
+        seen = Seen()
+        by_part = iter(advantage.split(self._micro_batch))
+        losses = (
+            policy_loss(self.trainable, part, next(by_part), loss, seen) / len(batch) for part in self._parts(batch)
         )
+        idle = flat and not loss.kl and not (loss.form and loss.label_tokens)
+        norm = self._measure(losses) if idle else self._update(losses)
+        rewards = np.array([one.reward for one in batch])
+        return {
+            "reward": float(rewards.mean()),
+            "right": float((rewards == 1).mean()),
+            **({"kl": seen.kl / max(1, seen.num_actions)} if loss.measures_kl else {}),
+            "advantage": float(advantage.abs().mean()),
+            "answer_tokens": float(np.mean([len(one.tokens) for one in batch])),
+            "ended": float(np.mean([one.ended for one in batch])),
+            "off_policy": seen.off_policy,
+            "gradient_norm": norm,
+            "largest_change": self.trainable.largest_change,
+        }
+
+    def _parts(self, batch: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        for start in range(0, len(batch), self._micro_batch):
+            yield batch[start : start + self._micro_batch]
+
+    def _measure(self, losses: Iterator[Tensor]) -> float:
+        with torch.no_grad():
+            for _ in losses:
+                pass
+        self.step += 1
+        return 0.0
+
+    def _update(self, losses: Iterator[Tensor]) -> float:
+        """A step down the sum of the losses; the gradient's norm before it was clipped."""
+        rate = self._rate
+        if self._schedule == "cosine" and self._num_steps:
+            rate *= (1 + math.cos(math.pi * min(1.0, self.step / self._num_steps))) / 2
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.zero_grad()
+        for loss in losses:
+            if not torch.isfinite(loss):
+                raise InvalidRequest(
+                    "learning_rate", f"the loss at step {self.step} is {float(loss.detach())}; choose a smaller one"
+                )
+            loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._clip is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
+        self._adam.step()
+        self.trainable.renew()
+        self.step += 1
+        return float(norm)
+
+    # -- the best so far -----------------------------------------------------------------------------------------------
+
+    def validate(self, accuracy: float) -> None:
+        """Takes down an accuracy on the validation split; the first that is higher than all before is kept."""
+        if all(accuracy > before for _, before in self.validated):
+            self._best = {name: one.detach().clone() for name, one in self.trainable.parameters.items()}
+        self.validated.append((self.step, accuracy))
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and accuracy of the best validation, the earliest of equals."""
+        return max(self.validated, key=lambda one: (one[1], -one[0])) if self.validated else None
+
+    def take_best(self) -> None:
+        """The parameters of the best validation from now on."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.parameters.items():
+                parameter.copy_(self._best[name])
+        self.trainable.renew()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint, whole or not at all."""
-        state = self._adam.state_dict()["state"].get(0, {})
-        tensors = {"z": self._z.detach(), **{f"adam/{name}": torch.as_tensor(v) for name, v in state.items()}}
+        tensors = {f"best/{name}": one for name, one in self._best.items()}
+        for name, parameter in self.trainable.parameters.items():
+            tensors[f"trained/{name}"] = parameter.detach()
+            for moment, value in self._adam.state.get(parameter, {}).items():
+                tensors[f"adam/{moment}/{name}"] = torch.as_tensor(value)
+        header = {
+            "run": self._run,
+            "step": self.step,
+            "flat_batches": self.flat_batches,
+            "told": self.told,
+            "validated": [list(one) for one in self.validated],
+        }
         scratch = path.with_suffix(".tmp")
         scratch.write_bytes(
-            save(tensors, {"checkpoint": canonical_json({"run": self._run, "step": self.step}).decode()})
+            save(
+                {name: one.cpu().contiguous() for name, one in tensors.items()},
+                {"checkpoint": canonical_json(header).decode()},
+            )
         )
         scratch.replace(path)
 
@@ -136,60 +205,23 @@ class ExpertTrainer:
         if header.get("run") != self._run:
             raise CorruptArtefact(str(path), "it is of a run with other options; delete it or choose another --out")
         with torch.no_grad():
-            self._z.copy_(tensors["z"])
-        state = {name.removeprefix("adam/"): value for name, value in tensors.items() if name.startswith("adam/")}
-        if state:
-            self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: state}})
-        self.step = int(header["step"])
+            for name, parameter in self.trainable.parameters.items():
+                parameter.copy_(tensors[f"trained/{name}"])
+                moments = {key.split("/")[1]: one for key, one in tensors.items() if _is_moment(key, name)}
+                if moments:
+                    self._adam.state[parameter] = {
+                        moment: one if moment == "step" else one.to(parameter.device) for moment, one in moments.items()
+                    }
+                if f"best/{name}" in tensors:
+                    self._best[name] = tensors[f"best/{name}"].to(parameter.device)
+        self.trainable.renew()
+        self.step, self.flat_batches, self.told = header["step"], header["flat_batches"], header["told"]
+        self.validated = [(int(step), float(value)) for step, value in header["validated"]]
         return True
 
 
-@torch.inference_mode()
-def first_logits_and_answers(
-    model: Any,
-    layers: ExpertLayers,
-    adapter: Adapter,
-    prompts: Sequence[tuple[int, ...]],
-    end_token_ids: Sequence[int],
-    max_tokens: int,
-) -> tuple[Float[Tensor, "batch vocab"], list[tuple[int, ...]]]:
-    """Logits of the first answer token, and the whole greedy answers up to their end token, cut at `max_tokens`."""
-    layers.select([adapter] * len(prompts))
-    inputs = left_padded(prompts)
-    answers: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    first = output.logits[:, -1].float()
-    logits, mask, positions = first, inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    for _ in range(max_tokens):
-        chosen = logits.argmax(-1)
-        for row, token in enumerate(chosen.tolist()):
-            done[row] = done[row] or token in end_token_ids
-            if not done[row]:
-                answers[row].append(token)
-        if all(done):
-            break
-        mask, positions = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), positions + 1
-        output = model(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1].float()
-    return first, [tuple(answer) for answer in answers]
-
-
-@torch.inference_mode()
-def last_states(
-    model: Any, layers: ExpertLayers, prompts: Sequence[tuple[int, ...]], layer: int
-) -> Float32[np.ndarray, "prompts hidden"]:
-    """The base model's hidden state at each prompt's last token; `layer` as in `HiddenStatesWanted`."""
-    layers.select([()] * len(prompts))
-    states = model(**left_padded(prompts), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
-    return states[layer][:, -1].float().numpy()
+def _is_moment(key: str, name: str) -> bool:
+    return key.startswith("adam/") and key.split("/", 2)[2] == name
 
 
 def paired_gain(
