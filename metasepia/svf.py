@@ -363,7 +363,7 @@ def attach(
     if factors is not None:
         factors = replace(factors, factors=dict(factors.factors))  # each layer is read once, if it comes from a file
         if factors.rank:
-            truncated_rank = min(truncated_rank, factors.rank)
+            truncated_rank = factors.rank
         first = model.get_parameter(next(iter(factors.factors)))
     held = HeldExperts(
         layout=None if factors is None else SingularLayout(factors, truncated_rank, first.device),

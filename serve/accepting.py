@@ -42,6 +42,8 @@ class Fits:
     """Factored layers; None where the backbone has none, and takes no expert vectors."""
     s: Mapping[str, np.ndarray] | None = None
     """Singular values of each factored layer."""
+    rank: int = 0
+    """Leading singular vectors that are served, of each layer; 0: all of them."""
 
     @classmethod
     def of(cls, settings: BackboneSettings, prepared: PreparedBackbone, home: Path) -> "Fits":
@@ -59,7 +61,7 @@ class Fits:
             raise CorruptArtefact(
                 f"factors {short(digest)}", f"their singular values cannot be read: {error}"
             ) from error
-        return cls(id=settings.id, prepared=prepared, shapes=shapes, index=index, s=s)
+        return cls(id=settings.id, prepared=prepared, shapes=shapes, index=index, s=s, rank=settings.expert_rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,9 @@ def _check(adapter: ExpertVectors | LoraAdapter, fits: Fits) -> None:
     if fits.index is None or fits.s is None:
         raise CorruptArtefact("the expert", f"{fits.id} has no factored layers (expert_layers), so it takes LoRA only")
     adapter.check_fits(fits.index, "the expert")
+    if fits.rank and adapter.rank > fits.rank:
+        kept = f"{fits.id} keeps the leading {fits.rank} (expert_rank)"
+        raise CorruptArtefact("the expert", f"it has {adapter.rank} multipliers a layer and {kept}; truncate it")
     for layer, z in adapter.z.items():
         gain = float(np.abs(z).max())
         if adapter.renormalise:
