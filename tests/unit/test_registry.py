@@ -318,6 +318,137 @@ def test_a_crash_at_any_line_of_put_leaves_the_old_entry_or_the_new_one_whole(tm
     assert run.returncode == 0, run.stderr
 
 
+def test_puts_replaces_and_deletes_of_several_threads_survive_sigkill_at_random_moments(tmp_path: Path):
+    """A forked writer is killed, 24 times; the next finds all that was acknowledged and one more change a thread."""
+    program = f"""
+        import os, random, signal, sys, threading, time
+        from hashlib import sha256
+        from pathlib import Path
+        from metasepia.registry import Registry
+        root, THREADS, NAMES = Path({str(tmp_path)!r}), 3, 3
+
+        def change(thread, i):
+            # The i-th change of a thread, a function of both: (name, content), or (name, None) for a delete.
+            draw = random.Random(f"{{thread}} {{i}}")
+            name = f"t{{thread}}-{{draw.randrange(NAMES)}}"
+            if draw.random() < 0.3:
+                return name, None
+            return name, draw.randbytes(draw.choice((100, 30_000, 300_000)))
+
+        def write(registry, thread, i, tell):
+            while True:
+                name, content = change(thread, i)
+                if content is not None:
+                    registry.put("expert", content, digest=sha256(content).hexdigest(), name=name, owner="ann")
+                elif any(e.name == name for e in registry.list("expert", "ann")):
+                    registry.delete("expert", name, "ann")
+                i += 1
+                os.write(tell, bytes([thread]))
+
+        done = [0] * THREADS
+        names = [{{}} for _ in range(THREADS)]
+        moments, interrupted = random.Random(7), 0
+        for _ in range(24):
+            told, tell = os.pipe()
+            child = os.fork()
+            if child == 0:
+                registry = Registry(root)
+                for thread in range(THREADS):
+                    threading.Thread(target=write, args=(registry, thread, done[thread], tell), daemon=True).start()
+                time.sleep(60)
+            os.close(tell)
+            first = os.read(told, 1)
+            time.sleep(moments.uniform(0, 0.1))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            acknowledged = first
+            while more := os.read(told, 4096):
+                acknowledged += more
+            os.close(told)
+            left = {{path.name for path in root.glob("blobs/*.part")}}
+            with Registry(root) as registry:
+                assert not list(root.glob("blobs/*.part"))
+                now = {{entry.name: entry.digest for entry in registry.list("expert", "ann")}}
+                for entry in registry.list(None, "ann", deleted=True):
+                    assert sha256(registry.get(entry.digest)).hexdigest() == entry.digest
+            for path in root.glob("blobs/*"):
+                assert sha256(path.read_bytes()).hexdigest() == path.name, "a torn blob"
+            for thread in range(THREADS):
+                def after(count):
+                    state = dict(names[thread])
+                    for i in range(done[thread], done[thread] + count):
+                        name, content = change(thread, i)
+                        state.pop(name, None)
+                        if content is not None:
+                            state[name] = sha256(content).hexdigest()
+                    return state
+                count = acknowledged.count(thread)
+                found = {{name: digest for name, digest in now.items() if name.startswith(f"t{{thread}}-")}}
+                assert found in (after(count), after(count + 1)), (thread, count, found)
+                if found != after(count):
+                    interrupted += 1
+                    count += 1
+                names[thread], done[thread] = found, done[thread] + count
+            interrupted += len(left)
+        print(sum(done), "changes,", interrupted, "interrupted")
+        assert sum(done) > 50 and interrupted > 0, (done, interrupted)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+
+
+def test_a_crash_at_any_line_of_delete_leaves_the_name_or_its_tombstone(tmp_path: Path):
+    program = f"""
+        import os, sys
+        from hashlib import sha256
+        from pathlib import Path
+        from metasepia import registry as module
+        from metasepia.errors import UnknownName
+        from metasepia.registry import Registry
+        root, digest = Path({str(tmp_path)!r}), sha256(b"z").hexdigest()
+
+        def delete_and_die(n, acknowledge):
+            left = n
+            def trace(frame, event, _):
+                nonlocal left
+                if frame.f_code.co_filename != module.__file__:
+                    return None
+                left -= event == "line"
+                if left == 0:
+                    os.kill(os.getpid(), 9)
+                return trace
+            registry = Registry(root)
+            sys.settrace(trace)
+            registry.delete("expert", "maths", "ann")
+            os.write(acknowledge, b"x")
+
+        outcomes = []
+        for n in range(1, 200):
+            with Registry(root) as registry:
+                registry.put("expert", b"z", digest=digest, name="maths", owner="ann")
+            told, acknowledge = os.pipe()
+            child = os.fork()
+            if child == 0:
+                delete_and_die(n, acknowledge)
+                os._exit(0)
+            os.close(acknowledge)
+            acknowledged = os.read(told, 1) == b"x"
+            os.close(told)
+            _, status = os.waitpid(child, 0)
+            with Registry(root) as registry:
+                gone = not registry.list("expert", "ann")
+                assert registry.get(digest) == b"z"  # receipts of rows that ran can be replayed
+                assert gone or not acknowledged
+            outcomes.append((gone, acknowledged))
+            if os.WIFEXITED(status):
+                break
+        assert outcomes[0] == (False, False) and outcomes[-1] == (True, True) and (True, False) in outcomes, outcomes
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_bytes_and_names_are_on_disk_before_the_row_is_committed(registry: Registry, monkeypatch: pytest.MonkeyPatch):
     steps: list[str] = []
     fsync, replace = os.fsync, os.replace
