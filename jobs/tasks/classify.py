@@ -10,6 +10,8 @@ from jobs.tasks.base import SPLITS, Example, ListedTask, Split
 from jobs.tasks.tables import Record, columns_of, read_table
 from metasepia.errors import InvalidSettings
 
+PROMPT = "Text: {text}\nChoose one label: {labels}.\nLabel:"
+"""Of a few, the one to which small models answer with a label most often."""
 MAX_LABELS = 200
 MAX_CHARACTERS = 1200
 """Of a text; the rest is cut, so that every prompt fits a small window."""
@@ -20,12 +22,12 @@ class ClassifyTask(ListedTask):
     """The answer is one of the labels and nothing else."""
 
 
-def read(path: Path, *, name: str | None = None, question: str | None = None) -> ClassifyTask:
+def read(path: Path, *, name: str | None = None, prompt: str = PROMPT) -> ClassifyTask:
     """The task of a file; `label_name` is preferred to `label`.
 
     Splits are the file's own. One without valid gives its odd train rows to it; one without test is judged on valid,
     and one without any is cut in 3:1:1 by a hash of the texts. Rows whose text is empty or came before are left out, so
-    that no training text stands in a later split. `question` may hold `{labels}`.
+    that no training text stands in a later split. `prompt` holds `{text}` and may hold `{labels}`.
     """
     name = name or re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") or "classify"
     rows = read_table(path)
@@ -34,7 +36,6 @@ def read(path: Path, *, name: str | None = None, question: str | None = None) ->
     if not 2 <= len(labels) <= MAX_LABELS or "" in labels:
         raise InvalidSettings("data", str(path), f"labelled with 2 to {MAX_LABELS} words; it has {len(labels)} labels")
     listed = ", ".join(labels[:-1]) + " or " + labels[-1]
-    question = (question or "Which label fits this text: {labels}?").format(labels=listed)
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for split, row in _by_split(rows, text, path):
@@ -42,8 +43,8 @@ def read(path: Path, *, name: str | None = None, question: str | None = None) ->
         if not body or row[label] is None or body in seen:
             continue
         seen.add(body)
-        prompt = f"{question}\n\n{body}"
-        examples[split].append(Example(prompt=prompt, answer=_word(row[label]), group=body, text=body))
+        asked = prompt.format(text=body, labels=listed)
+        examples[split].append(Example(prompt=asked, answer=_word(row[label]), group=body, text=body))
     about = f"Labels texts of {name} as {listed}."
     return ClassifyTask(name=name, about=about, examples=examples, labels=labels, max_tokens=12)
 
