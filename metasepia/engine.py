@@ -57,7 +57,7 @@ class Engine:
             model,
             backbone=prepared.digest,
             experts=experts,
-            factors=experts.factors.digest if experts is not None else None,
+            factors=experts.factors_digest if experts is not None else None,
         )
         self._scheduler = Scheduler(self._run, limits, prepared)
         self._model_lock = threading.Lock()  # steps against changes of the expert table

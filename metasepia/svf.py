@@ -79,6 +79,10 @@ class ExpertLayers:
             raise NotSupported("an expert vector on this backbone", "its settings name no expert layers")
         return self._factors
 
+    @property
+    def factors_digest(self) -> str | None:
+        return None if self._factors is None else self._factors.digest
+
     # -- experts -------------------------------------------------------------------------------------------------------
 
     def put(self, digest: str, expert: ExpertVectors | LoraAdapter) -> None:
