@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors
-from metasepia.generation import choose
+from metasepia.choices import choose
 from metasepia.mixing import ExpertMixer
 from metasepia.rows import Adapter, Executed, HiddenStates, Row, Scores, TokenChunk
 from metasepia.svf import FactorSet

@@ -4,6 +4,9 @@ transformers' DynamicCache copies everything at every step and cannot change its
 place; a row that joins is copied in so that it ends where the others end, one that leaves is overwritten by the last.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache
@@ -118,3 +121,13 @@ class RowCache(Cache):
                 new = self._buffer(old)
                 new[: self.num_rows, :, self.begin : self.end] = old[: self.num_rows, :, begin:stop]
                 buffers[layer] = new
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a batch, one after another, whose keys and values lie in one cache."""
+
+    cache: RowCache | None
+    """None: nothing came before, and nothing that follows will ask."""
+    firsts: Sequence[int]
+    """By row: the first column that is the row's own; what lies left of it is padding."""

@@ -3,7 +3,7 @@
 A `RowDecoder` holds the rows in flight and their key/value cache. It is driven by `StepPlan`s, small plain values that
 go to each rank alike; every rank runs the same forwards in the same order, and rank 0's `StepResult` goes back to the
 scheduler. It works for any causal attention model of transformers: rows are left-padded, so rotary, learned and ALiBi
-positions and sliding windows see the same distances as the row alone.
+positions and sliding windows see the same distances as the row alone. Llama-shaped models run through `FusedModel`.
 """
 
 import inspect
@@ -17,23 +17,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metasepia.cache import RowCache
+from metasepia.cache import RowCache, Segment
+from metasepia.choices import choose
 from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported, UnknownName
-from metasepia.rows import Adapter, Executed, Path, Sampling
-from metasepia.steps import Advance, Begin, Chosen, NewRow, StepPlan, StepResult
+from metasepia.expert_linear import Reduce
+from metasepia.fused_model import FusedModel
+from metasepia.live import LiveRows
+from metasepia.rows import Adapter, Executed, Path
+from metasepia.shards import LayerShard
+from metasepia.steps import Advance, Begin, NewRow, StepPlan, StepResult
 from metasepia.svf import ExpertLayers
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 PLAIN: tuple[Adapter, Path] = ((), "plain")
-
-
-@dataclass
-class _Live:
-    """A row that decodes."""
-
-    new: NewRow
-    length: int
-    """Tokens whose keys are in the cache."""
 
 
 @dataclass
@@ -43,7 +39,8 @@ class _Group:
     rows: list[NewRow | None]
     """None: dropped meanwhile; its arithmetic goes on unread."""
     token_ids: Int[Tensor, "rows width"]
-    mask: Int[Tensor, "rows width"]
+    firsts: list[int]
+    """Column of each row's first token."""
     adapters: list[Adapter]
     cache: RowCache | None
     done: int = 0
@@ -76,8 +73,11 @@ class RowDecoder:
         factors: str | None = None,
         tp_size: int = 1,
         chooses: bool = True,
+        shards: Mapping[str, LayerShard] | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         """`backbone` and `factors` are digests for `Executed`; `chooses` is False on ranks whose results go unread.
+        `shards` says by parameter name how layers were cut; `reduce` sums over the ranks.
 
         Raises NotSupported for a model that keeps more of its past than keys and values (a state space, say).
         """
@@ -85,10 +85,10 @@ class RowDecoder:
         self._model, self._experts, self._chooses = model, experts, chooses
         self._positions, self._keeps = "position_ids" in accepts, "logits_to_keep" in accepts
         self._device = model.device
-        self._executed = {"backbone": backbone, "factors": factors, "tp_size": tp_size}
+        self._known: dict[str, Any] = {"backbone": backbone, "factors": factors, "tp_size": tp_size}
         self._dtype = str(model.dtype).removeprefix("torch.")
-        self._live: list[_Live] = []
-        self._cache = RowCache(0, 0)
+        self._fused = FusedModel.of(model, shards, reduce)
+        self._live = LiveRows() if self._fused is not None else LiveRows(bounds=())
         self._groups: dict[int, _Group] = {}
         self._kept: dict[int, RowCache] = {}
         """Prefixes by key, one row each."""
@@ -112,47 +112,29 @@ class RowDecoder:
     def _drop(self, keys: set[int]) -> None:
         for key in keys & self._kept.keys():
             del self._kept[key]
-        for index in reversed([i for i, row in enumerate(self._live) if row.new.key in keys]):
-            self._leave(index)
+        self._live.leave(lambda row: row.new.key in keys)
         for name, group in list(self._groups.items()):
             group.rows = [None if row is None or row.key in keys else row for row in group.rows]
             if not any(group.rows):
                 del self._groups[name]
 
-    def _leave(self, index: int) -> None:
-        self._cache.leave(index)
-        last = self._live.pop()
-        if index < len(self._live):
-            self._live[index] = last
-        if not self._live:
-            self._cache = RowCache(0, 0)
-
     def _feed(self, tokens: dict[int, int], result: StepResult) -> None:
-        for index in reversed(range(len(self._live))):
-            error = self._refusal(self._live[index].new.adapter)
-            if error is not None:
-                result.failed[self._live[index].new.key] = error
-                self._leave(index)
-        if not self._live:
-            return
-        longest = max(row.length for row in self._live)
-        self._cache.trim(longest)
-        self._cache.reserve(len(self._live), longest)
-        lengths = torch.tensor([row.length for row in self._live])
-        mask = (torch.arange(longest + 1) >= longest - lengths[:, None]).long()
-        logits, executed, _ = self._forward(
-            torch.tensor([[tokens[row.new.key]] for row in self._live]),
-            mask,
-            lengths[:, None],
-            [row.new.adapter for row in self._live],
-            cache=self._cache,
-        )
-        self._cache.extend(1)
         for row in self._live:
-            row.length += 1
-        self._choose(
-            logits[:, -1], [row.new for row in self._live], [row.length for row in self._live], executed, result
+            error = self._refusal(row.new.adapter)
+            if error is not None:
+                result.failed[row.new.key] = error
+        self._live.leave(lambda row: row.new.key in result.failed)
+        segments, rows = self._live.segments(), list(self._live)
+        if not rows:
+            return
+        logits, executed, _ = self._forward(
+            torch.tensor([[tokens[row.new.key]] for row in rows]),
+            torch.tensor([[row.length] for row in rows]),
+            segments,
+            [row.new.adapter for row in rows],
         )
+        self._live.extend()
+        self._choose(logits[:, -1], [row.new for row in rows], [row.length for row in rows], executed, result)
 
     def _choose(
         self,
@@ -196,24 +178,18 @@ class RowDecoder:
         if not rows:
             return
         width = max(len(row.token_ids) for row in rows)
-        token_ids, mask = (
-            torch.zeros(len(rows), width, dtype=torch.long),
-            torch.zeros(len(rows), width, dtype=torch.long),
-        )
-        for i, row in enumerate(rows):
-            token_ids[i, width - len(row.token_ids) :] = torch.tensor(row.token_ids)
-            mask[i, width - len(row.token_ids) :] = 1
+        firsts = [width - len(row.token_ids) for row in rows]
+        token_ids = torch.tensor([[0] * first + list(row.token_ids) for first, row in zip(firsts, rows, strict=True)])
         cache = RowCache(len(rows), width)
         # All rows end at one column, so a shorter one reads again what a longer one has not read before.
         cache.end = width - max(len(row.token_ids) - (row.reuse[1] if row.reuse else 0) for row in rows)
-        for i, row in enumerate(rows):
-            first = width - len(row.token_ids)
+        for i, (first, row) in enumerate(zip(firsts, rows, strict=True)):
             if row.reuse and first < cache.end:
                 cache.preload(i, self._kept[row.reuse[0]], first, cache.end)
         self._groups[begin.group] = _Group(
             rows=list(rows),
             token_ids=token_ids,
-            mask=mask,
+            firsts=firsts,
             adapters=[row.adapter for row in rows],
             cache=cache,
             done=cache.end,
@@ -230,19 +206,13 @@ class RowDecoder:
             group.cache = None  # read at once, and nothing follows
         keep = 1
         if want == "logprobs":  # from the first column that predicts a scored token of any row
-            lengths = group.mask.sum(1)
-            first = min(
-                group.width - int(lengths[i]) + row.score_from - 1
-                for i, row in enumerate(group.rows)
-                if row is not None
-            )
+            first = min(group.firsts[i] + row.score_from - 1 for i, row in enumerate(group.rows) if row is not None)
             keep = max(1, stop - max(start, first))
         logits, executed, hidden = self._forward(
             group.token_ids[:, start:stop],
-            group.mask[:, :stop],
-            (group.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop],
+            (torch.arange(start, stop) - torch.tensor(group.firsts)[:, None]).clamp(min=0),
+            [Segment(group.cache, group.firsts)],
             group.adapters,
-            cache=group.cache,
             keep=keep,
             layers=group.kind.hidden.layers if want == "hidden_states" else None,
         )
@@ -302,11 +272,7 @@ class RowDecoder:
             self._kept[rows[0][1].key] = group.cache
         elif group.kind.want == "tokens":
             assert group.cache is not None
-            longest = max([len(row.token_ids) for _, row in rows] + [live.length for live in self._live])
-            self._cache.reserve(len(self._live) + len(rows), longest)
-            for i, row in rows:
-                self._cache.join(group.cache, i, len(row.token_ids))
-                self._live.append(_Live(row, len(row.token_ids)))
+            self._live.join([(row, i) for i, row in rows], group.cache)
             indices = [i for i, _ in rows]
             lengths = [len(row.token_ids) for _, row in rows]
             self._choose(logits[indices, -1], [row for _, row in rows], lengths, [executed[i] for i in indices], result)
@@ -323,31 +289,44 @@ class RowDecoder:
     def _forward(
         self,
         token_ids: Int[Tensor, "rows new"],
-        mask: Int[Tensor, "rows columns"],
         positions: Int[Tensor, "rows new"],
+        segments: Sequence[Segment],
         adapters: Sequence[Adapter],
         *,
-        cache: RowCache | None,
         keep: int = 1,
         layers: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, list[Executed], Float[Tensor, "layers rows new hidden"] | None]:
         """Logits of the last `keep` columns, what was executed for each row, and the hidden states of `layers`."""
         if self._experts is not None:
             self._experts.select(adapters)
+        token_ids, positions = token_ids.to(self._device), positions.to(self._device)
+        if self._fused is not None:
+            logits, hidden = self._fused.forward(token_ids, positions, segments, keep=keep, layers=layers)
+        else:
+            logits, hidden = self._own_forward(token_ids, positions, *segments, keep=keep, layers=layers)
+        ran = [PLAIN] * len(adapters) if self._experts is None else self._experts.executed
+        return logits, [self._executed(adapter, path) for adapter, path in ran], hidden
+
+    def _own_forward(
+        self, token_ids: Tensor, positions: Tensor, segment: Segment, *, keep: int, layers: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own forward, for any family."""
+        cache, new = segment.cache, token_ids.shape[1]
+        columns = torch.arange(new if cache is None else cache.width + new)
+        mask = (columns >= torch.tensor(segment.firsts)[:, None]).long()
         options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
         if self._positions:
-            options["position_ids"] = positions.to(self._device)
+            options["position_ids"] = positions
         if self._keeps:
             options["logits_to_keep"] = keep
         if layers is not None:
             options["output_hidden_states"] = True
-        output = self._model(
-            input_ids=token_ids.to(self._device), attention_mask=mask.to(self._device), return_dict=True, **options
-        )
-        ran = [PLAIN] * len(adapters) if self._experts is None else self._experts.executed
-        executed = [Executed(adapter=adapter, path=path, dtype=self._dtype, **self._executed) for adapter, path in ran]
+        output = self._model(input_ids=token_ids, attention_mask=mask.to(self._device), return_dict=True, **options)
         hidden = None if layers is None else torch.stack([output.hidden_states[layer] for layer in layers])
-        return output.logits[:, -keep:], executed, hidden
+        return output.logits[:, -keep:], hidden
+
+    def _executed(self, adapter: Adapter, path: Path) -> Executed:
+        return Executed(adapter=adapter, path=path, dtype=self._dtype, **self._known)
 
 
 def check_attends(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
@@ -376,48 +355,3 @@ def _joined(row: NewRow, parts: Sequence[Tensor]) -> np.ndarray:
 def _not_finite(adapter: Adapter) -> MetasepiaError:
     name = " + ".join(f"expert {digest[:12]}" for digest, _ in adapter) or "the backbone"
     return CorruptArtefact(name, "its logits are not finite numbers")
-
-
-def choose(
-    logits: Float[Tensor, "rows vocab"], sampling: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]
-) -> list[Chosen]:
-    """The next token of each row: the largest logit at temperature 0, else a draw from the tempered nucleus.
-
-    The noise is Gumbel, a function of (seed, position, vocabulary size) alone, so a row draws the same in any batch and
-    after any restart; `positions` are those of the tokens chosen, in the whole sequence. Logits that are not finite
-    give a logprob that is not.
-    """
-    logits = logits.float()
-    logprobs = logits.log_softmax(-1)
-    tokens = logits.argmax(-1)
-    for i, one in enumerate(sampling):
-        if one.temperature > 0:
-            tokens[i] = scores_of(logits[i], one, seeds[i], positions[i]).argmax()
-    of_tokens = logprobs.gather(-1, tokens[:, None])[:, 0]
-    return [Chosen(token_id=t, logprob=p) for t, p in zip(tokens.tolist(), of_tokens.tolist(), strict=True)]
-
-
-def scores_of(logits: Float[Tensor, " vocab"], sampling: Sampling, seed: int, position: int) -> Float[Tensor, " vocab"]:
-    """What the choice of a token maximises: the logits, or tempered, cut to the nucleus and with noise. float64."""
-    scores = logits.double()
-    if sampling.temperature > 0:
-        scores = scores / sampling.temperature
-        if sampling.top_p < 1:
-            scores = _nucleus(scores, sampling.top_p)
-        noise = gumbel(seed, position, len(scores))
-        scores = scores + torch.from_numpy(noise).to(scores.device)
-    return scores
-
-
-def _nucleus(logits: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, " vocab"]:
-    """The logits of the most probable tokens that together reach `top_p`; the others -inf. Never empty."""
-    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    return logits.index_fill(-1, order[before >= top_p], -torch.inf)
-
-
-def gumbel(seed: int, position: int, num_values: int) -> np.ndarray:
-    """Gumbel noise, float64 [num_values], from Philox's raw stream: counter-based, and the same in every numpy."""
-    generator = np.random.Philox(key=seed % 2**128, counter=[0, position, 0, 0])
-    uniform = ((generator.random_raw(num_values) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from jobs.replay.parts import Parts, plain, tokenizer_of
 from jobs.replay.report import Report
 from metasepia.backbone import ReferenceBackbone
-from metasepia.generation import choose, scores_of
+from metasepia.choices import choose, scores_of
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Row, Sampling
 
