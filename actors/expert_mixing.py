@@ -89,7 +89,8 @@ class ExpertMixing:
         adapter = adapter_of(weights)  # the simplex first: it costs no lookup
         found = await self.candidates(backbone, [one for one, _ in adapter], owner)
         mixed = added_up((found.digests[one], weight) for one, weight in adapter)
-        if self._layers is not None and found.factors is not None:
+        by_layer = any(isinstance(weight, tuple) for _, weight in mixed)
+        if by_layer and self._layers is not None and found.factors is not None:
             check_simplex(mixed, len(self._layers(found.factors).lengths))
         return await self.put(backbone, mixed, found, owner, name=name)
 

@@ -265,9 +265,12 @@ class MixingSettings:
     """The expert-mixing actor."""
 
     cpus: float = 0.1
+    max_searches: int = 16
+    """Few-shot searches that wait or run; beyond it they are refused with 429. One runs at a time. From 1 to 10**4."""
 
     def __post_init__(self) -> None:
         _between("mixing", "cpus", self.cpus, 0.01, 1000)
+        _between("mixing", "max_searches", self.max_searches, 1, 10**4)
 
 
 DispatchStage = Literal["centroid", "task", "classifier", "prompt"]

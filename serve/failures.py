@@ -73,6 +73,8 @@ _PARAM_OF_KIND = {
     "encoder": "encoder",
     "backbone": "backbone",
     "expert": "weights",
+    "candidate expert": "experts",
+    "search": "id",
     "registered expert": "name",
     "registered mixture": "digest",
     "reasoning module": "module",
@@ -110,7 +112,9 @@ def answer(error: BaseException) -> Answer:
     elif not isinstance(error, errors.MetasepiaError):
         message = _MESSAGES.get(failure.code, "the request was not answered")
     param = getattr(error, "param", None)
-    if isinstance(error, errors.UnknownName | errors.DeletedName | errors.NameTaken):
+    if isinstance(error, errors.NameTaken):
+        param = "name"
+    elif isinstance(error, errors.UnknownName | errors.DeletedName):
         param = _PARAM_OF_KIND.get(error.kind, "model")
     return envelope(failure, message, param, getattr(error, "retry_after_s", None))
 

@@ -59,6 +59,7 @@ from serve.schemas import (
     MixtureRequest,
     MoreExamplesRequest,
 )
+from serve.searching import Searches, Searching, ServedSearches
 from serve.shipped import ModuleCard
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -83,6 +84,7 @@ class Door:
         encoders: Sequence[TextEncoder],
         reasoning: Reasoning,
         mixing: Mixing,
+        searches: Searches,
         catalogue: Catalogue,
         dispatch: Sequence[str],
         fits: Mapping[str, Fits],
@@ -98,6 +100,7 @@ class Door:
         self._classification = Classification(http, self._contexts, vectors, reasoning)
         self.experts = Experts(http, fits, catalogue)
         self.mixtures = Mixtures(http, self.names.backbones, catalogue)
+        self.searching = Searching(http, self.names.backbones, self.prompts, searches)
         self.metrics = Metrics()
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
@@ -265,6 +268,7 @@ class Gateway:
             [ServedEncoder(id_, handle) for id_, handle in encoders.items()],
             ServedReasoning(modules, reasoning),
             ServedMixing(mixing),
+            ServedSearches(mixing),
             catalogue,
             dispatch,
             fits,
@@ -295,6 +299,7 @@ def create_app(door: Door) -> ASGIApp:
         ("GET", "/v1/experts/{name}/content", door.experts.content),
         ("POST", "/v1/mixtures", door.mix),
         ("GET", "/v1/mixtures", door.mixtures.list),
+        *door.searching.routes(),
         ("GET", "/v1/mixtures/{digest}", door.mixtures.get),
         ("DELETE", "/v1/mixtures/{digest}", door.mixtures.delete),
         ("GET", "/v1/models", door.models),

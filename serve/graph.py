@@ -3,7 +3,7 @@
     gateway --+-- backbone <id>: a replica that owns one gang, in a placement group of its own
               +-- encoder <id>
               +-- reasoning pool
-              +-- expert mixing
+              +-- expert mixing: mixtures, and few-shot searches over the backbones
               +-- registry: a detached actor beside Serve, since it outlives deployments
 
 Every class here is plain; only these lines make them remote. Queues are bounded where the work is (tokens, texts,
@@ -18,7 +18,6 @@ from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
 from actors.encoder import Encoder
-from actors.expert_mixing import ExpertMixing
 from actors.reasoning_pool import ReasoningPool
 from actors.registry import RegistryClient
 from cluster.resources import gang_bundles
@@ -27,6 +26,7 @@ from metasepia.prepared import PreparedBackbone
 from serve.accepting import Fits
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
+from serve.mixing_replica import MixingReplica
 from serve.routing import check_stages
 from serve.schemas import MAX_CHOICES
 from serve.shipped import ModuleCard
@@ -43,7 +43,7 @@ _ALL: dict[str, Any] = {
 GatewayDeployment: Deployment = serve.deployment(**_ALL)(serve.ingress()(Gateway))
 BackboneDeployment: Deployment = serve.deployment(**_ALL)(BackboneReplica)
 EncoderDeployment: Deployment = serve.deployment(**_ALL)(Encoder)
-MixingDeployment: Deployment = serve.deployment(**_ALL)(ExpertMixing)
+MixingDeployment: Deployment = serve.deployment(**_ALL)(MixingReplica)
 ReasoningDeployment: Deployment = serve.deployment(**_ALL)(ReasoningPool)
 
 
@@ -87,7 +87,7 @@ def build(
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.mixing.cpus},
-    ).bind(registry)
+    ).bind(settings.mixing, str(settings.home), registry, backbones, dict(prepared))
     return GatewayDeployment.options(
         name="gateway",
         max_ongoing_requests=inside,

@@ -13,10 +13,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Media, Texts
 from metasepia.prepared import PreparedBackbone
 from metasepia.registry import Artefact, Changes, Kind
-from metasepia.rows import HiddenStates, Row, TokenChunk
+from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve.shipped import ModuleCard
 
 T = TypeVar("T")
+Weights = Mapping[str, float | list[float]]
+"""Of a mixture by expert; a list has a weight for each factored layer."""
 
 
 class Backbone(Protocol):
@@ -26,6 +28,7 @@ class Backbone(Protocol):
     prepared: PreparedBackbone
 
     def generate(self, row: Row) -> AsyncGenerator[TokenChunk]: ...
+    async def score(self, rows: Sequence[Row]) -> list[Scores]: ...
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]: ...
     async def load(self) -> dict[str, float]:
         """Gauges of its queue by name."""
@@ -71,7 +74,7 @@ class Reasoning(Protocol):
 class Mixing(Protocol):
     """Registers mixtures of experts."""
 
-    async def register(self, backbone: str, weights: Mapping[str, float], owner: str, name: str | None) -> str:
+    async def register(self, backbone: str, weights: Weights, owner: str, name: str | None) -> str:
         """The mixture's digest. `backbone` is a digest too; `name` None: it is found by its digest alone."""
         ...
 
@@ -122,6 +125,9 @@ class ServedBackbone:
                 yield chunk
         finally:
             chunks.cancel()  # nothing happens where the row has ended by itself
+
+    async def score(self, rows: Sequence[Row]) -> list[Scores]:
+        return await answered(self._handle.score.remote(list(rows)))
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
         return await answered(self._handle.hidden_states.remote(list(rows)))
@@ -177,5 +183,5 @@ class ServedMixing:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def register(self, backbone: str, weights: Mapping[str, float], owner: str, name: str | None) -> str:
+    async def register(self, backbone: str, weights: Weights, owner: str, name: str | None) -> str:
         return await answered(self._handle.register.remote(backbone, dict(weights), owner, name))

@@ -67,6 +67,10 @@ class Prompts:
         """The token ids of a text as the checkpoint wants it, with the special tokens that its tokenizer adds."""
         return tuple(self.tokenizer.encode(text).ids)
 
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text that follows others: no special tokens."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
     def at_least(self, text: str) -> int:
         """A lower bound on the tokens of `text`, without tokenising it: no token is longer than the longest.
 

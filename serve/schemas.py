@@ -270,10 +270,21 @@ class EmbeddingsRequest(_Body):
         return all(type(item) is int for item in self.input)
 
 
+MAX_LAYERS = 4096
+
+
+def _mixture_weight(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else [value]
+    if not 0 < len(numbers) <= MAX_LAYERS or not all(type(one) in (int, float) and 0 <= one <= 1 for one in numbers):
+        raise ValueError("must be a number from 0 to 1, or a list of them with one for each factored layer")
+    return [float(one) for one in numbers] if isinstance(value, list) else value
+
+
 class MixtureRequest(_Body):
     """POST /v1/mixtures: weights on experts of one backbone, on the simplex."""
 
     backbone: Text
-    weights: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = Field(min_length=1)
+    weights: dict[str, Annotated[float | list[float], BeforeValidator(_mixture_weight)]] = Field(min_length=1)
+    """By expert, `base` for the backbone itself; a list has a weight for each factored layer."""
     name: Text | None = None
     """A name beside the digest: `<backbone>:mix@<name>`."""

@@ -1,7 +1,7 @@
 """Small fake parts of the graph, and a door over them that a client calls without a network."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import httpx
 import numpy as np
 
 from actors.encoder import Encoder
-from actors.expert_mixing import ExpertMixing
 from actors.messages import (
     Build,
     Built,
@@ -20,20 +19,23 @@ from actors.messages import (
     Explained,
     LabelledVectors,
     Media,
+    SearchAsked,
     SelfChecked,
     Texts,
 )
 from actors.reasoning_pool import labelled_vectors
-from cluster.settings import EncoderSettings, HttpSettings
+from cluster.settings import EncoderSettings, HttpSettings, MixingSettings
 from metasepia.errors import UnknownName, WindowExceeded
-from metasepia.experts import FactorIndex
+from metasepia.experts import FactorIndex, index_path
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import EmbeddedContext
 from metasepia.registry import Artefact, Changes, Kind, Registry
-from metasepia.rows import Executed, HiddenStates, Row, TokenChunk
+from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve.accepting import Fits
 from serve.gateway import Door, create_app
-from serve.parts import Catalogue, Mixing
+from serve.mixing_replica import ExpertMixingPart
+from serve.parts import Catalogue, Mixing, Weights
+from serve.searching import Searches
 from serve.shipped import ModuleCard
 
 HTTP = HttpSettings(max_body_mib=0.25)
@@ -59,6 +61,7 @@ class FakeBackbone:
         self.error: Exception | None = None
         self.error_after = 0
         self.hang = False
+        self.likes: tuple[str, float] = (EXPERT, 0.75)
 
     def _executed(self, row: Row) -> Executed:
         return Executed(backbone=DIGEST, factors=None, adapter=row.adapter, path="plain", dtype="float32", tp_size=1)
@@ -79,6 +82,22 @@ class FakeBackbone:
                 await asyncio.sleep(3600)
         finally:
             self.num_closed += 1
+
+    async def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """The likelier, the nearer the weight of the adapter's first expert is to `likes`."""
+        self.rows += rows
+        return [
+            Scores(
+                request_id=row.request_id,
+                logprobs=np.full(len(row.token_ids) - row.score_from, -self._dislike(row), np.float32),
+                executed=self._executed(row),
+            )
+            for row in rows
+        ]
+
+    def _dislike(self, row: Row) -> float:
+        weight = dict(row.adapter).get(self.likes[0], 0.0)
+        return 1 + abs(float(np.mean(weight)) - self.likes[1])
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
         self.rows += rows
@@ -199,10 +218,33 @@ class FakeReasoning:
     async def check(self) -> None: ...
 
 
+class NoSearches:
+    """Nobody has asked for any."""
+
+    async def submit(self, asked: SearchAsked) -> dict[str, Any]:
+        raise AssertionError("no search was to be asked for")
+
+    async def listing(self) -> list[dict[str, Any]]:
+        return []
+
+    async def get(self, id_: str) -> Any:
+        raise UnknownName("search", id_, ())
+
+    trace = picture = cancel = get
+
+
+class NearSearches:
+    """The part that searches, in this process, where the graph would have it behind a handle."""
+
+    def __init__(self, part: ExpertMixingPart) -> None:
+        self.submit, self.get, self.listing = part.search, part.search_get, part.search_listing
+        self.trace, self.picture, self.cancel = part.search_trace, part.search_picture, part.search_cancel
+
+
 class FakeMixing:
     """Every mixture of known experts is the one in the catalogue."""
 
-    async def register(self, backbone: str, weights: Mapping[str, float], owner: str, name: str | None) -> str:
+    async def register(self, backbone: str, weights: Weights, owner: str, name: str | None) -> str:
         for name in weights:
             if name != "maths":
                 raise UnknownName("expert", name, ("maths",))
@@ -214,7 +256,7 @@ class RealCatalogue:
 
     def __init__(self, root: Path) -> None:
         self.registry = Registry(root)
-        self.num_lists = 0
+        self.listed: list[Kind] = []
 
     async def put(self, kind: Kind, blob: bytes, **rest: Any) -> Artefact:
         return self.registry.put(kind, blob, **rest)
@@ -223,14 +265,14 @@ class RealCatalogue:
         return self.registry.resolve(kind, name, owner, deleted=deleted)
 
     async def list(self, kind: Kind, owner: str, *, after: str = "", limit: int = 1000) -> Sequence[Artefact]:
-        self.num_lists += 1
+        self.listed.append(kind)
         return self.registry.list(kind, owner, after=after, limit=limit)
 
     async def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
         return self.registry.changes(kind, owner, since)
 
-    async def get(self, digest: str) -> bytes:
-        return self.registry.get(digest)
+    async def get(self, digest: str, owner: str | None = None) -> bytes:
+        return self.registry.get(digest, owner)
 
     async def delete(self, kind: Kind, name: str, owner: str) -> Artefact:
         return self.registry.delete(kind, name, owner)
@@ -288,15 +330,23 @@ class Bench:
     def __init__(self, directory: Path, http: HttpSettings = HTTP, media: Sequence[NearEncoder] = ()) -> None:
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
-        self._open(http, media, FakeMixing(), self.catalogue)
+        self._open(http, media, FakeMixing(), self.catalogue, NoSearches())
 
-    def _open(self, http: HttpSettings, media: Sequence[NearEncoder], mixing: Mixing, catalogue: Catalogue) -> None:
+    def _open(
+        self,
+        http: HttpSettings,
+        media: Sequence[NearEncoder],
+        mixing: Mixing,
+        catalogue: Catalogue,
+        searches: Searches,
+    ) -> None:
         self.door = Door(
             http,
             [self.backbone],
             [self.encoder, *media],
             self.reasoning,
             mixing,
+            searches,
             catalogue,
             ("centroid",),
             {"tiny": Fits(id="tiny", prepared=self.backbone.prepared, shapes=SHAPES, index=INDEX, s=SINGULAR)},
@@ -312,7 +362,10 @@ class Bench:
     def with_experts(self, root: Path, http: HttpSettings = HTTP) -> "Bench":
         """With a real registry for experts and mixtures, and real mixing."""
         self.real = RealCatalogue(root)
-        self._open(http, (), ExpertMixing(self.real), self.real)  # pyright: ignore[reportArgumentType]
+        index_path(INDEX.digest, root).parent.mkdir()
+        index_path(INDEX.digest, root).write_text(INDEX.to_json())
+        self.part = ExpertMixingPart(self.real, [self.backbone], MixingSettings(max_searches=3), root)
+        self._open(http, (), self.part, self.real, NearSearches(self.part))
         return self
 
     def says(self, text: str) -> None:

@@ -26,11 +26,11 @@ from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry import Artefact, Registry
-from metasepia.rows import HiddenStates, Row, TokenChunk
+from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from metasepia.svf import factors_of
 from serve.gateway import Door, create_app
 from serve.shipped import ModuleCard
-from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing
+from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoSearches
 
 MODULE = "5" * 64
 EXAMPLES = [
@@ -62,6 +62,9 @@ class OneProcess:
     async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
         async for chunk in self.reference.generate(row):
             yield chunk
+
+    async def score(self, rows: Sequence[Row]) -> list[Scores]:
+        return [await self.reference.score(row) for row in rows]
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
         return [await self.reference.hidden_states(row) for row in rows]
@@ -141,7 +144,15 @@ class World:
         self.pool = ReasoningPool(ReasoningSettings(), catalogue, [loaded])
         self.bench = Bench.__new__(Bench)
         door = Door(
-            HTTP, [OneProcess(prepared, reference)], [FakeEncoder()], Pooled(self.pool), FakeMixing(), catalogue, ()
+            HTTP,
+            [OneProcess(prepared, reference)],
+            [FakeEncoder()],
+            Pooled(self.pool),
+            FakeMixing(),
+            NoSearches(),
+            catalogue,
+            (),
+            {},
         )
         self.bench.app = create_app(door)
 

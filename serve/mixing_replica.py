@@ -1,0 +1,195 @@
+"""The expert-mixing part of the graph: mixtures registered, and few-shot searches run over the backbones' handles.
+
+It may die at any time: mixtures are in the registry, and searches go on from their last generation when it is back.
+"""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from actors.expert_mixing import Candidates, ExpertMixing
+from actors.messages import SearchAsked
+from actors.mixture_searches import Searched, Searches
+from actors.registry import RegistryClient
+from cluster.settings import MixingSettings
+from metasepia.errors import InvalidRequest, Unavailable, UnknownName
+from metasepia.experts import ExpertVectors, FactorIndex
+from metasepia.lora import LoraAdapter, read_adapter
+from metasepia.mixing import BASE
+from metasepia.prepared import PreparedBackbone
+from metasepia.registry import Artefact
+from metasepia.rows import Adapter, Row, Scores, TokenChunk
+from metasepia.search_jobs import SearchJob
+from serve.failures import unwrap
+from serve.names import OWNER
+from serve.parts import Backbone, ServedBackbone, Weights
+from serve.prompts import Prompts
+
+MAX_CANDIDATES = 64
+"""Experts of one search; each is scored alone in the first generation where the population has room."""
+_AWAY = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError)
+
+
+class ExpertMixingPart:
+    """`ExpertMixing` and `Searches` over one registry."""
+
+    def __init__(
+        self, catalogue: Any, backbones: Sequence[Backbone], settings: MixingSettings, home: Path, owner: str = OWNER
+    ) -> None:
+        """`home` is where the factors' indices are, for weights by layer."""
+        self._catalogue, self._home, self._owner = catalogue, home, owner
+        self._mixing = ExpertMixing(catalogue, self._layers)
+        served = [
+            Searched(
+                id=one.id,
+                digest=one.prepared.digest,
+                rows=_Reached(one),
+                text_of=Prompts(Path(one.prepared.tokenizer_dir), one.id).text,
+            )
+            for one in backbones
+        ]
+        self.searches = Searches(
+            catalogue,
+            {one.digest: one for one in served},
+            self._register_found,
+            owner=owner,
+            max_unfinished=settings.max_searches,
+        )
+
+    async def register(self, backbone: str, weights: Weights, owner: str, name: str | None = None) -> str:
+        """See `ExpertMixing.register`."""
+        return await self._mixing.register(backbone, weights, owner, name)
+
+    async def search(self, asked: SearchAsked) -> dict[str, Any]:
+        """Queues a search; see `Searches.submit`.
+
+        Raises UnknownName, and InvalidRequest for candidates that cannot be mixed and for fewer than two.
+        """
+        names = await self._all_experts(asked.backbone) if asked.experts is None else asked.experts
+        if not names:
+            raise InvalidRequest("experts", "the backbone has none that can be mixed; register some first")
+        if len(names) > MAX_CANDIDATES:
+            raise InvalidRequest("experts", f"{len(names)} are candidates and at most {MAX_CANDIDATES} are; name fewer")
+        if len(names) + asked.base < 2:
+            raise InvalidRequest("experts", "a search needs two candidates or more; name another, or let base be true")
+        try:
+            wanted = [*names, *([BASE] if asked.base else [])]
+            found = await self._mixing.candidates(asked.backbone, wanted, asked.owner, "experts")
+        except UnknownName as error:
+            raise UnknownName("candidate expert", error.name, error.known) from None
+        if len(set(found.digests.values())) < len(found.named):
+            raise InvalidRequest("experts", "two names stand for the same expert; leave one out")
+        num_layers = 1
+        if asked.settings.per_layer:
+            if found.factors is None:
+                raise InvalidRequest("per_layer", "is for expert vectors; low-rank adapters have a weight each")
+            num_layers = len(self._layers(found.factors).lengths)
+        return await self.searches.submit(
+            SearchJob(
+                backbone=asked.backbone,
+                candidates=tuple(sorted(found.named)),
+                bases=tuple(sorted(found.bases)),
+                factors=found.factors,
+                num_layers=num_layers,
+                examples=asked.examples,
+                num_shots=asked.num_shots,
+                settings=asked.settings,
+                by=asked.by,
+                match=asked.match,
+                max_tokens=asked.max_tokens,
+                stop_token_ids=asked.stop_token_ids,
+            )
+        )
+
+    async def search_get(self, id_: str) -> dict[str, Any]:
+        return await self.searches.get(id_)
+
+    async def search_listing(self) -> list[dict[str, Any]]:
+        return await self.searches.listing()
+
+    async def search_trace(self, id_: str) -> list[dict[str, Any]]:
+        return await self.searches.trace(id_)
+
+    async def search_picture(self, id_: str) -> bytes:
+        return await self.searches.picture(id_)
+
+    async def search_cancel(self, id_: str) -> dict[str, Any]:
+        return await self.searches.cancel(id_)
+
+    # -- experts -------------------------------------------------------------------------------------------------------
+
+    async def _all_experts(self, backbone: str) -> tuple[str, ...]:
+        """Every expert that can be a candidate beside the others: expert vectors of the paper's form, or where there
+        are none renormalised ones, or where there are none low-rank adapters. Never one that dispatches.
+        """
+        listed = await self._catalogue.list("expert", self._owner, limit=10 * MAX_CANDIDATES)
+        own = {one.name: one for one in sorted(listed, key=lambda one: one.owner == self._owner)}
+        able = [one for one in own.values() if one.card.get("backbone") == backbone and not one.card.get("dispatcher")]
+        kinds: dict[str, list[str]] = {"plain": [], "renormalised": [], "low rank": []}
+        for one in able:
+            kinds[await self._kind(one)].append(one.name)
+        return tuple(next((names for names in kinds.values() if names), []))
+
+    async def _kind(self, artefact: Artefact) -> str:
+        expert = read_adapter(await self._catalogue.get(artefact.digest, self._owner), artefact.name)
+        if isinstance(expert, LoraAdapter):
+            return "low rank"
+        assert isinstance(expert, ExpertVectors)
+        return "renormalised" if expert.renormalise else "plain"
+
+    def _layers(self, factors: str) -> FactorIndex:
+        return FactorIndex.read(factors, self._home)
+
+    async def _register_found(self, job: SearchJob, adapter: Adapter, facts: Mapping[str, object]) -> str:
+        candidates = Candidates(named=job.candidates, factors=job.factors, bases=frozenset(job.bases))
+        return await self._mixing.put(job.backbone, adapter, candidates, self._owner, facts)
+
+
+class _Reached:
+    """A backbone's rows, with every way of its being away as Unavailable."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    async def score(self, rows: Sequence[Row]) -> list[Scores]:
+        try:
+            return await self._backbone.score(rows)
+        except Exception as error:
+            raise self._told(error) from error
+
+    async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
+        try:
+            async with aclosing(self._backbone.generate(row)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Exception as error:
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> BaseException:
+        return Unavailable(f"backbone {self._backbone.id}", 2.0) if isinstance(error, _AWAY) else unwrap(error)
+
+
+class MixingReplica(ExpertMixingPart):
+    """What Serve runs; it goes on with the searches that its predecessor left."""
+
+    async def __init__(
+        self,
+        settings: MixingSettings,
+        home: str,
+        registry: RegistryClient,
+        backbones: Mapping[str, DeploymentHandle[Any]],
+        prepared: Mapping[str, PreparedBackbone],
+    ) -> None:
+        served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
+        super().__init__(registry, served, settings, Path(home))
+        await self.searches.recover()
+
+    async def __del__(self) -> None:
+        # Serve awaits this when it takes the replica down.
+        if hasattr(self, "searches"):
+            await self.searches.stop()

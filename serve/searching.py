@@ -1,0 +1,182 @@
+"""Few-shot searches at the door: asked for, looked at, cancelled. They run in the expert-mixing part, as jobs."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from actors.messages import SearchAsked
+from cluster.settings import HttpSettings
+from metasepia.errors import InvalidRequest, UnknownName, WindowExceeded
+from metasepia.search_jobs import Example
+from serve import bodies
+from serve.deadlines import Deadline
+from serve.names import OWNER
+from serve.parts import Backbone, answered
+from serve.prompts import Prompts, away
+from serve.search_bodies import DEFAULT_ANSWER_LEN, SearchExample, SearchRequest
+
+PATH = "/v1/mixtures/search"
+
+
+class Searches(Protocol):
+    """The part of the graph that runs searches. Each method raises UnknownName for an id that it has not got."""
+
+    async def submit(self, asked: SearchAsked) -> dict[str, Any]: ...
+    async def get(self, id_: str) -> dict[str, Any]: ...
+    async def listing(self) -> list[dict[str, Any]]: ...
+    async def trace(self, id_: str) -> list[dict[str, Any]]: ...
+    async def picture(self, id_: str) -> bytes: ...
+    async def cancel(self, id_: str) -> dict[str, Any]: ...
+
+
+class ServedSearches:
+    """Behind a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def submit(self, asked: SearchAsked) -> dict[str, Any]:
+        return await answered(self._handle.search.remote(asked))
+
+    async def get(self, id_: str) -> dict[str, Any]:
+        return await answered(self._handle.search_get.remote(id_))
+
+    async def listing(self) -> list[dict[str, Any]]:
+        return await answered(self._handle.search_listing.remote())
+
+    async def trace(self, id_: str) -> list[dict[str, Any]]:
+        return await answered(self._handle.search_trace.remote(id_))
+
+    async def picture(self, id_: str) -> bytes:
+        return await answered(self._handle.search_picture.remote(id_))
+
+    async def cancel(self, id_: str) -> dict[str, Any]:
+        return await answered(self._handle.search_cancel.remote(id_))
+
+
+class Searching:
+    """Answers the routes under /v1/mixtures/search."""
+
+    def __init__(
+        self,
+        http: HttpSettings,
+        backbones: Mapping[str, Backbone],
+        prompts: Mapping[str, Prompts],
+        searches: Searches,
+    ) -> None:
+        self._http, self._backbones, self._prompts, self._searches = http, backbones, prompts, searches
+
+    def routes(self) -> list[tuple[str, str, Any]]:
+        """(method, path, handler); they stand before /v1/mixtures/{digest}."""
+        return [
+            ("POST", PATH, self.create),
+            ("GET", PATH, self.list),
+            ("GET", PATH + "/{id}", self.get),
+            ("GET", PATH + "/{id}/trace", self.trace),
+            ("GET", PATH + "/{id}/picture", self.picture),
+            ("DELETE", PATH + "/{id}", self.cancel),
+        ]
+
+    async def create(self, request: Request) -> Response:
+        deadline = self._deadline(request)
+        async with deadline.limit("reading the body"):
+            body = await bodies.read(_chunks(request), request.headers, self._http.max_body_mib)
+        asked = SearchRequest.of(bodies.parse(body, self._http.max_json_depth)).check(self._http)
+        backbone = self._backbones.get(asked.backbone_id)
+        if backbone is None:
+            raise UnknownName("backbone", asked.backbone_id, tuple(self._backbones))
+        settings = asked.settings()
+        chars = sum(len(_text_of(one)) for one in asked.examples)
+        examples = await away(chars, lambda: self._tokenise(asked.examples, backbone))
+        longest = max(len(one.answer) for one in examples)
+        max_tokens = max(longest, DEFAULT_ANSWER_LEN) if asked.max_tokens is None else asked.max_tokens
+        if asked.score == "accuracy":
+            self._check_answers_fit(examples, max_tokens, backbone, asked.max_tokens)
+        async with deadline.limit("queueing the search"):
+            job = await self._searches.submit(
+                SearchAsked(
+                    backbone=backbone.prepared.digest,
+                    owner=OWNER,
+                    experts=None if asked.experts is None else tuple(asked.experts),
+                    base=asked.base,
+                    examples=examples,
+                    num_shots=asked.shots,
+                    settings=settings,
+                    by=asked.score,
+                    match=asked.match,
+                    max_tokens=max_tokens,
+                    stop_token_ids=backbone.prepared.eos_token_ids,
+                )
+            )
+        return JSONResponse(job, 202 if job["status"] == "queued" else 200, headers={"location": f"{PATH}/{job['id']}"})
+
+    async def list(self, request: Request) -> Response:
+        async with self._deadline(request).limit("listing the searches"):
+            return JSONResponse({"object": "list", "data": await self._searches.listing()})
+
+    async def get(self, request: Request) -> Response:
+        async with self._deadline(request).limit("reading the search"):
+            return JSONResponse(await self._searches.get(_id(request)))
+
+    async def trace(self, request: Request) -> Response:
+        async with self._deadline(request).limit("reading the search"):
+            return JSONResponse({"object": "list", "data": await self._searches.trace(_id(request))})
+
+    async def picture(self, request: Request) -> Response:
+        async with self._deadline(request).limit("drawing the search"):
+            return Response(await self._searches.picture(_id(request)), media_type="image/svg+xml")
+
+    async def cancel(self, request: Request) -> Response:
+        async with self._deadline(request).limit("cancelling the search"):
+            return JSONResponse(await self._searches.cancel(_id(request)))
+
+    def _tokenise(self, examples: Sequence[SearchExample], backbone: Backbone) -> tuple[Example, ...]:
+        """Raises WindowExceeded naming the example, and what `Prompts.chat` raises."""
+        prompts, window = self._prompts[backbone.id], backbone.prepared.window
+        made: list[Example] = []
+        for place, one in enumerate(examples):
+            field = f"examples[{place}]"
+            if prompts.at_least(_text_of(one)) >= window:
+                raise WindowExceeded(field, prompts.at_least(_text_of(one)), window)
+            if one.messages is None:
+                assert one.prompt is not None
+                prompt, end = prompts.plain(one.prompt), ()
+            else:
+                messages = [
+                    {"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in one.messages
+                ]
+                prompt, end = prompts.chat(messages), backbone.prepared.eos_token_ids[:1]
+            answer = (*prompts.continuation(one.answer), *end)
+            if len(prompt) + len(answer) > window:
+                raise WindowExceeded(field, len(prompt) + len(answer), window)
+            if not prompt:
+                raise InvalidRequest(f"{field}.prompt", "it has no tokens")
+            made.append(Example(prompt=prompt, answer=answer, text=one.answer))
+        return tuple(made)
+
+    def _check_answers_fit(
+        self, examples: Sequence[Example], max_tokens: int, backbone: Backbone, asked: int | None
+    ) -> None:
+        longest, window = max(len(one.prompt) for one in examples), backbone.prepared.window
+        if longest + max_tokens > window:
+            raise WindowExceeded("examples" if asked is None else "max_tokens", longest + max_tokens, window)
+
+    def _deadline(self, request: Request) -> Deadline:
+        return Deadline.of(request.headers, self._http.request_timeout_s)
+
+
+def _text_of(example: SearchExample) -> str:
+    messages = example.messages or ()
+    return "".join([example.prompt or "", *(message.content for message in messages), example.answer])
+
+
+def _id(request: Request) -> str:
+    return request.path_params["id"][:80]
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    async for chunk in request.stream():
+        yield chunk
