@@ -1,8 +1,8 @@
 """One thin Ray actor a file over a class of `metasepia`, and `messages`: all that crosses a process border.
 
-`backbone_shard` is one rank, `tensor_parallel` how DeepSpeed cuts its share (the only import of it), `families` what
-may be cut, `allreduce` the sum over ranks of one machine, `processes` what a rank says about itself, `gang` the ranks
-of one process group, started, watched and killed together, `backbone` the gang as one backbone that outlives its ranks,
+`backbone_shard` is one rank, `tensor_parallel` how DeepSpeed cuts its share (the only import of it), `allreduce` the
+sum over ranks of one machine, `processes` what a rank says about itself, `gang` the ranks of one process group,
+started, watched and killed together, `backbone` the gang as one backbone that outlives its ranks,
 `encoder` a text encoder, `reasoning_pool` the reasoning modules, `expert_mixing` the mixer of expert vectors,
 `registry` the one writer of the catalogue.
 """

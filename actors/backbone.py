@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from actors import families
 from actors.gang import Fault, Gang, GangParts, PinRefused, Placement, RankProcess, first_of, kill_all
 from actors.gang_experts import Fetch, GangExperts, Resolve, cause
 from actors.messages import News
 from actors.processes import Identity, Joined
 from cluster.settings import BackboneSettings
+from metasepia import families
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk

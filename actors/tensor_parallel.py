@@ -82,8 +82,7 @@ def load_shard(
     `families.check`, before any process was started; others run whole and are read by transformers. Raises
     CorruptArtefact for files that are not the model's.
     """
-    from actors import families
-    from metasepia import checkpoints, loading
+    from metasepia import checkpoints, families, loading
     from metasepia.stored import StoredTensors
 
     if prepared.model_type not in families.FAMILIES:
@@ -107,7 +106,7 @@ def cut(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTrain
     import torch
     import torch.distributed as dist
 
-    from actors import families
+    from metasepia import families
 
     if world == 1:
         return model  # nothing to cut, and init_inference would round the rotary frequencies to dtype

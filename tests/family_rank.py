@@ -90,6 +90,8 @@ def examine(directory: Path, family: str, world: int, rank: int) -> dict[str, An
         "sizes": {name: list(one.sizes) for name, one in shards.items()},
         "kinds": {name: one.kind for name, one in shards.items()},
         "shapes": shapes,
+        "whole": sorted(name for name, _ in whole.named_parameters(remove_duplicate=False)),
+        "bytes": sum(one.nbytes for one in cut.parameters()),
         "logits": max(far(got.logits, want.logits) for got in (without_mask, masked)),
         "same_choice": bool((masked.logits.argmax(-1) == want.logits.argmax(-1)).all()),
         "hidden": max(far(a, b) for a, b in zip(masked.hidden_states, want.hidden_states, strict=True)),

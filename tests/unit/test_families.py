@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors import families
+from metasepia import families
 from metasepia.errors import InvalidSettings, NotSupported
 from tests import tiny
 
@@ -92,6 +92,24 @@ def test_each_rank_holds_its_own_part_of_every_cut_weight(
         axis = 1 if first["kinds"][name] == "row" else 0
         assert [first["shapes"][name][axis], second["shapes"][name][axis]] == sizes
         assert min(sizes) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rule_that_plans_by_is_the_one_that_deepspeed_cuts_by(
+    findings: dict[int, list[dict[str, Any]]], family: str
+) -> None:
+    config = tiny.config_of(family).to_dict()
+    for rank in findings[2]:
+        kinds, sizes, whole = rank[family]["kinds"], rank[family]["sizes"], rank[family]["whole"]
+        assert {name for name in whole if families.is_row_parallel(family, name) is not None} == {
+            name
+            for name in whole
+            if name.removesuffix("bias").removesuffix("weight") + "weight" in kinds
+            and not (name.endswith("bias") and kinds[name.removesuffix("bias") + "weight"] == "row")
+        }
+        for name, kind in kinds.items():
+            assert families.is_row_parallel(family, name) == (kind == "row")
+            assert list(families.cut(config, name, sum(sizes[name]), 2)) == sizes[name]
 
 
 def test_three_key_value_heads_become_two_and_one(findings: dict[int, list[dict[str, Any]]]) -> None:

@@ -2,9 +2,10 @@
 
 A family is here when a test compares its sharded logits with the whole model's. DeepSpeed guesses policies for others
 and some guesses are silently wrong, so at tp_size above 1 they are refused by name; at tp_size 1 any causal model runs
-whole.
+whole. `cut` is the rule by which DeepSpeed cuts a layer, for those who plan before there is a process.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,32 @@ def check(config: Mapping[str, Any], tp_size: int) -> None:
         )
     if model_type == "bloom" and int(config.get("pretraining_tp", 1)) > 1 and config.get("slow_but_exact"):
         raise NotSupported("tp_size above 1 for a BLOOM model with slow_but_exact", "use tp_size 1")
+
+
+def is_row_parallel(model_type: str, name: str) -> bool | None:
+    """Whether the tensor of this parameter name is cut by inputs (True), by outputs (False), or kept whole (None)."""
+    module, _, leaf = name.rpartition(".")
+    if module.endswith("lm_head"):
+        return True
+    family = FAMILIES[model_type]
+    if not re.search(r"\.\d+\.", f".{module}.") or "norm" in module.rpartition(".")[2]:
+        return None  # outside the blocks, or a block's norm
+    row = module.endswith(family.row_parallel)
+    return None if row and leaf == "bias" else row
+
+
+def cut(config: Mapping[str, Any], name: str, side: int, tp_size: int) -> tuple[int, ...]:
+    """Sizes by rank of a layer whose cut side is `side` long: whole key/value heads, or multiples of the grain."""
+    module = name.rpartition(".")[0]
+    heads = num_kv_heads(config)
+    if side % heads == 0 and "mlp" not in module and not module.endswith("lm_head"):
+        return tuple(side * (heads // tp_size + (rank < heads % tp_size)) // heads for rank in range(tp_size))
+    multiple = grain(config, tp_size)
+    if side < multiple:
+        return tuple(side // tp_size + (rank < side % tp_size) for rank in range(tp_size))
+    grains, rest = divmod(side, multiple)
+    sizes = [(grains // tp_size + (rank < grains % tp_size)) * multiple for rank in range(tp_size)]
+    return (*sizes[:-1], sizes[-1] + rest)
 
 
 def grain(config: Mapping[str, Any], tp_size: int) -> int:
