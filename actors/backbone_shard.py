@@ -20,7 +20,7 @@ from actors.messages import News
 from actors.processes import Identity, Joined, Pulse, process_state
 from cluster.settings import BackboneSettings
 from metasepia.digests import short
-from metasepia.errors import CorruptArtefact, MetasepiaError, NotSupported
+from metasepia.errors import CorruptArtefact, MetasepiaError
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import Row
 from metasepia.steps import StepPlan, StepResult
@@ -170,11 +170,14 @@ class BackboneShard:
         )
         shards = tensor_parallel.layer_shards(model)
         shapes = {name: tuple(model.get_parameter(name).shape) for name in shards}
-        factors, experts = self._own_factors(shards, device), None
+        factors = self._own_factors(shards, device)
         if factors is not None:
-            experts = attach(model, factors, tensor_parallel.check_cuts(model, factors, shards), reduce)
+            tensor_parallel.check_cuts(model, factors, shards)
+        # Without factors too: low-rank adapters need none.
+        experts = attach(model, factors, shards, reduce, backbone=self._prepared.digest)
         for block in _blocks(model):
-            block.register_forward_hook(self._count)
+            # Its MLP where it has one: that is a module's call in a fused forward too.
+            getattr(block, "mlp", block).register_forward_hook(self._count)
         self._experts = experts
         self._decoder = RowDecoder(
             model,
@@ -183,10 +186,12 @@ class BackboneShard:
             factors=factors.digest if factors else None,
             tp_size=world,
             chooses=tp_rank == 0,
+            shards=shards,
+            reduce=reduce,
         )
         self._seconds["shard"] = time.monotonic() - begin - self._seconds["group"]
         if tp_rank == 0:
-            self._schedule(peers, limits)
+            self._schedule(peers, limits, factors.digest if factors else None)
         return Joined(
             tp_rank=tp_rank,
             tp_world_size=tensor_parallel.tp_world_size(model),
@@ -231,7 +236,6 @@ class BackboneShard:
                 f"expert {short(digest)}",
                 f"it takes {expert.num_bytes / 2**20:.3g} MiB and max_expert_mib is {self._settings.max_expert_mib:g}",
             )
-        assert self._experts is not None
         with self._lock:
             self._experts.insert(digest, expert)
             self._experts.pin(((digest, 1.0),))
@@ -241,17 +245,13 @@ class BackboneShard:
     def _prepare_expert(self, digest: str, blob: bytes) -> "PreparedExpert":
         from metasepia.lora import read_adapter
 
-        if self._experts is None:
-            raise NotSupported(f"an expert on backbone {short(self._prepared.digest)}", "its settings name no layers")
         return self._experts.prepare(digest, read_adapter(blob, f"expert {short(digest)}"))
 
     def _change_experts(self, plan: StepPlan) -> None:
         """What the plan says, on each rank between the same two steps. What it learns is aside: rank 0 knows."""
         for digest in plan.forget:
-            assert self._experts is not None
             self._experts.drop(digest)
         for digest in plan.learn:
-            assert self._experts is not None
             self._experts.insert(digest, self._aside.pop(digest))
 
     def _run(self, plan: StepPlan) -> StepResult:
@@ -280,15 +280,14 @@ class BackboneShard:
 
     # -- rank 0 --------------------------------------------------------------------------------------------------------
 
-    def _schedule(self, peers: list[Any], limits: "Limits") -> None:
+    def _schedule(self, peers: list[Any], limits: "Limits", factors: str | None) -> None:
         from metasepia.experts import ExpertVectors
         from metasepia.leases import Leases
         from metasepia.scheduling import Scheduler
 
         self._peers = peers
         always: frozenset[str] = frozenset()
-        if self._experts is not None:  # the base as an expert is held without being put
-            factors = self._experts.factors.digest
+        if factors is not None:  # the base as an expert is held without being put
             base = [ExpertVectors.identity(self._prepared.digest, factors, form) for form in (False, True)]
             always = frozenset(one.digest for one in base)
         leases = Leases(self._settings.max_expert_bytes, always=always)

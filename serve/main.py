@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,11 +32,15 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from rich.console import Console
 
 from actors import registry
+from actors.registry import RegistryClient
 from cluster import connect, resources
 from cluster import settings as settings_of
 from cluster.settings import Settings
-from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
+from metasepia.digests import is_digest, short
+from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
+from metasepia.prepared import PreparedBackbone
 from serve import graph, middleware, prepare, processes, shipped
+from serve.names import OWNER
 
 END_S = 45.0
 """From the first signal until whatever is left is killed."""
@@ -105,6 +109,7 @@ class Foreground:
         with _step("registry"):
             client = registry.start(self._settings)
             asyncio.run(shipped.import_all(client))
+            asyncio.run(check_pins(self._settings, prepared, client))
         with _step("Serve graph"):
             options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
@@ -191,6 +196,20 @@ class Foreground:
             self._card.unlink()
         processes.end(self._run, polite_s=0.0)
         os._exit(1)
+
+
+async def check_pins(settings: Settings, prepared: Mapping[str, PreparedBackbone], catalogue: RegistryClient) -> None:
+    """Raises InvalidSettings, in words, for a pinned expert that is not there or is another backbone's."""
+    for one in settings.backbones:
+        if one.pinned:
+            allowed, backbone = f"an expert of {one.id}", prepared[one.id].digest
+            try:
+                found = await catalogue.resolve("expert", one.pinned, OWNER, deleted=is_digest(one.pinned))
+            except UnknownName as error:
+                raise InvalidSettings(f"backbones[{one.id}].pinned", one.pinned, f"{allowed} ({error})") from None
+            if found.card.get("backbone") != backbone:
+                allowed += f"; it was made for backbone {short(str(found.card.get('backbone')))}, not {short(backbone)}"
+                raise InvalidSettings(f"backbones[{one.id}].pinned", one.pinned, allowed)
 
 
 def check_port_is_free(host: str, port: int) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.backbone import BackboneGroup
 from cluster import placement
 from cluster.settings import BackboneSettings
 from metasepia import checkpoints
 from metasepia.errors import CannotPlace, CorruptArtefact, DeadlineExceeded, NotSupported, Overloaded, UnknownName
+from metasepia.lora import LoraAdapter
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.protocols import Demonstrations, PromptTokenizer
 from metasepia.rows import HiddenStatesWanted, Row, Sampling
@@ -179,6 +181,34 @@ def test_an_expert_from_a_file_is_held_by_every_rank_and_a_torn_one_is_refused(c
     assert case.oracle.regret(base, case.run(gangs.tokens_of(case.group, same))) < gangs.TIGHT  # z = 1 is the base
     with pytest.raises(CorruptArtefact, match="safetensors"):
         case.run(case.group.put_expert("3" * 64, torn))
+
+
+def test_a_low_rank_adapter_on_layers_of_any_cut_answers_as_its_merged_weights(case: Case, tmp_path: Path) -> None:
+    model, draw = case.oracle.reference.model, np.random.default_rng(7)
+    layers = [f"model.layers.1.{leaf}.weight" for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+    a = {name: draw.normal(0, 0.3, (3, model.get_parameter(name).shape[1])).astype(np.float32) for name in layers}
+    b = {name: draw.normal(0, 0.3, (model.get_parameter(name).shape[0], 3)).astype(np.float32) for name in layers}
+    adapter = LoraAdapter(backbone=case.prepared.digest, a=a, b=b)
+    (tmp_path / "low.safetensors").write_bytes(adapter.to_bytes())
+    case.run(case.group.put_expert(adapter.digest, tmp_path / "low.safetensors"))
+    base = gangs.rows(case.prepared, [()], max_tokens=24)[0]
+    row = dataclasses.replace(base, adapter=((adapter.digest, 1.0),))
+
+    async def answer() -> tuple[list[int], str]:
+        chunks = [chunk async for chunk in case.group.generate(row)]
+        assert chunks[-1].executed is not None
+        return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].executed.path
+
+    tokens, path = case.run(answer())
+    assert path == "lora" and case.oracle.regret(base, tokens) > gangs.TIGHT
+    kept = {name: model.get_parameter(name).detach().clone() for name in layers}
+    try:
+        for name in layers:
+            model.get_parameter(name).data += torch.from_numpy(b[name] @ a[name])
+        assert case.oracle.regret(base, tokens) < gangs.TIGHT
+    finally:
+        for name, weight in kept.items():
+            model.get_parameter(name).data = weight
 
 
 def test_a_full_queue_and_a_late_row_are_refused_and_the_others_go_on(case: Case) -> None:
