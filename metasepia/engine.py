@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from metasepia.digests import short
-from metasepia.errors import MetasepiaError, NotSupported, Unavailable
+from metasepia.errors import MetasepiaError, Unavailable
 from metasepia.experts import ExpertVectors
 from metasepia.generation import RowDecoder
 from metasepia.inflight import Answer, Limits
+from metasepia.lora import LoraAdapter
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from metasepia.scheduling import Load, Scheduler
 from metasepia.steps import StepPlan, StepResult
-from metasepia.svf import ExpertLayers
+from metasepia.svf import ExpertLayers, attach
 
 if TYPE_CHECKING:
     from metasepia.backbone import Capability
@@ -51,14 +51,14 @@ class Engine:
         experts: ExpertLayers | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """`experts`: what `svf.attach` made of this model. Raises NotSupported for a model that does not attend."""
-        self.prepared, self.experts = prepared, experts
-        self._decoder = RowDecoder(
-            model,
-            backbone=prepared.digest,
-            experts=experts,
-            factors=experts.factors_digest if experts is not None else None,
-        )
+        """`experts`: what `svf.attach` made of this model; left out, it is attached here and holds low-rank ones only.
+
+        Raises NotSupported for a model that does not attend.
+        """
+        self.prepared = prepared
+        self.experts = attach(model, backbone=prepared.digest) if experts is None else experts
+        factors = self.experts.factors_digest
+        self._decoder = RowDecoder(model, backbone=prepared.digest, experts=self.experts, factors=factors)
         self._scheduler = Scheduler(self._run, limits, prepared)
         self._model_lock = threading.Lock()  # steps against changes of the expert table
         self._keys = itertools.count()
@@ -93,20 +93,15 @@ class Engine:
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
-    def put_expert(self, expert: ExpertVectors) -> None:
-        """Holds an expert from now on. Raises CorruptArtefact when it does not fit, NotSupported without layers."""
+    def put_expert(self, expert: ExpertVectors | LoraAdapter) -> None:
+        """Holds an expert from now on. Raises CorruptArtefact when it does not fit the model or its factors."""
         with self._model_lock:
-            self._layers().put(expert.digest, expert)
+            self.experts.put(expert.digest, expert)
 
     def drop_expert(self, digest: str) -> None:
         """Forgets an expert; rows in flight that use it raise UnknownName at their next step."""
         with self._model_lock:
-            self._layers().drop(digest)
-
-    def _layers(self) -> ExpertLayers:
-        if self.experts is None:
-            raise NotSupported(f"an expert on backbone {short(self.digest)}", "attach expert layers to the model first")
-        return self.experts
+            self.experts.drop(digest)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import Backbone, ReferenceBackbone
@@ -16,6 +17,7 @@ from metasepia.engine import Engine
 from metasepia.errors import CorruptArtefact, DeadlineExceeded, NotSupported, Unavailable, UnknownName, WindowExceeded
 from metasepia.experts import ExpertVectors
 from metasepia.inflight import Limits
+from metasepia.lora import LoraAdapter
 from metasepia.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row, Sampling, TokenChunk
 from metasepia.svf import attach, factors_of
@@ -185,11 +187,21 @@ def test_a_dropped_expert_is_unknown_and_one_that_does_not_fit_is_refused(
         engine.put_expert(ExpertVectors(backbone="c" * 64, factors=one.factors, z=one.z))
 
 
-def test_a_model_without_expert_layers_holds_no_experts(
+def test_an_engine_made_without_expert_layers_holds_low_rank_adapters_only(
     oracle: ReferenceBackbone, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    with Engine(model_of(tiny_checkpoint("llama")), PREPARED) as plain, pytest.raises(NotSupported, match="attach"):
-        plain.put_expert(expert(oracle, 1))
+    model, rng = model_of(tiny_checkpoint("llama")), np.random.default_rng(0)
+    name = "model.layers.1.mlp.down_proj.weight"
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 96), (48, 2)))
+    delta = LoraAdapter(backbone=DIGEST, a={name: a}, b={name: b})
+    changed = model_of(tiny_checkpoint("llama"))
+    changed.get_parameter(name).add_(torch.from_numpy(b @ a))
+    with Engine(model, PREPARED) as plain:
+        plain.put_expert(delta)
+        with pytest.raises(NotSupported):
+            plain.put_expert(expert(oracle, 1))
+        asked = row(adapter=((delta.digest, 1.0),))
+        assert run(tokens_of(plain, asked)) == run(tokens_of(ReferenceBackbone(changed, DIGEST), row()))
 
 
 def test_a_step_that_raises_ends_every_row_with_its_cause(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
