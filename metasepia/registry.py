@@ -455,6 +455,30 @@ class Registry:
         return Unavailable(f"the registry at {self.root} (its disk is full: nothing was stored; free some space)", 60.0)
 
 
+def read_entry(root: Path, kind: Kind, name: str, owner: str) -> Artefact:
+    """What a name, or a digest, stands for, read beside whoever writes this directory. For programs that end.
+
+    Raises UnknownName as `Registry.resolve` does.
+    """
+    catalogue = root.expanduser().resolve() / "catalogue.sqlite"
+    if not catalogue.is_file():
+        raise UnknownName(kind, name, ())
+    with contextlib.closing(sqlite3.connect(f"{catalogue.as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
+        db.row_factory = sqlite3.Row
+        row = db.execute(
+            f"SELECT {_COLUMNS} FROM entries WHERE kind=? AND (name=? OR digest=?) AND owner IN (?, ?) "
+            "AND deleted IS NULL ORDER BY owner = ? DESC, name = ? DESC, id LIMIT 1",
+            (kind, name, name, owner, SHARED, owner, name),
+        ).fetchone()
+        if row is None:
+            known = (
+                "SELECT DISTINCT name FROM entries WHERE kind=? AND owner IN (?, ?) AND deleted IS NULL ORDER BY name"
+            )
+            rows = db.execute(f"{known} LIMIT ?", (kind, owner, SHARED, MAX_NAMES_IN_AN_ERROR)).fetchall()
+            raise UnknownName(kind, name, tuple(one["name"] for one in rows))
+    return _artefact(row)
+
+
 def read_blob(root: Path, digest: str) -> bytes:
     """The bytes under a digest, deleted ones included, read beside whoever writes this directory. For audits.
 
