@@ -280,9 +280,9 @@ class BackboneGroup:
         """Hands a row to the gang; without one it waits for the next. Raises the refusal."""
         gang = self._gang
         if gang is None:
-            # Nobody else bounds what waits for a new gang.
-            bound = self._settings.max_queued_tokens + self._settings.max_batch_tokens
-            if sum(one.num_tokens for one in self._held.values()) > bound:
+            # Nobody else bounds what waits for a new gang; background rows are no reason to refuse others here either.
+            bound, priority = self._settings.max_queued_tokens + self._settings.max_batch_tokens, held.row.priority
+            if sum(one.num_tokens for one in self._held.values() if one.row.priority >= min(priority, 0)) > bound:
                 raise Overloaded(f"the queue of {self._settings.id}, which is being rebuilt,", REBUILD_S)
             return
         held.gang = gang

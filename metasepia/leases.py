@@ -114,6 +114,8 @@ class Leases:
             if digest in self._held:
                 self._held[digest].used = step
         failed: list[tuple[Entry, MetasepiaError]] = []
+        if not self._aside and not self._errors and all(entry.leased for entry in waiting[:max_rows]):
+            return failed  # nearly always: nothing came, and who has a lease keeps it
         ahead, first = set[str](), True
         """Held for rows further ahead: of those only what is begun gives way."""
         leaving: set[str] | None = None
