@@ -1,0 +1,157 @@
+"""The command `metasepia` against a real door behind a real HTTP server in this process; its parts are small fakes."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from cluster.settings import HttpSettings
+from metasepia import cli
+from metasepia.experts import ExpertVectors
+from metasepia.peft_files import CONFIG, WEIGHTS, write_peft
+from tests.doors import Bench
+from tests.serving import free_port
+from tests.unit.test_gateway_experts import a_lora, an_expert
+from tests.unit.test_prompts import write_byte_tokenizer
+
+Said = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("door")
+    bench = Bench(write_byte_tokenizer(home)).with_experts(home / "registry", HttpSettings(max_upload_mib=1.0))
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(bench.app, port=port, log_level="error"))  # pyright: ignore[reportArgumentType]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def say(url: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    def run(*arguments: object) -> Said:
+        status = cli.main(["--url", url, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def expert_directory(path: Path, expert: ExpertVectors, **card: Any) -> Path:
+    path.mkdir()
+    (path / "expert.safetensors").write_bytes(expert.to_bytes())
+    (path / "card.json").write_text(json.dumps(card))
+    return path
+
+
+def test_help_needs_no_torch_and_no_client_and_comes_at_once():
+    code = (
+        "import sys, metasepia.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'httpx', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_expert_goes_in_is_shown_replaced_brought_back_and_deleted(say: Callable[..., Said], tmp_path: Path):
+    one, two = an_expert(1.25), an_expert(0.75)
+    directory = expert_directory(tmp_path / "maths", one, description="sums")
+    assert say("experts", "add", "maths", directory) == (0, f"tiny:maths: svf, digest {one.digest}\n", "")
+    status, _, error = say("experts", "add", "maths", expert_directory(tmp_path / "other", two))
+    assert (status, "replace it with PUT" in error) == (1, True)
+    assert "description sums" in " ".join(say("experts", "show", "maths")[1].split())
+    assert say("experts", "replace", "maths", tmp_path / "other" / "expert.safetensors")[0] == 0
+    listed = say("experts", "list")[1]
+    assert two.digest[:12] in listed
+    assert one.digest[:12] not in listed
+    out = tmp_path / "back"
+    assert say("experts", "download", "maths", "--out", out)[0] == 0
+    assert (out / "expert.safetensors").read_bytes() == two.to_bytes()
+    assert json.loads((out / "card.json").read_text())["digest"] == two.digest
+    assert say("experts", "delete", "maths") == (0, "maths: deleted\n", "")
+    status, _, error = say("experts", "show", "maths")
+    assert (status, "was deleted at" in error) == (3, True)
+
+
+def test_a_peft_directory_is_one_expert_and_a_pickled_one_is_refused_here(say: Callable[..., Said], tmp_path: Path):
+    for name, content in zip((CONFIG, WEIGHTS), write_peft(a_lora(), "tiny"), strict=True):
+        (tmp_path / name).write_bytes(content)
+    status, out, _ = say("--timeout", 30, "experts", "add", "low", tmp_path, "--json")
+    made = json.loads(out)
+    assert (status, made["form"], made["rank"]) == (0, "lora", 2)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    status, _, error = say("experts", "add", "low2", tmp_path)
+    assert (status, "adapter_model.bin is pickled" in error) == (1, True)
+
+
+def test_mixtures_are_made_of_weights_listed_shown_and_deleted(say: Callable[..., Said], tmp_path: Path):
+    for name, value in (("m1", 1.5), ("m2", 0.5)):
+        say("experts", "replace", name, expert_directory(tmp_path / name, an_expert(value)))
+    made = say("mixtures", "add", "m1=0.25", "m2=0.5", "base=0.25", "--backbone", "tiny", "--name", "blend")
+    assert made == (0, "tiny:mix@blend\n", "")
+    assert "blend" in say("mixtures", "list")[1]
+    assert an_expert(1.5).digest in say("mixtures", "show", "blend")[1]
+    assert say("mixtures", "delete", "blend") == (0, "blend: deleted\n", "")
+    status, _, error = say("mixtures", "add", "m1=0.25", "--backbone", "tiny")
+    assert (status, "sum to 1" in error) == (1, True)
+    assert say("mixtures", "add", "m1=x", "--backbone", "tiny")[0] == 2
+
+
+def test_a_search_is_waited_for_and_names_the_model_that_it_found(say: Callable[..., Said], tmp_path: Path):
+    for name, value in (("s1", 1.5), ("s2", 0.5)):
+        say("experts", "replace", name, expert_directory(tmp_path / name, an_expert(value)))
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(4)))
+    options = ("--backbone", "tiny", "--experts", "s1,s2", "--shots", 2, "--population", 4, "--generations", 2)
+    status, out, error = say("mixtures", "search", examples, *options)
+    assert (status, out.startswith("tiny:mix@")) == (0, True), error
+    (tmp_path / "bad").write_text("{")
+    assert say("mixtures", "search", tmp_path / "bad", "--backbone", "tiny")[0] == 1
+    (tmp_path / "none").write_text("[]")
+    status, _, error = say("mixtures", "search", tmp_path / "none", "--backbone", "tiny")
+    assert (status, "examples: there are none" in error) == (1, True)
+
+
+def test_what_the_door_refuses_is_said_in_its_words_with_a_status_of_its_kind(
+    say: Callable[..., Said], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "big").write_bytes(bytes(3 << 20))
+    status, _, error = say("experts", "add", "big", tmp_path / "big")
+    assert (status, "longer than 1 MiB" in error and "413 body_too_large" in error) == (1, True)
+    (tmp_path / "pickle.pt").write_bytes(b"\x80\x04" + bytes(100))
+    status, _, error = say("experts", "add", "x", tmp_path / "pickle.pt")
+    assert (status, "only safetensors are read" in error) == (1, True)
+    assert say("experts", "add", "../x", expert_directory(tmp_path / "e", an_expert()))[0] == 1
+    assert say("experts", "show", "nobody")[0] == 3
+    assert say("experts", "add", "x", tmp_path / "nowhere")[0] == 1
+    assert cli.main(["--url", f"http://127.0.0.1:{free_port()}", "experts", "list"]) == 5
+    assert "nobody answers" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as misuse:
+        say("experts", "fly")
+    assert misuse.value.code == 2
+
+
+def test_lists_beyond_one_page_are_whole(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch):
+    pages = [{"data": [{"id": "a"}], "has_more": True, "last_id": "a"}, {"data": [{"id": "b"}], "has_more": False}]
+    asked: list[dict[str, Any]] = []
+
+    def answer(self: cli.Door, method: str, path: str, **what: Any) -> Any:
+        asked.append(dict(what["params"]))
+        return pages[len(asked) - 1]
+
+    monkeypatch.setattr(cli.Door, "json", answer)
+    assert [one["id"] for one in cli.Door("http://x", 1.0).everything("/v1/experts")] == ["a", "b"]
+    assert asked[1]["after"] == "a"
+    assert [one["limit"] for one in asked] == [1000, 1000]
