@@ -56,7 +56,6 @@ def model_card(card: dict[str, Any]) -> str:
     ]
     messages = [{"role": "user", "content": card["example_prompt"]}]
     body = json.dumps({"model": card["asked_as"], "temperature": 0, "messages": messages}).replace("'", "\\u0027")
-    dispatch = card["dispatch_checked"]
     about = card["description"] + (f" Labels: {', '.join(card['labels'])}." if card["labels"] else "")
     return f"""# Expert `{card["name"]}`
 
@@ -73,8 +72,7 @@ def model_card(card: dict[str, Any]) -> str:
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-For `auto`: of unseen prompts of this task {dispatch["held_out_prompts_chosen"]:.0%} are sent to it, of general prompts
-{dispatch["general_prompts_chosen"]:.0%} (stage `centroid`, this expert alone).
+{_for_auto(card)}
 
 ## Ask it
 
@@ -93,6 +91,16 @@ for anything else ask the base model.
 
 {_how(card)}
 """
+
+
+def _for_auto(card: dict[str, Any]) -> str:
+    if "dispatcher" in card:
+        return """It is the stage `classifier` of `auto`: its answer to a message, put into its card's prompt, names the
+expert that answers the message, or none. `auto` never chooses it."""
+    checked = card["dispatch_checked"]
+    own, general = checked["held_out_prompts_chosen"], checked["general_prompts_chosen"]
+    return f"""For `auto`: of unseen prompts of this task {own:.0%} are sent to it, of general prompts
+{general:.0%} (stage `centroid`, this expert alone)."""
 
 
 def _what_it_is(card: dict[str, Any]) -> str:
