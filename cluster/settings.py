@@ -5,6 +5,7 @@ value (`METASEPIA_HTTP__PORT=8001`, `METASEPIA_BACKBONES__0__TP_SIZE=2`). A defa
 wrong value raises InvalidSettings with the field, the value and the allowed range, before anything is started.
 """
 
+import dataclasses
 import os
 import tomllib
 from collections.abc import Mapping
@@ -113,6 +114,27 @@ class GatewaySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelShapes:
+    """Sizes of a model as its config.json spells them, for `cluster.plan` where the checkpoint is not at hand."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                _between("shapes", one.name, value, 1, 10**9)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneSettings:
     """One frozen causal model, served by one tensor-parallel gang."""
 
@@ -146,6 +168,11 @@ class BackboneSettings:
     pinned: str = ""
     """An expert, by name or digest, whose weights this replica rebuilds and keeps: rows of this expert alone run on
     them, at the base weights' speed and for as much memory again as its layers take. Empty: none."""
+    rank_memory_gib: float = 0.0
+    """Memory that one rank may take, on its GPU or of its machine; a plan beyond it is refused at start. 0: unchecked.
+    From 0 to 10**6."""
+    shapes: ModelShapes | None = None
+    """What the checkpoint is expected to be; refused at start where its config.json says otherwise."""
     threads: int = 1
     """Compute threads of each rank. From 1 to 1024."""
     replica_cpus: float = 0.1
@@ -167,6 +194,7 @@ class BackboneSettings:
         _between(owner, "tp_size", self.tp_size, 1, 64)
         _between(owner, "spares", self.spares, 0, 1)
         _between(owner, "expert_rank", self.expert_rank, 0, 65_536)
+        _between(owner, "rank_memory_gib", self.rank_memory_gib, 0, 10**6)
         _between(owner, "max_rows", self.max_rows, 1, 4096)
         _between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
         _between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)

@@ -4,8 +4,11 @@
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
+from cluster import plan
 from cluster import settings as settings_of
 from cluster.settings import Settings
 from metasepia import checkpoints
@@ -22,6 +25,7 @@ def prepare(settings: Settings) -> dict[str, PreparedBackbone]:
             prepared = found[backbone.id] = checkpoints.prepare(backbone.source, settings.home)
         except InvalidSettings as error:
             raise InvalidSettings(f"backbones[{backbone.id}].{error.field}", error.value, error.allowed) from error
+        plan.check(backbone, json.loads(Path(prepared.path, "config.json").read_text()))
         layers = backbone.expert_layers
         if layers and find_index(prepared.digest, layers, settings.home, backbone.expert_rank) is None:
             from metasepia.factors import factors_of_backbone

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from metasepia import families
+from metasepia import families, planning
 from metasepia.errors import InvalidSettings, NotSupported
+from metasepia.planning import Need
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,27 @@ def test_the_rule_that_plans_by_is_the_one_that_deepspeed_cuts_by(
         for name, kind in kinds.items():
             assert families.is_row_parallel(family, name) == (kind == "row")
             assert list(families.cut(config, name, sum(sizes[name]), 2)) == sizes[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_plan_counts_the_bytes_that_the_fullest_rank_holds(
+    findings: dict[int, list[dict[str, Any]]], family: str, tp_size: int
+) -> None:
+    need = Need(
+        device="cpu",
+        dtype="float32",
+        tp_size=tp_size,
+        expert_layers=(),
+        expert_rank=0,
+        max_rows=1,
+        max_batch_tokens=256,
+        max_prefix_tokens=0,
+        max_expert_bytes=0,
+    )
+    plan = planning.plan(tiny.config_of(family).to_dict(), need)
+    assert plan.parts[0].what == "weights"
+    assert plan.parts[0].num_bytes == max(rank[family]["bytes"] for rank in findings[tp_size])
 
 
 def test_three_key_value_heads_become_two_and_one(findings: dict[int, list[dict[str, Any]]]) -> None:
