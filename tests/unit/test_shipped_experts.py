@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from jobs.expert_cards import model_card
-from jobs.tasks import TASKS
+from jobs.tasks import make
 from jobs.train_experts import HELD_OUT_SEED
 from metasepia.dispatch import CentroidTable, TaskCentroid
 from metasepia.experts import ExpertVectors, FactorIndex
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "metasepia/assets/experts").glob("*/card.json"))
 each_expert = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+DISPATCH = "dispatch"
+"""The one that chooses among the others."""
 
 
 def card_of(folder: Path) -> dict:
@@ -50,7 +52,7 @@ def test_the_gain_on_held_out_texts_has_an_interval_above_zero(folder: Path) -> 
 @each_expert
 def test_the_card_speaks_of_the_task_as_it_stands_in_the_repository(folder: Path) -> None:
     card = card_of(folder)
-    task = TASKS[card["task"]]
+    task = make(card["task"])
     held_out = task.held_out(card["held_out"]["texts"], HELD_OUT_SEED)
     assert card["labels"] == list(task.labels)
     assert card["description"] == task.about
@@ -64,7 +66,7 @@ def test_the_readme_is_made_from_the_card(folder: Path) -> None:
 
 
 def test_auto_can_tell_the_shipped_tasks_apart_by_one_request_for_hidden_states() -> None:
-    cards = {card["digest"]: card for card in map(card_of, FOLDERS)}
+    cards = {card["digest"]: card for card in map(card_of, FOLDERS) if card["name"] != DISPATCH}
     centroids = {digest: TaskCentroid.of_card(card) for digest, card in cards.items()}
     table = CentroidTable(
         next(iter(cards.values()))["backbone"], {digest: c for digest, c in centroids.items() if c is not None}
@@ -76,3 +78,14 @@ def test_auto_can_tell_the_shipped_tasks_apart_by_one_request_for_hidden_states(
         at_its_middle = (centroid.centre + centroid.centroid)[None]
         assert table.choose({wanted: at_its_middle}).expert == digest
         assert table.choose({wanted: centroid.centre[None] * 1.0001}).expert is None
+
+
+def test_the_dispatch_expert_knows_all_the_others_and_is_none_to_choose() -> None:
+    cards = {folder.name: card_of(folder) for folder in FOLDERS}
+    dispatcher = cards[DISPATCH]["dispatcher"]
+    assert {name for name in dispatcher["labels"].values() if name} == cards.keys() - {DISPATCH}
+    assert list(dispatcher["labels"]) == cards[DISPATCH]["labels"]
+    assert dispatcher["labels"]["other"] is None
+    assert dispatcher["prompt"].count("{text}") == 1
+    assert TaskCentroid.of_card(cards[DISPATCH]) is None
+    assert not [name for name, card in cards.items() if name != DISPATCH and "dispatcher" in card]
