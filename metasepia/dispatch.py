@@ -106,10 +106,16 @@ class Dispatched:
     """What a stage chose."""
 
     expert: str | None
-    """Digest; None when the stage abstains."""
+    """Digest; None when the stage abstains, and when it finds that no expert is wanted."""
     margin: float
-    """Cosine above both the threshold and the runner-up; 0 or less when the stage abstains."""
+    """How sure it is. Of `centroid`: cosine above both the threshold and the runner-up, 0 or less when it abstains."""
     stage: str = "centroid"
+    is_other: bool = False
+    """It found that the request is for no expert: the base weights answer, and no other stage is asked."""
+
+    @property
+    def abstains(self) -> bool:
+        return self.expert is None and not self.is_other
 
 
 class CentroidTable:
