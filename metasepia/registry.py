@@ -294,11 +294,19 @@ class Registry:
     def purge(self, older_than_s: float) -> int:
         """Forgets what was deleted or replaced more than `older_than_s` ago; the number of entries.
 
-        Blobs that no entry names any more leave the disk, those that a crash left without an entry at the same age.
+        What a live mixture is made of stays. Blobs that no entry names any more leave the disk, those that a crash left
+        without an entry at the same age.
         """
         before = self._clock() - older_than_s
         with self._write() as db:
-            gone = db.execute("DELETE FROM entries WHERE deleted < ? RETURNING sha256", (before,)).fetchall()
+            in_mixtures = (
+                "SELECT json_extract(part.value, '$[0]') FROM entries AS mixture, "
+                "json_each(mixture.card, '$.adapter') AS part "
+                "WHERE mixture.kind = 'mixture' AND mixture.deleted IS NULL"
+            )
+            gone = db.execute(
+                f"DELETE FROM entries WHERE deleted < ? AND digest NOT IN ({in_mixtures}) RETURNING sha256", (before,)
+            ).fetchall()
         purged = [row["sha256"] for row in gone]
         # Rows first: a crash here leaves files without rows, which the next purge finds. In a transaction, so that a
         # writer that took over cannot be naming the same blob meanwhile.

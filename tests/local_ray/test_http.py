@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -17,18 +18,15 @@ import openai
 import pytest
 
 from cluster import settings as settings_of
+from jobs import export_expert
 from metasepia.experts import ExpertVectors, FactorIndex
+from metasepia.peft_files import CONFIG, WEIGHTS
 from metasepia.registry import SHARED, Registry
 from serve import prepare
-from tests.serving import EXAMPLES, INPUTS, REVIEWS, ROOT, Served, new_home
+from tests.requests import BACKBONE, BAD_BODIES, CHAT, CLASSIFY, ENCODER, QUESTION, STORY
+from tests.serving import REVIEWS, ROOT, Served, new_home
 
 pytestmark = pytest.mark.timeout(600)
-
-BACKBONE, ENCODER = "smollm2-135m", "minilm-l6"
-QUESTION: list[Any] = [{"role": "user", "content": "Name the capital of France."}]
-CHAT = {"model": BACKBONE, "messages": QUESTION, "max_tokens": 8, "temperature": 0}
-STORY = CHAT | {"messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 2000}
-CLASSIFY: dict[str, Any] = {"examples": EXAMPLES, "inputs": INPUTS}
 
 
 def _put_expert(home: Path, name: str, scale: Callable[[int], np.ndarray]) -> str:
@@ -187,6 +185,55 @@ def test_a_mixture_answers_by_the_name_that_registering_it_gave(served: Served, 
     assert made["model"] in [model.id for model in client.models.list()]
 
 
+def _upload(served: Served, method: str, path: str, **parts: bytes | str) -> dict[str, Any]:
+    form: dict[str, Any] = {key: (None if isinstance(one, str) else key, one) for key, one in parts.items()}
+    response = httpx.request(method, served.url + path, files=form, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_an_uploaded_expert_answers_at_once_is_replaced_at_once_and_is_gone_at_once(
+    served: Served, client: openai.OpenAI
+):
+    ones, noisy = (served.get(f"/v1/experts/{name}/content").content for name in ("ones", "noisy"))
+    made = _upload(served, "POST", "/v1/experts", name="mine", file=ones, card='{"description": "as it is"}')
+    assert made["model"] in [model.id for model in client.models.list()]
+    said, receipt = _greedy(client, made["model"])
+    assert (said, receipt["adapter"]) == (_greedy(client, BACKBONE)[0], [[made["digest"], 1.0]])
+    put = _upload(served, "PUT", "/v1/experts/mine", file=noisy)
+    assert put["digest"] != made["digest"]
+    said, receipt = _greedy(client, made["model"])
+    assert (said, receipt["adapter"]) == (_greedy(client, f"{BACKBONE}:noisy")[0], [[put["digest"], 1.0]])
+    assert httpx.delete(f"{served.url}/v1/experts/mine", timeout=20).json()["deleted"] is True
+    with pytest.raises(openai.APIStatusError, match="was deleted at") as raised:
+        _greedy(client, made["model"])
+    assert raised.value.status_code == 410
+    assert made["model"] not in [model.id for model in client.models.list()]
+
+
+def test_a_peft_directory_answers_as_the_expert_that_it_was_exported_from(
+    served: Served, client: openai.OpenAI, tmp_path: Path
+):
+    whole = ExpertVectors.from_bytes(served.get("/v1/experts/noisy/content").content)
+    few = {layer: z for layer, z in whole.z.items() if layer.split(".")[2] in ("0", "1", "2")}
+    expert = ExpertVectors(backbone=whole.backbone, factors=whole.factors, z=few)
+    few_made = _upload(served, "POST", "/v1/experts", name="few", file=expert.to_bytes())
+    options = ("--format", "peft", "--rank", "576", "--out", str(tmp_path), "--home", str(served.home))
+    assert export_expert.main(["few", *options]) == 0
+    files = {part: (tmp_path / name).read_bytes() for part, name in (("config", CONFIG), ("file", WEIGHTS))}
+    made = _upload(served, "POST", "/v1/experts", name="few-lora", backbone=BACKBONE, **files)
+    said, receipt = _greedy(client, made["model"])
+    assert (receipt["path"], receipt["adapter"]) == ("lora", [[made["digest"], 1.0]])
+    assert said == _greedy(client, few_made["model"])[0] != _greedy(client, BACKBONE)[0]
+
+
+def test_a_gigabyte_is_refused_before_it_is_sent(served: Served):
+    head = f"POST /v1/experts?name=x HTTP/1.1\r\nhost: door\r\ncontent-length: {2**30}\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        connection.sendall(f"{head}content-type: application/octet-stream\r\n\r\n".encode())
+        assert connection.recv(64).startswith(b"HTTP/1.1 413")
+
+
 def test_every_shipped_expert_answers_its_cards_example_by_its_name_and_by_auto(client: openai.OpenAI):
     cards = [(model.id, (model.model_extra or {})["x_info"].get("card", {})) for model in client.models.list()]
     shipped = [(id_, card) for id_, card in cards if "example_prompt" in card]
@@ -206,84 +253,6 @@ def test_auto_leaves_a_request_of_no_task_to_the_base(client: openai.OpenAI):
     assert answer == _greedy(client, BACKBONE)[0]
     assert (receipt["adapter"], receipt["path"], receipt["dispatch"]) == ([], "plain", "abstained")
     assert receipt["margin"] < 0
-
-
-BAD_BODIES: list[tuple[str, str, Any, int, str | None]] = [
-    ("malformed JSON", "/v1/classify", b'{"examples": [', 400, "body"),
-    ("an empty body", "/v1/classify", b"", 400, "body"),
-    ("not UTF-8", "/v1/classify", b'{"inputs": ["\xff"]}', 400, "body"),
-    ("nested 100,000 deep", "/v1/classify", b'{"inputs":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "body"),
-    ("nested 100,000 deep, open", "/v1/chat/completions", b"[" * 100_000, 400, "body"),
-    ("an array", "/v1/classify", b"[]", 400, "body"),
-    ("12 MB", "/v1/classify", b'{"inputs": ["' + b"x" * 12_000_000 + b'"]}', 413, "body"),
-    ("NaN", "/v1/chat/completions", json.dumps(CHAT | {"temperature": float("nan")}).encode(), 400, "temperature"),
-    ("NaN label", "/v1/classify", b'{"examples": [{"text": "a", "label": NaN}]}', 400, "examples[0].label"),
-    ("unknown model", "/v1/chat/completions", CHAT | {"model": "gpt-4"}, 404, "model"),
-    ("unknown expert", "/v1/chat/completions", CHAT | {"model": f"{BACKBONE}:no-such"}, 404, "model"),
-    ("unknown mixture", "/v1/chat/completions", CHAT | {"model": f"{BACKBONE}:mix@{'0' * 64}"}, 404, "model"),
-    ("unknown embedding model", "/v1/embeddings", {"model": "ada", "input": "x"}, 404, "model"),
-    ("unknown encoder", "/v1/classify", CLASSIFY | {"encoder": "bert"}, 404, "encoder"),
-    ("an encoder asked to chat", "/v1/chat/completions", CHAT | {"model": ENCODER}, 400, None),
-    ("one class", "/v1/classify", CLASSIFY | {"examples": CLASSIFY["examples"][:1] * 2}, 400, "examples"),
-    ("no examples", "/v1/classify", CLASSIFY | {"examples": []}, 400, "examples"),
-    ("no inputs", "/v1/classify", CLASSIFY | {"inputs": []}, 400, "inputs"),
-    (
-        "null label",
-        "/v1/classify",
-        CLASSIFY | {"examples": [*CLASSIFY["examples"], {"text": "x", "label": None}]},
-        400,
-        "examples[6].label",
-    ),
-    (
-        "number label",
-        "/v1/classify",
-        CLASSIFY | {"examples": [{"text": "x", "label": 1}, *CLASSIFY["examples"]]},
-        400,
-        "examples[0].label",
-    ),
-    ("empty text", "/v1/classify", CLASSIFY | {"inputs": ["fine", ""]}, 400, "inputs[1]"),
-    ("long text", "/v1/classify", CLASSIFY | {"inputs": ["fine", "word " * 400]}, 400, "inputs[1]"),
-    (
-        "long example",
-        "/v1/classify",
-        CLASSIFY | {"examples": [{"text": "w " * 4000, "label": "z"}, *CLASSIFY["examples"]]},
-        400,
-        "examples[0].text",
-    ),
-    ("texts of a wrong type", "/v1/classify", CLASSIFY | {"inputs": [7]}, 400, "inputs[0]"),
-    ("an unknown context", "/v1/classify", {"model": "ctx-" + "0" * 64, "inputs": ["x"]}, 404, "model"),
-    ("a context asked to chat", "/v1/chat/completions", CHAT | {"model": "ctx-" + "0" * 64}, 400, None),
-    ("examples of a wrong type", "/v1/classify", CLASSIFY | {"examples": "x"}, 400, "examples"),
-    ("an empty text to embed", "/v1/embeddings", {"model": ENCODER, "input": ["x", ""]}, 400, "input[1]"),
-    ("a long text to embed", "/v1/embeddings", {"model": ENCODER, "input": "word " * 400}, 400, "input"),
-    ("a token id beyond the vocabulary", "/v1/embeddings", {"model": BACKBONE, "input": [49_152]}, 400, "input"),
-    ("temperature 2.1", "/v1/chat/completions", CHAT | {"temperature": 2.1}, 400, "temperature"),
-    ("temperature -1", "/v1/chat/completions", CHAT | {"temperature": -1}, 400, "temperature"),
-    ("temperature as text", "/v1/chat/completions", CHAT | {"temperature": "1"}, 400, "temperature"),
-    ("max_tokens 0", "/v1/chat/completions", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
-    ("max_tokens beyond the window", "/v1/chat/completions", CHAT | {"max_tokens": 10_000}, 400, "max_tokens"),
-    (
-        "messages beyond the window",
-        "/v1/chat/completions",
-        CHAT | {"messages": [{"role": "user", "content": "word " * 9000}]},
-        400,
-        "messages",
-    ),
-    (
-        "eight million letters",
-        "/v1/chat/completions",
-        CHAT | {"messages": [{"role": "user", "content": "x" * 8_000_000}]},
-        400,
-        "messages",
-    ),
-    ("messages of a wrong type", "/v1/chat/completions", CHAT | {"messages": "hello"}, 400, "messages"),
-    ("no messages", "/v1/chat/completions", {"model": BACKBONE}, 400, "messages"),
-    ("tools", "/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
-    ("a misspelt field", "/v1/chat/completions", CHAT | {"max_token": 3}, 400, "max_token"),
-    ("half a surrogate pair", "/v1/embeddings", b'{"model": "minilm-l6", "input": "\\ud800"}', 400, "input"),
-    ("weights off the simplex", "/v1/mixtures", {"backbone": BACKBONE, "weights": {"x": 0.4}}, 400, "weights"),
-    ("a mixture of unknown experts", "/v1/mixtures", {"backbone": BACKBONE, "weights": {"x": 1.0}}, 404, "weights"),
-]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from metasepia.errors import NameTaken
+from metasepia.errors import NameTaken, UnknownName
 from metasepia.registry import SHARED, Artefact, Registry
 
 
@@ -102,3 +102,17 @@ def test_looking_up_reads_no_tombstones_of_other_names(registry: Registry, ask: 
     else:
         assert len(registry.list("expert", "local")) == 1
     assert sum(steps) < 2000
+
+
+def test_what_a_mixture_is_made_of_outlives_its_name_for_as_long_as_the_mixture(registry: Registry):
+    kept, gone = put(registry, "expert", b"1", name="kept"), put(registry, "expert", b"2", name="gone")
+    put(registry, "mixture", b"m", name="mixed", card={"adapter": [[kept.digest, 1.0]]})
+    put(registry, "mixture", b"n", name="of-another-time", card={})
+    for name in ("kept", "gone"):
+        registry.delete("expert", name, "local")
+    assert registry.purge(-1.0) == 1
+    assert registry.get(kept.digest) == b"1"
+    with pytest.raises(UnknownName):
+        registry.get(gone.digest)
+    registry.delete("mixture", "mixed", "local")
+    assert registry.purge(-1.0) == 2
