@@ -19,8 +19,12 @@ class RowCache(Cache):
     lies left of it is masked, and kept finite: zero times NaN would be NaN.
     """
 
-    def __init__(self, num_rows: int, num_columns: int) -> None:
+    def __init__(self, num_rows: int, num_columns: int, *, keys_by_dim: bool = False) -> None:
+        """`keys_by_dim`: keys lie in memory as [rows, heads, head dim, columns], of which `update` gives a transposed
+        view: a product of few queries with them is then up to twice as fast on a CPU.
+        """
         super().__init__(layers=[])
+        self._keys_by_dim = keys_by_dim
         self.num_rows = num_rows
         self.begin = self.end = 0
         self._row_capacity, self._column_capacity = num_rows, num_columns
@@ -43,7 +47,7 @@ class RowCache(Cache):
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         while len(self._keys) <= layer_idx:  # lazily: only now are the local head counts of a sharded model known
-            self._keys.append(self._buffer(key_states))
+            self._keys.append(self._buffer(key_states, self._keys_by_dim))
             self._values.append(self._buffer(value_states))
         stop = self.end + key_states.shape[2]
         keys, values = self._keys[layer_idx], self._values[layer_idx]
@@ -82,10 +86,10 @@ class RowCache(Cache):
         """Copies the last `length` columns of a row of another cache in as a new row. Room must be reserved."""
         slot, begin = self.num_rows, self.end - length
         assert slot < self._row_capacity and begin >= 0
-        for mine, theirs in ((self._keys, source._keys), (self._values, source._values)):
+        for mine, theirs, by_dim in self._pairs(source):
             for layer, origin in enumerate(theirs):
                 if len(mine) <= layer:
-                    mine.append(self._buffer(origin))
+                    mine.append(self._buffer(origin, by_dim))
                 mine[layer][slot] = 0  # no other row's leftovers, which need not be finite
                 mine[layer][slot, :, begin : self.end] = origin[row, :, source.end - length : source.end]
         self.num_rows += 1
@@ -93,10 +97,10 @@ class RowCache(Cache):
 
     def preload(self, row: int, source: "RowCache", begin: int, end: int) -> None:
         """Columns [begin, end) of a row become the first columns of `source`, which holds one row."""
-        for mine, theirs in ((self._keys, source._keys), (self._values, source._values)):
+        for mine, theirs, by_dim in self._pairs(source):
             for layer, origin in enumerate(theirs):
                 if len(mine) <= layer:
-                    mine.append(self._buffer(origin))
+                    mine.append(self._buffer(origin, by_dim))
                 mine[layer][row, :, begin:end] = origin[0, :, source.begin : source.begin + end - begin]
 
     def leave(self, row: int) -> None:
@@ -108,17 +112,23 @@ class RowCache(Cache):
                     buffer[row] = buffer[last]
         self.num_rows = last
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        return like.new_zeros((self._row_capacity, like.shape[1], self._column_capacity, like.shape[3]))
+    def _pairs(self, source: "RowCache") -> tuple[tuple[list[Tensor], list[Tensor], bool], ...]:
+        return (self._keys, source._keys, self._keys_by_dim), (self._values, source._values, False)
+
+    def _buffer(self, like: Tensor, by_dim: bool = False) -> Tensor:
+        rows, columns = self._row_capacity, self._column_capacity
+        if by_dim:
+            return like.new_zeros((rows, like.shape[1], like.shape[3], columns)).transpose(2, 3)
+        return like.new_zeros((rows, like.shape[1], columns, like.shape[3]))
 
     def _move(self, row_capacity: int, end: int, column_capacity: int) -> None:
         """To new buffers, layer by layer, so that one layer at a time exists twice."""
         self._row_capacity, self._column_capacity = row_capacity, column_capacity
         begin, stop, width = self.begin, self.end, self.width
         self.begin, self.end = end - width, end
-        for buffers in (self._keys, self._values):
+        for buffers, by_dim in ((self._keys, self._keys_by_dim), (self._values, False)):
             for layer, old in enumerate(buffers):
-                new = self._buffer(old)
+                new = self._buffer(old, by_dim)
                 new[: self.num_rows, :, self.begin : self.end] = old[: self.num_rows, :, begin:stop]
                 buffers[layer] = new
 

@@ -38,6 +38,8 @@ class FusedModel:
         self._blocks = [_Block(f"model.layers.{i}", one, shards, reduce) for i, one in enumerate(inner.layers)]
         self._head = _Product(model, ("lm_head",), shards.get("lm_head.weight"), reduce)
         self._windows = _windows(model)
+        self.keys_by_dim = model.device.type == "cpu"
+        """How the caches of rows that decode are to lie in memory."""
 
     @classmethod
     def of(
@@ -129,12 +131,15 @@ class _Block:
             if window is not None and keys.shape[2] > window:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
             grouped = queries.view(rows, self._kv_heads, shared, self._dim)
-            y = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=self._scaling)
+            if keys.stride(-1) == 1:
+                y = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=self._scaling)
+            else:
+                scores = torch.matmul(grouped * self._scaling, keys.transpose(2, 3))
+                y = torch.matmul((scores if mask is None else scores.add_(mask)).softmax(-1), values)
             return y.reshape(rows, 1, -1)
-        if shared > 1:
-            keys, values = (
-                one[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2).contiguous() for one in (keys, values)
-            )
+        keys, values = (
+            one[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2).contiguous() for one in (keys, values)
+        )
         y = F.scaled_dot_product_attention(
             queries.transpose(1, 2), keys, values, mask, is_causal=mask is None, scale=self._scaling
         )

@@ -88,7 +88,7 @@ class RowDecoder:
         self._known: dict[str, Any] = {"backbone": backbone, "factors": factors, "tp_size": tp_size}
         self._dtype = str(model.dtype).removeprefix("torch.")
         self._fused = FusedModel.of(model, shards, reduce)
-        self._live = LiveRows() if self._fused is not None else LiveRows(bounds=())
+        self._live = LiveRows(bounds=()) if self._fused is None else LiveRows(keys_by_dim=self._fused.keys_by_dim)
         self._groups: dict[int, _Group] = {}
         self._kept: dict[int, RowCache] = {}
         """Prefixes by key, one row each."""

@@ -30,10 +30,10 @@ class LiveRow:
 class LiveRows:
     """Rows in the order in which a batch holds them: band after band."""
 
-    def __init__(self, bounds: Sequence[int] = BANDS) -> None:
+    def __init__(self, bounds: Sequence[int] = BANDS, *, keys_by_dim: bool = False) -> None:
         """`bounds`: the longest row of each band but the last; none for models that take all rows in one cache."""
-        self._bounds = tuple(bounds)
-        self._caches = [RowCache(0, 0) for _ in range(len(bounds) + 1)]
+        self._bounds, self._keys_by_dim = tuple(bounds), keys_by_dim
+        self._caches = [self._cache() for _ in range(len(bounds) + 1)]
         self._rows: list[list[LiveRow]] = [[] for _ in self._caches]
 
     def __iter__(self) -> Iterator[LiveRow]:
@@ -100,4 +100,7 @@ class LiveRows:
         if index < len(rows):
             rows[index] = last
         if not rows:
-            self._caches[band] = RowCache(0, 0)
+            self._caches[band] = self._cache()
+
+    def _cache(self) -> RowCache:
+        return RowCache(0, 0, keys_by_dim=self._keys_by_dim)
