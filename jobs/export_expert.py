@@ -28,15 +28,13 @@ from metasepia.lora import LoraAdapter, facts_of, linear_shapes, read_adapter
 from metasepia.mixing import ExpertMixer, read_mixture, weight_in
 from metasepia.peft_files import CONFIG, WEIGHTS, read_peft, target_modules, write_peft
 from metasepia.prepared import PreparedBackbone
-from metasepia.registry import read_blob, read_entry
+from metasepia.registry import LOCAL, read_blob, read_entry
 
 if TYPE_CHECKING:
     from metasepia.factors import FactorSet
 
 FILE, CARD, README = "expert.safetensors", "card.json", "README.md"
 SHIPPED = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
-OWNER = "local"
-"""Who owns what clients of the door made."""
 MIXTURE = "mix@"
 
 
@@ -68,7 +66,7 @@ def read_given(given: str, home: Path) -> Given:
         return Given(name, ((1.0, read_adapter(path.read_bytes(), given)),), known)
     root, name = home / "registry", given.rpartition(":")[2]
     if name.startswith(MIXTURE):
-        entry = read_entry(root, "mixture", name.removeprefix(MIXTURE), OWNER)
+        entry = read_entry(root, "mixture", name.removeprefix(MIXTURE), LOCAL)
         adapter = read_mixture(read_blob(root, entry.digest), name)
         bases = {digest for digest, _ in adapter} - _in_registry(root, tuple(digest for digest, _ in adapter))
         held = [(weight, read_adapter(read_blob(root, d), d)) for d, weight in adapter if d not in bases]
@@ -78,7 +76,7 @@ def read_given(given: str, home: Path) -> Given:
             held += [(weight, base) for d, weight in adapter if d == base.digest]
         return Given(name, tuple(held), entry.card)
     try:
-        entry = read_entry(root, "expert", name, OWNER)
+        entry = read_entry(root, "expert", name, LOCAL)
     except UnknownName as error:
         if (SHIPPED / name / FILE).is_file():
             return read_given(str(SHIPPED / name), home)

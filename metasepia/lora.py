@@ -24,6 +24,9 @@ FORMAT = "metasepia.lora.1"
 MAX_LORA_BYTES = 1 << 30
 """A blob beyond this is refused unread. Rank 16 on every layer of an 8B model takes 160 MiB."""
 
+MAX_HEADER_BYTES = 4 << 20
+"""Of a safetensors file; a 70B model's adapter on every layer has 0.2 MiB."""
+
 Shapes = Mapping[str, tuple[int, int]]
 """Linear layers by full parameter name (`model.layers.0.mlp.up_proj.weight`), each [out, in]."""
 
@@ -141,6 +144,8 @@ def metadata_of(blob: bytes, name: str) -> dict[str, dict[str, object]]:
     try:
         if len(blob) < 8 or header_len > len(blob) - 8:
             raise ValueError("its header is longer than the file")
+        if header_len > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {header_len} bytes and at most {MAX_HEADER_BYTES} are read")
         entries = json.loads(blob[8 : 8 + header_len]).get("__metadata__") or {}
         found = {key: json.loads(text) for key, text in entries.items() if key in ("expert", "lora")}
         if not all(isinstance(one, dict) for one in found.values()):

@@ -40,6 +40,8 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 SHARED = "shared"
 """The owner of shipped artefacts: everyone sees them, only the system writes them."""
+LOCAL = "local"
+"""The owner of what clients make, while the door has no keys."""
 
 MAX_CARD_BYTES = 1 << 20
 MAX_NAMES_IN_AN_ERROR = 50

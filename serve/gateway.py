@@ -20,9 +20,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cluster.settings import HttpSettings
+from cluster.settings import DispatchMargins, HttpSettings
 from metasepia.digests import digest_of
-from metasepia.errors import NotSupported, UnknownName
+from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
 from serve import bodies, completion, failures
@@ -87,12 +87,14 @@ class Door:
         searches: Searches,
         catalogue: Catalogue,
         dispatch: Sequence[str],
+        margins: DispatchMargins,
         fits: Mapping[str, Fits],
     ) -> None:
         self._http, self._mixing, self._reasoning = http, mixing, reasoning
-        self._routing = Routing(backbones[0], catalogue, dispatch)
-        self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
+        first = backbones[0]
+        self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id])
+        self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding
         vectors = ContextVectors(self.names, embedding, self.prompts)
@@ -185,7 +187,8 @@ class Door:
                 backbone = self._routing.backbone
                 prompts = self.prompts[backbone.id]
                 token_ids = await completion.tokens_of(body, backbone, prompts)
-                routed = await self._routing.route(token_ids, body.dispatch, asked.deadline)
+                text = completion.question_of(body)
+                routed = await self._routing.route(token_ids, body.dispatch, asked.deadline, text)
             else:
                 routed = Routed(await self.names.resolve(body.model))
                 backbone = routed.chosen.backbone
@@ -209,6 +212,8 @@ class Door:
         backbone = self.names.backbones.get(body.backbone)
         if backbone is None:
             raise UnknownName("backbone", body.backbone, tuple(self.names.backbones))
+        if body.name == "search":
+            raise InvalidRequest("name", "'search' is a path of this server; choose another")
         async with asked.deadline.limit("registering the mixture"):
             digest = await self._mixing.register(backbone.prepared.digest, body.weights, OWNER, body.name)
         id_ = body.name or digest
@@ -260,6 +265,7 @@ class Gateway:
         modules: Sequence[ModuleCard],
         catalogue: Catalogue,
         dispatch: Sequence[str],
+        margins: DispatchMargins,
         fits: Mapping[str, Fits],
     ) -> None:
         self._door = Door(
@@ -271,6 +277,7 @@ class Gateway:
             ServedSearches(mixing),
             catalogue,
             dispatch,
+            margins,
             fits,
         )
 

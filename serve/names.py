@@ -15,13 +15,12 @@ from typing import Any
 
 from metasepia.errors import CorruptArtefact, DeletedName, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX as CONTEXT
-from metasepia.registry import Artefact, Kind
+from metasepia.registry import LOCAL, Artefact, Kind
 from metasepia.rows import Adapter
 from serve.parts import Backbone, Catalogue, TextEncoder
 from serve.shelf import Shelf
 
-OWNER = "local"
-"""Owner of what clients make, while the door has no keys."""
+OWNER = LOCAL
 MIXTURE = "mix@"
 AUTO = "auto"
 NUM_KNOWN = 20

@@ -9,6 +9,7 @@ from serve.parts import Catalogue
 
 T = TypeVar("T")
 _PAGE = 500
+"""Entries read at once; at least 3, so that a page has two names."""
 
 
 class Shelf(Generic[T]):

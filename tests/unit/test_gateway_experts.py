@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from cluster.settings import HttpSettings
+from metasepia.dispatch import TaskCentroid
 from metasepia.experts import ExpertVectors
 from metasepia.lora import LoraAdapter, read_adapter
 from metasepia.peft_files import write_peft
@@ -211,6 +212,24 @@ def test_however_many_experts_there_are_a_request_lists_none_of_them(bench: Benc
     assert bench.real.listed.count("expert") == before
 
 
+def test_an_uploaded_expert_with_a_centroid_is_chosen_by_auto_until_it_is_deleted(bench: Bench):
+    ones = np.ones(4, np.float32)
+    centroid = TaskCentroid(
+        backbone=DIGEST, layer=-1, pooling="mean", centre=0 * ones, centroid=ones, threshold=0.5
+    ).to_card()
+    assert bench.chat(model="auto").status_code == 404
+    made = upload(bench, "x", an_expert().to_bytes(), card=json.dumps({"dispatch": centroid})).json()
+    answer = bench.chat(model="auto").json()
+    assert (answer["model"], answer["receipt"]["adapter"]) == ("tiny:x", [[made["digest"], 1.0]])
+    put = upload(bench, "x", an_expert(0.5).to_bytes(), "PUT", card=json.dumps({"dispatch": centroid})).json()
+    assert bench.chat(model="auto").json()["receipt"]["adapter"] == [[put["digest"], 1.0]]
+    bench.delete("/v1/experts/x")
+    assert bench.chat(model="auto").status_code == 404
+    for change in ({"centre": [1.0] * 3, "centroid": [1.0] * 3}, {"layer": 99}):
+        wrong = upload(bench, "y", an_expert().to_bytes(), card=json.dumps({"dispatch": centroid | change}))
+        assert (wrong.status_code, error(wrong)["param"]) == (400, "card.dispatch")
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +263,7 @@ BAD_FILES: dict[str, tuple[bytes | None, str, str]] = {
     "a pickle": (b"\x80\x04\x95" + bytes(50), "file", "pickle"),
     "a zipped pickle": (b"PK\x03\x04" + bytes(50), "file", "pickle"),
     "a text": (b"hello, this is no tensor", "file", "not a safetensors file"),
+    "a header of megabytes": ((5 << 20).to_bytes(8, "little") + b"[" * (6 << 20), "file", "its header has"),
     "no format": (save({UP: np.ones(4, np.float32)}), "file", "names no format"),
     "a LoRA of wrong shapes": (a_lora(a={n: np.ones((2, 3), np.float32) for n in SHAPES}).to_bytes(), "file",
                                "for a weight ["),
@@ -394,6 +414,8 @@ def test_a_mixture_is_found_by_digest_and_name_listed_and_deleted(mixed: Bench):
     assert mixed.delete("/v1/mixtures/both").json() == mixed.delete("/v1/mixtures/both").json()
     assert mixed.chat(model="tiny:mix@both").status_code == 410
     assert mixed.chat(model=plain["model"]).status_code == 200
+    reserved = mixed.post("/v1/mixtures", {"backbone": "tiny", "weights": weights, "name": "search"})
+    assert (reserved.status_code, error(reserved)["param"]) == (400, "name")
     unknown = mixed.get("/v1/mixtures/nobody")
     assert (unknown.status_code, error(unknown)["param"]) == (404, "digest")
 
