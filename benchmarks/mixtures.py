@@ -41,7 +41,10 @@ ASSETS = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
 TASKS = (DESK, SENTIMENT, SUPPORT)
 NUM_CANDIDATES, NUM_SHOTS, SHOT_LEN = 32, 8, 60
 TOLERANCE = 1e-4
-LIMITS = Limits(max_rows=16, max_batch_tokens=16_384, max_queued_tokens=1 << 20, max_prefix_tokens=8192)
+LIMITS = Limits(
+    max_rows=16, max_batch_tokens=16_384, max_queued_tokens=1 << 20, max_prefix_tokens=8192, step_target_s=2.0
+)
+"""Nobody streams here, so steps may be as long as a candidate's shots take."""
 PARTS = ("search", "dispatch")
 
 

@@ -305,6 +305,23 @@ DispatchStage = Literal["centroid", "task", "classifier", "prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class DispatchMargins:
+    """How sure a stage of `auto` must be; one that is less sure abstains. Each counts its margin in its own way."""
+
+    centroid: float = 0.0
+    """Cosine above both the task's threshold and the runner-up. From 0 to 2."""
+    classifier: float = 0.2
+    """Probability of the best label above the second's. From 0 to 1."""
+    prompt: float = 0.0
+    """Geometric mean of the probabilities of the tokens generated. From 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _between("dispatch_margins", "centroid", self.centroid, 0, 2)
+        _between("dispatch_margins", "classifier", self.classifier, 0, 1)
+        _between("dispatch_margins", "prompt", self.prompt, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that a deployment may differ in."""
 
@@ -314,6 +331,7 @@ class Settings:
     """Where weights, factors and the registry are kept; relative paths are under the repository."""
     dispatch: tuple[DispatchStage, ...] = ("centroid",)
     """The stages of the model `auto`, in order."""
+    dispatch_margins: DispatchMargins = field(default_factory=DispatchMargins)
     ray: RaySettings = field(default_factory=RaySettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)

@@ -76,6 +76,13 @@ async def tokens_of(request: ChatRequest | CompletionRequest, backbone: Backbone
     raise WindowExceeded(field, num_tokens, window)
 
 
+def question_of(request: ChatRequest | CompletionRequest) -> str | None:
+    """A chat's last message by its user; None for a plain completion, which is the beginning of any text."""
+    if not isinstance(request, ChatRequest):
+        return None
+    return next((one.content for one in reversed(request.messages) if one.role == "user"), None)
+
+
 def plan(
     request: ChatRequest | CompletionRequest,
     token_ids: tuple[int, ...],

@@ -104,5 +104,6 @@ def build(
         tuple(modules),
         registry,
         settings.dispatch,
+        settings.dispatch_margins,
         {one.id: Fits.of(one, prepared[one.id], settings.home) for one in settings.backbones},
     )

@@ -1,27 +1,37 @@
 """The model `auto`: the settings' chain of dispatch stages picks an expert by the request, or the base weights answer.
 
-Served here is the stage `centroid` (`metasepia.dispatch`): one short pass of the base model over the prompt, then the
-nearest task centroid among the experts' cards. `auto` is listed while some expert has one.
+`centroid`    one short pass of the base model over the prompt, then the nearest task centroid among the experts' cards
+`classifier`  a dispatch expert's answer to "who should answer this?", from one forward
+`prompt`      the base model's own answer to that, generated
+
+A stage that cannot tell abstains and the next one is asked; one that finds the request to be for no expert ends the
+chain. `classifier` and `prompt` read the text of a chat's last message by its user, and abstain for anything else.
+`auto` is listed while some stage of the settings has something to choose from.
 """
 
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.settings import DispatchMargins
 from metasepia.dispatch import CentroidTable, Dispatched, TaskCentroid
+from metasepia.dispatchers import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, UnknownName
 from metasepia.registry import Artefact
-from metasepia.rows import Row
+from metasepia.rows import Row, Scores, TokenChunk
 from serve.deadlines import Deadline
 from serve.names import AUTO, OWNER, Chosen
 from serve.parts import Backbone, Catalogue
+from serve.prompts import Prompts
 from serve.shelf import Shelf
 
 logger = logging.getLogger("ray.serve")
 
-SERVED_STAGES = ("centroid",)
+SERVED_STAGES = ("centroid", "classifier", "prompt")
+MAX_DESCRIBED = 32
+"""Experts that the stage `prompt` chooses among, the first by name; a small model reads no longer list."""
 
 
 def check_stages(stages: Sequence[str]) -> None:
@@ -37,31 +47,115 @@ class Routed:
 
     chosen: Chosen
     stage: str | None = None
-    """`auto` only: the stage that chose; `abstained` where none did, and the base weights answer."""
+    """`auto` only: the stage that chose, an expert or that none is wanted; `abstained` where none could tell, and the
+    base weights answer."""
     margin: float | None = None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a registered expert's card says to dispatch."""
+
+    digest: str
+    backbone: str
+    about: str | None
+    centroid: TaskCentroid | None
+    dispatcher: Dispatcher | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The experts that stand now."""
+
+    centroids: CentroidTable
+    names: Mapping[str, str]
+    """By digest."""
+    targets: Mapping[str, str]
+    """Digests by name of all that may be chosen: experts of this backbone that do not dispatch."""
+    described: tuple[Described, ...]
+    dispatcher: Dispatcher | None
+
+    def has(self, stage: str) -> bool:
+        """Whether a stage has something to choose from."""
+        if stage == "centroid":
+            return len(self.centroids) > 0
+        return bool(self.described) if stage == "prompt" else self.dispatcher is not None and bool(self.targets)
 
 
 class Routing:
     """Chooses among the experts of one backbone."""
 
-    def __init__(self, backbone: Backbone, catalogue: Catalogue, stages: Sequence[str]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        catalogue: Catalogue,
+        stages: Sequence[str],
+        margins: DispatchMargins | None = None,
+        prompts: Prompts | None = None,
+    ) -> None:
+        """`prompts` None: the stages that read text abstain."""
         self.backbone, self.stages = backbone, tuple(stages)
-        self._catalogue = catalogue
-        self._experts: Shelf[tuple[str, TaskCentroid] | None] = Shelf(catalogue, "expert", OWNER, _centroid)
-        self._read: Mapping[str, tuple[str, TaskCentroid] | None] = {}
-        self._table: tuple[CentroidTable, dict[str, str]] = (CentroidTable(backbone.prepared.digest, {}), {})
+        self._margins, self._prompts = margins or DispatchMargins(), prompts
+        self._experts: Shelf[_Known] = Shelf(catalogue, "expert", OWNER, _known)
+        self._read: Mapping[str, _Known] | None = None
+        self._table = _Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, (), None)
 
     async def is_served(self) -> bool:
-        return bool(self.stages) and len((await self._known())[0]) > 0
+        table = await self._known() if self.stages else self._table
+        return any(table.has(stage) for stage in self.stages)
 
-    async def route(self, token_ids: tuple[int, ...], stages: Sequence[str] | None, deadline: Deadline) -> Routed:
-        """The chain over one prompt. Raises UnknownName when there is nothing to choose from."""
-        for stage in self.stages if stages is None else stages:
+    async def route(
+        self, token_ids: tuple[int, ...], stages: Sequence[str] | None, deadline: Deadline, text: str | None = None
+    ) -> Routed:
+        """The chain over one prompt; `text` is its last user message, of a chat.
+
+        Raises UnknownName when there is nothing to choose from.
+        """
+        stages = self.stages if stages is None else stages
+        for stage in stages:
             if stage not in SERVED_STAGES:
                 raise NotSupported(f"the dispatch stage {stage}", f"use {', '.join(SERVED_STAGES)}")
-        table, names = await self._known()
-        if not len(table):
+        table = await self._known()
+        if not any(table.has(stage) for stage in SERVED_STAGES):
             raise UnknownName("model", AUTO, (self.backbone.id,))
+        margin: float | None = None
+        for stage in stages:
+            if not table.has(stage):
+                continue
+            dispatched = await self._ask(stage, table, token_ids, text, deadline)
+            margin = dispatched.margin
+            if dispatched.abstains:
+                continue
+            if dispatched.expert is None:
+                return Routed(Chosen(self.backbone.id, self.backbone), stage, margin)
+            name = f"{self.backbone.id}:{table.names[dispatched.expert]}"
+            return Routed(Chosen(name, self.backbone, ((dispatched.expert, 1.0),)), stage, margin)
+        return Routed(Chosen(self.backbone.id, self.backbone), "abstained", margin)
+
+    async def _ask(
+        self, stage: str, table: _Table, token_ids: tuple[int, ...], text: str | None, deadline: Deadline
+    ) -> Dispatched:
+        if stage == "centroid":
+            return await self._by_centroid(table.centroids, token_ids, deadline)
+        if text is None or not text.strip() or self._prompts is None:
+            return Dispatched(expert=None, margin=0.0, stage=stage)
+        prepared, rows = self.backbone.prepared, _Rows(self.backbone)
+        about = {
+            "stop_token_ids": prepared.eos_token_ids,
+            "window": prepared.window,
+            "deadline_unix_s": deadline.unix_s,
+        }
+        if stage == "prompt":
+            return await route_by_prompt(
+                rows, text, table.described, self._prompts, min_margin=self._margins.prompt, **about
+            )
+        assert table.dispatcher is not None  # `has` has seen to it
+        least = self._margins.classifier
+        return await route_by_classifier(
+            rows, text, table.dispatcher, table.targets, self._prompts, min_margin=least, **about
+        )
+
+    async def _by_centroid(self, table: CentroidTable, token_ids: tuple[int, ...], deadline: Deadline) -> Dispatched:
         wanted = table.wanted
         rows = [
             Row(
@@ -75,30 +169,59 @@ class Routing:
             for one in wanted
         ]
         answers = await asyncio.gather(*(self.backbone.hidden_states([row]) for row in rows))
-        dispatched: Dispatched = table.choose(
-            {one: states[0].states for one, states in zip(wanted, answers, strict=True)}
-        )
-        if dispatched.expert is None:
-            return Routed(Chosen(self.backbone.id, self.backbone), "abstained", dispatched.margin)
-        chosen = Chosen(f"{self.backbone.id}:{names[dispatched.expert]}", self.backbone, ((dispatched.expert, 1.0),))
-        return Routed(chosen, dispatched.stage, dispatched.margin)
+        found = table.choose({one: states[0].states for one, states in zip(wanted, answers, strict=True)})
+        if found.expert is not None and found.margin < self._margins.centroid:
+            return Dispatched(expert=None, margin=found.margin)
+        return found
 
-    async def _known(self) -> tuple[CentroidTable, dict[str, str]]:
-        """The centroids of the experts that stand now, and their names by digest; made anew only after a change."""
+    async def _known(self) -> _Table:
+        """The experts that stand now; made anew only after a change."""
         experts = await self._experts.all()
         if experts is not self._read:
-            entries = {name: one for name, one in experts.items() if one is not None}
-            names = {digest: name for name, (digest, _) in reversed(entries.items())}
-            self._table = (CentroidTable(self.backbone.prepared.digest, dict(entries.values())), names)
+            own = {n: one for n, one in experts.items() if one.backbone == self.backbone.prepared.digest}
+            targets = {name: one for name, one in own.items() if one.dispatcher is None}
+            centroids = {one.digest: one.centroid for one in targets.values() if one.centroid is not None}
+            described = [
+                Described(digest=one.digest, name=name, about=one.about)
+                for name, one in targets.items()
+                if one.about is not None
+            ]
+            self._table = _Table(
+                centroids=CentroidTable(self.backbone.prepared.digest, centroids),
+                names={one.digest: name for name, one in reversed(targets.items())},
+                targets={name: one.digest for name, one in targets.items()},
+                described=tuple(described[:MAX_DESCRIBED]),
+                dispatcher=next((one.dispatcher for one in own.values() if one.dispatcher is not None), None),
+            )
             self._read = experts
         return self._table
 
 
-def _centroid(artefact: Artefact) -> tuple[str, TaskCentroid] | None:
-    """Digest and centroid; None for an expert that `auto` never chooses by one."""
+class _Rows:
+    """A served backbone as the library's stages ask it, a row at a time."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone, self.digest = backbone, backbone.prepared.digest
+
+    def generate(self, row: Row) -> AsyncIterator[TokenChunk]:
+        return self._backbone.generate(row)
+
+    async def score(self, row: Row) -> Scores:
+        return (await self._backbone.score([row]))[0]
+
+
+def _known(artefact: Artefact) -> _Known:
+    """One broken entry of a card must not keep everybody from `auto`: it is left out, and told."""
+    card = artefact.card
+    description = card.get("description")
+    about = " ".join(description.split()) if isinstance(description, str) and description.strip() else None
+    dispatcher: Dispatcher | None = None
+    centroid: TaskCentroid | None = None
     try:
-        centroid = TaskCentroid.of_card(artefact.card, artefact.name)
-    except CorruptArtefact as error:  # one broken card must not keep everybody from `auto`
+        dispatcher = Dispatcher.of_card(card, artefact.digest, artefact.name)
+        centroid = TaskCentroid.of_card(card, artefact.name)
+    except CorruptArtefact as error:
         logger.warning("%s", error)
-        return None
-    return None if centroid is None else (artefact.digest, centroid)
+        if card.get("dispatcher") is not None:
+            about = None  # whatever it is, it is no target
+    return _Known(artefact.digest, str(card.get("backbone")), about, centroid, dispatcher)

@@ -24,7 +24,7 @@ from actors.messages import (
     Texts,
 )
 from actors.reasoning_pool import labelled_vectors
-from cluster.settings import EncoderSettings, HttpSettings, MixingSettings
+from cluster.settings import DispatchMargins, EncoderSettings, HttpSettings, MixingSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts import FactorIndex, index_path
 from metasepia.prepared import PreparedBackbone
@@ -339,6 +339,7 @@ class Bench:
         mixing: Mixing,
         catalogue: Catalogue,
         searches: Searches,
+        dispatch: Sequence[str] = ("centroid",),
     ) -> None:
         self.door = Door(
             http,
@@ -348,7 +349,8 @@ class Bench:
             mixing,
             searches,
             catalogue,
-            ("centroid",),
+            dispatch,
+            DispatchMargins(),
             {"tiny": Fits(id="tiny", prepared=self.backbone.prepared, shapes=SHAPES, index=INDEX, s=SINGULAR)},
         )
         self.app = create_app(self.door)

@@ -12,7 +12,7 @@ import pytest
 
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained
 from actors.reasoning_pool import ReasoningPool
-from cluster.settings import BackboneSettings, EncoderSettings, ReasoningSettings, Settings
+from cluster.settings import BackboneSettings, DispatchMargins, EncoderSettings, ReasoningSettings, Settings
 from jobs.replay import __main__ as program
 from jobs.replay import completions, files
 from jobs.replay.parts import Parts
@@ -152,6 +152,7 @@ class World:
             NoSearches(),
             catalogue,
             (),
+            DispatchMargins(),
             {},
         )
         self.bench.app = create_app(door)
