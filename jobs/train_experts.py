@@ -77,7 +77,7 @@ def compare(
 
 
 def centroid_of(
-    bench: Workbench, task: Task, layer: int, seed: int, num_prompts: int = 64
+    bench: Workbench, task: Task, layer: int, seed: int, num_held_out: int, num_prompts: int = 64
 ) -> tuple[TaskCentroid, dict[str, float]]:
     """The task's centroid in the base model's hidden states, and how it does on prompts that it has not seen."""
     own = [example.prompt for example in task.batch("train", num_prompts, seed, 1 << 21)]
@@ -92,7 +92,7 @@ def centroid_of(
         chosen = [table.choose({wanted: state[None]}).expert is not None for state in states(messages, layer)]
         return float(np.mean(chosen))
 
-    held_out = [example.prompt for example in task.held_out(min(num_prompts, 48), HELD_OUT_SEED)]
+    held_out = [example.prompt for example in task.held_out(min(num_held_out, 48), HELD_OUT_SEED)]
     checked = {
         "held_out_prompts_chosen": round(share_chosen(held_out), 4),
         "general_prompts_chosen": round(share_chosen(GENERAL_HELD_OUT), 4),
@@ -102,7 +102,7 @@ def centroid_of(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options, run = _parse(given)
+    options, run = parsed(given)
     torch.set_num_threads(options.threads)
     torch.manual_seed(run.seed)
     assert run.out is not None
@@ -134,7 +134,7 @@ def write_papers(
         form = {"form": "lora", "rank": adapter.rank, "trained_layers": len(adapter.a)}
     held_out, example = compare(bench, task, adapter, layers, options.held_out, f"Held-out {task.name}")
     layer = options.dispatch_layer or max(1, prepared.num_layers // 2)
-    centroid, checked = centroid_of(bench, task, layer, run.seed)
+    dispatcher = getattr(task, "dispatcher", None)
     best = max((accuracy for _, accuracy in trained.validated), default=None)
     card = {
         "kind": "expert",
@@ -161,9 +161,12 @@ def write_papers(
         "held_out": held_out,
         "example_prompt": example.prompt,
         "example_answer": example.answer,
-        "dispatch": centroid.to_card(),
-        "dispatch_checked": checked,
     }
+    if dispatcher is None:
+        centroid, checked = centroid_of(bench, task, layer, run.seed, options.held_out)
+        card |= {"dispatch": centroid.to_card(), "dispatch_checked": checked}
+    else:  # it chooses among experts, and is none to choose
+        card["dispatcher"] = dispatcher
     (out / "card.json").write_text(card_json(card))
     (out / "README.md").write_text(model_card(card))
     draw(trained.log, trained.validated, out / "curve.png", name)
@@ -201,7 +204,7 @@ def _command(given: Sequence[str]) -> str:
     return " ".join(["python -m jobs.train_experts", *words])
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingRun]:
+def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingRun]:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.train_experts", description=__doc__, argument_default=argparse.SUPPRESS
     )

@@ -24,7 +24,7 @@ from jobs.workbench import EXPERT_LAYERS, Workbench, read_answers, read_labels
 from metasepia.errors import CorruptArtefact, InvalidSettings, NoLearningSignal
 from metasepia.experts import ExpertVectors
 from metasepia.lora import LoraAdapter
-from metasepia.policy import Baseline, KlForm, PolicyLoss, Sampled, draw_labels, row_seed
+from metasepia.policy import Baseline, Choice, KlForm, PolicyLoss, Sampled, row_seed
 from metasepia.rollouts import Rollouts, check_executed
 from metasepia.rows import Sampling
 from metasepia.trainable import Form, LowRank, SingularValues, Trainable, linear_layers, names_in_blocks
@@ -210,7 +210,8 @@ class _Training:
             clip=run.clip,
             micro_batch=run.micro_batch,
         )
-        self.labels = self.asker.label_tokens(run.task) if run.task.labels else ()
+        if run.task.labels:
+            self.asker.label_tokens(run.task)  # refuses labels that cannot be told apart by them
         self.log: list[dict[str, float]] = []
 
     def _decides(self) -> dict[str, object]:
@@ -290,9 +291,6 @@ class _Training:
     def _policy_step(self, step: int) -> dict[str, float]:
         run = self.run
         examples = self.task.batch("train", run.batch, run.seed, step)
-        asked = [(group, example) for group, example in enumerate(examples) for _ in range(run.samples)]
-        restricted = step < run.choice_steps
-        sampled = self._choose(step, asked) if restricted else self._answer(step, asked)
         assert run.baseline is not None
         loss = PolicyLoss(
             end_token_ids=self.asker.end_token_ids,
@@ -301,15 +299,18 @@ class _Training:
             kl=run.kl,
             kl_form=run.kl_form,
             measure=step % run.valid_every == 0,
-            label_tokens=self.labels if restricted else (),
             form=run.form_loss,
         )
-        values = self.trainer.policy_step(sampled, loss)
-        if values["off_policy"] > ON_POLICY:
-            Console(stderr=True).print(
-                f"[yellow]step {step}: the sampler's log-probabilities differ by {values['off_policy']:.2g} from the "
-                "trainer's; are both on the same weights?"
-            )
+        if step < run.choice_steps:
+            labels = [self.asker.tokens(label) for label in self.task.labels]
+            values = self.trainer.choice_step(self._choices(step, examples), labels, loss)
+        else:
+            values = self.trainer.policy_step(self._answer(step, examples), loss)
+            if values["off_policy"] > ON_POLICY:
+                Console(stderr=True).print(
+                    f"[yellow]step {step}: the sampler's log-probabilities differ by {values['off_policy']:.2g} from "
+                    "the trainer's; are both on the same weights?"
+                )
         if self.trainer.flat_batches:
             Console(stderr=True).print(
                 f"[yellow]step {step}: every answer got the same reward, {values['reward']:g}: nothing to learn from "
@@ -317,8 +318,9 @@ class _Training:
             )
         return values
 
-    def _answer(self, step: int, asked: Sequence[tuple[int, Example]]) -> list[Sampled]:
+    def _answer(self, step: int, examples: Sequence[Example]) -> list[Sampled]:
         """Free answers, generated from the parameters as they are now."""
+        asked = [(group, example) for group, example in enumerate(examples) for _ in range(self.run.samples)]
         digest = self.rollouts.put(self.trainable.adapter())
         sampling = Sampling(
             temperature=self.run.temperature,
@@ -345,23 +347,18 @@ class _Training:
             for row, one, (group, example) in zip(rows, rolled, asked, strict=True)
         ]
 
-    def _choose(self, step: int, asked: Sequence[tuple[int, Example]]) -> list[Sampled]:
-        """Labels, drawn from the policy restricted to them."""
-        prompts = [self.asker.prompt(example.prompt) for _, example in asked]
-        seeds = [row_seed(self.run.seed, step, index) for index in range(len(asked))]
-        drawn = draw_labels(
-            self.trainable, prompts, self.labels, seeds, self.run.temperature, micro_batch=self.run.micro_batch
-        )
+    def _choices(self, step: int, examples: Sequence[Example]) -> list[Choice]:
+        def rewards(example: Example) -> Callable[[int], float]:
+            return lambda label: self._reward(self.task.labels[label], example)
+
+        samples = self.run.samples
         return [
-            Sampled(
-                prompt=prompt,
-                tokens=self.asker.tokens(self.task.labels[choice]),
-                ended=True,
-                reward=self._reward(self.task.labels[choice], example),
-                group=group,
-                choice=choice,
+            Choice(
+                prompt=self.asker.prompt(example.prompt),
+                seeds=tuple(row_seed(self.run.seed, step, index * samples + draw) for draw in range(samples)),
+                rewards=rewards(example),
             )
-            for prompt, choice, (group, example) in zip(prompts, drawn, asked, strict=True)
+            for index, example in enumerate(examples)
         ]
 
     def _reward(self, answer: str, example: Example) -> float:
@@ -373,7 +370,7 @@ class _Training:
     def _valid_accuracy(self) -> float:
         """On the validation split: the likeliest label in choice steps, else whole answers."""
         examples = self.task.batch("valid", self.run.valid, self.run.seed + VALID_SEED_OFFSET, 0)
-        if self.labels:
+        if self.task.labels:
             with torch.no_grad():
                 self.trainable.renew()
             right = read_labels(self.trainable.model, self.asker, self.task, examples)

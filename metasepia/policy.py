@@ -4,8 +4,8 @@ The paper maximises E[r log pi(answer)] - lambda KL(pi || base) with rewards of 
 temperature and rewards have a baseline; greedy answers and none, as in its reference, are settings.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -40,8 +40,6 @@ class Sampled:
     """Answers to the same prompt share it."""
     logprobs: tuple[float, ...] = ()
     """Of `tokens` at temperature 1, as the sampler computed them; empty: not known."""
-    choice: int | None = None
-    """Which label was drawn, where the policy was restricted to labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +55,9 @@ class PolicyLoss:
     kl_form: KlForm = "token"
     measure: bool = True
     """Whether the KL is measured where it has no weight; it costs a forward of the base."""
-    label_tokens: tuple[int, ...] = ()
-    """First tokens of the labels: the policy is restricted to them. Empty: it is not."""
     form: float = 0.0
-    """Restricted only: weight of the next-token loss for answering with *some* label and ending there. Which label is
-    right stays the reward's to teach."""
+    """Where labels are chosen: weight of the next-token loss for answering with *some* label and ending there. Which
+    label is right stays the reward's to teach."""
 
     @property
     def measures_kl(self) -> bool:
@@ -117,10 +113,6 @@ class Actions:
             chosen = torch.where(self.ends, scores[..., list(end_token_ids)].logsumexp(-1), chosen)
         return torch.where(self.taken, chosen - scores.logsumexp(-1), 0.0)
 
-    def first(self) -> Float[Tensor, "answers vocab"]:
-        """The logits of each answer's first action."""
-        return self.logits[torch.arange(len(self.logits)), self.taken.int().argmax(-1)]
-
 
 def kl_of(
     policy: Float[Tensor, "*rows vocab"], base: Float[Tensor, "*rows vocab"], form: KlForm
@@ -144,32 +136,24 @@ def kl_of_drawn(
     return ratio.square() / 2, (torch.expm1(-ratio) + ratio).detach()
 
 
-@torch.no_grad()
-def draw_labels(
-    trainable: Trainable,
-    prompts: Sequence[tuple[int, ...]],
-    label_tokens: Sequence[int],
-    seeds: Sequence[int],
-    temperature: float,
-    micro_batch: int = 16,
-) -> list[int]:
-    """A label for each prompt, from the policy restricted to the labels' first tokens; 0 takes the likeliest.
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A prompt whose answer is one of a few labels, and what each would earn."""
 
-    The noise is a function of (seed, position), as a decoder's is.
-    """
-    drawn: list[int] = []
-    for part in range(0, len(prompts), micro_batch):
-        chunk = prompts[part : part + micro_batch]
-        trainable.renew()
-        scores = logits_of(trainable.model, chunk, 1)[:, -1, list(label_tokens)].double().cpu()
-        if temperature > 0:
-            noise = [
-                gumbel(seed, len(prompt), len(label_tokens))
-                for seed, prompt in zip(seeds[part : part + micro_batch], chunk, strict=True)
-            ]
-            scores = scores / temperature + torch.from_numpy(np.stack(noise))
-        drawn += scores.argmax(-1).tolist()
-    return drawn
+    prompt: tuple[int, ...]
+    seeds: tuple[int, ...]
+    """Of the draws; noise is a function of (seed, position), as a decoder's is."""
+    rewards: Callable[[int], float]
+    """Of a label, by its index; asked for those drawn only."""
+
+
+def draw(logits: Float[Tensor, " labels"], choice: Choice, temperature: float) -> list[int]:
+    """Labels, one a seed; at temperature 0 the likeliest."""
+    scores = logits.detach().double().cpu()
+    if temperature == 0:
+        return [int(scores.argmax())] * len(choice.seeds)
+    noise = [torch.from_numpy(gumbel(seed, len(choice.prompt), len(scores))) for seed in choice.seeds]
+    return [int((scores / temperature + one).argmax()) for one in noise]
 
 
 @dataclass
@@ -181,45 +165,74 @@ class Seen:
     num_actions: int = 0
     off_policy: float = 0.0
     """Largest difference between the sampler's log-probability of a token and ours."""
+    rewards: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
 
 
 def policy_loss(
     trainable: Trainable, part: Sequence[Sampled], advantage: Float[Tensor, " answers"], loss: PolicyLoss, seen: Seen
 ) -> Float[Tensor, ""]:
     """Summed over the answers; adds to what was `seen`."""
-    ends, labels = loss.end_token_ids, list(loss.label_tokens)
+    ends = loss.end_token_ids
     trainable.renew()
     now = Actions.of(trainable.model, part, ends)
-    if labels:
-        policy = now.first()[:, labels][:, None]
-        choice = torch.tensor([one.choice for one in part], device=policy.device)[:, None, None]
-        taken = (policy / (loss.temperature or 1.0)).log_softmax(-1).gather(-1, choice)[..., 0]
-        drawn, acted = policy.log_softmax(-1).gather(-1, choice)[..., 0], torch.ones_like(taken, dtype=torch.bool)
-    else:
-        policy, choice = now.logits, None
-        taken, drawn, acted = now.logprobs(ends, loss.temperature or 1.0), now.logprobs(ends), now.taken
-        seen.off_policy = max(seen.off_policy, _difference(drawn, part))
+    taken, drawn = now.logprobs(ends, loss.temperature or 1.0), now.logprobs(ends)
+    seen.off_policy = max(seen.off_policy, _difference(drawn, part))
+    seen.num_actions += int(now.taken.sum())
     total = -(advantage.to(taken.device)[:, None] * taken).sum()
     if loss.measures_kl:
         with torch.no_grad(), trainable.base():
             base = Actions.of(trainable.model, part, ends)
-        base_policy = base.logits if choice is None else base.first()[:, labels][:, None]
         if loss.kl_form == "token":
-            base_drawn = (
-                base.logprobs(ends) if choice is None else base_policy.log_softmax(-1).gather(-1, choice)[..., 0]
-            )
-            penalty, estimate = kl_of_drawn(drawn, base_drawn)
+            penalty, estimate = kl_of_drawn(drawn, base.logprobs(ends))
         else:
-            penalty = torch.where(acted, kl_of(policy, base_policy, loss.kl_form), 0.0)
+            penalty = torch.where(now.taken, kl_of(now.logits, base.logits, loss.kl_form), 0.0)
             estimate = penalty.detach()
         seen.kl += float(estimate.sum())
         total = total + loss.kl * penalty.sum()
-    seen.num_actions += int(acted.sum())
-    if labels and loss.form:
-        some_label = now.first()[:, labels].logsumexp(-1) - now.first().logsumexp(-1)
-        later = now.taken & (now.taken.cumsum(-1) > 1)
-        total = total - loss.form * (some_label.sum() + now.logprobs(ends)[later].sum())
     return total
+
+
+def choice_losses(
+    trainable: Trainable, part: Sequence[Choice], labels: Sequence[tuple[int, ...]], loss: PolicyLoss, seen: Seen
+) -> Iterator[Float[Tensor, ""]]:
+    """The same where the policy is restricted to labels, told apart by their first tokens, and drawn from right here.
+
+    One forward serves the draws and the gradient, and all draws of a prompt. The baseline `batch` is the mean over
+    `part`. The KL is that between the restricted policies, exact in every form. Summed over the draws, in two losses if
+    the form is taught.
+    """
+    firsts, num_draws = [label[0] for label in labels], len(part[0].seeds)
+    trainable.renew()
+    logits = logits_of(trainable.model, [one.prompt for one in part], 1)[:, -1]
+    policy = logits[:, firsts]
+    drawn = [draw(row, one, loss.temperature) for row, one in zip(policy, part, strict=True)]
+    rewards = [one.rewards(label) for one, row in zip(part, drawn, strict=True) for label in row]
+    groups = [index for index, row in enumerate(drawn) for _ in row]
+    advantage = advantages(rewards, groups, loss.baseline)
+    seen.rewards += rewards
+    seen.advantages += advantage.tolist()
+    seen.num_actions += len(rewards)
+    taken = (policy / (loss.temperature or 1.0)).log_softmax(-1).gather(-1, torch.tensor(drawn, device=policy.device))
+    total = -(advantage.to(taken.device).view_as(taken) * taken).sum()
+    if loss.measures_kl:
+        with torch.no_grad(), trainable.base():
+            base = logits_of(trainable.model, [one.prompt for one in part], 1)[:, -1, firsts]
+        penalty = num_draws * kl_of(policy, base, loss.kl_form).sum()
+        seen.kl += float(penalty.detach())
+        total = total + loss.kl * penalty
+    if not loss.form:
+        yield total
+        return
+    yield total - loss.form * num_draws * (policy.logsumexp(-1) - logits.logsumexp(-1)).sum()
+    answers = [
+        Sampled(prompt=one.prompt, tokens=labels[row[0]], ended=True, reward=0.0)
+        for one, row in zip(part, drawn, strict=True)
+    ]
+    trainable.renew()
+    later = Actions.of(trainable.model, answers, loss.end_token_ids)
+    after_first = later.taken & (later.taken.cumsum(-1) > 1)
+    yield -loss.form * num_draws * later.logprobs(loss.end_token_ids)[after_first].sum()
 
 
 def _difference(logprobs: Float[Tensor, "answers longest"], part: Sequence[Sampled]) -> float:

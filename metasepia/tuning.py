@@ -6,7 +6,7 @@ the same policy. One process.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metasepia.digests import canonical_json
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings
-from metasepia.policy import PolicyLoss, Sampled, Seen, advantages, policy_loss
+from metasepia.policy import Choice, PolicyLoss, Sampled, Seen, advantages, choice_losses, policy_loss
 from metasepia.teacher_forcing import Answered, summed_answer_loss
 from metasepia.trainable import Trainable
 
@@ -88,28 +88,53 @@ class Trainer:
 
         `kl`, where it is measured, is nats a token. `off_policy` is the largest difference between the sampler's
         log-probability of a token and ours: near 0, or the sampler has another policy. A batch whose advantages are all
-        zero changes nothing, unless the KL or the form has a weight.
+        zero changes nothing, unless the KL has a weight.
         """
         advantage = advantages([one.reward for one in batch], [one.group for one in batch], loss.baseline)
-        flat = float(advantage.abs().max()) < 1e-6
-        self.flat_batches = self.flat_batches + 1 if flat else 0
-        self.told = self.told or not flat
-        seen = Seen()
+        seen = Seen(rewards=[one.reward for one in batch], advantages=advantage.tolist())
+        idle = self._is_flat(seen) and not loss.kl
         by_part = iter(advantage.split(self._micro_batch))
         losses = (
             policy_loss(self.trainable, part, next(by_part), loss, seen) / len(batch) for part in self._parts(batch)
         )
-        idle = flat and not loss.kl and not (loss.form and loss.label_tokens)
         norm = self._measure(losses) if idle else self._update(losses)
-        rewards = np.array([one.reward for one in batch])
+        return self._seen(seen, norm, loss) | {
+            "answer_tokens": float(np.mean([len(one.tokens) for one in batch])),
+            "ended": float(np.mean([one.ended for one in batch])),
+            "off_policy": seen.off_policy,
+        }
+
+    def choice_step(
+        self, batch: Sequence[Choice], labels: Sequence[tuple[int, ...]], loss: PolicyLoss
+    ) -> dict[str, float]:
+        """One REINFORCE step of the policy restricted to labels, given by their tokens; what to log of it."""
+        seen = Seen()
+        num_draws = sum(len(one.seeds) for one in batch)
+        losses = (
+            one / num_draws
+            for part in self._parts(batch)
+            for one in choice_losses(self.trainable, part, labels, loss, seen)
+        )
+        idle = not (loss.kl or loss.form)
+        norm = self._update(losses, may_skip=(lambda: self._is_flat(seen)) if idle else None)
+        if not idle:
+            self._is_flat(seen)
+        return self._seen(seen, norm, loss)
+
+    def _is_flat(self, seen: Seen) -> bool:
+        """Whether no answer fared better than expected; counted."""
+        flat = max(map(abs, seen.advantages)) < 1e-6
+        self.flat_batches = self.flat_batches + 1 if flat else 0
+        self.told = self.told or not flat
+        return flat
+
+    def _seen(self, seen: Seen, norm: float, loss: PolicyLoss) -> dict[str, float]:
+        rewards = np.array(seen.rewards)
         return {
             "reward": float(rewards.mean()),
             "right": float((rewards == 1).mean()),
             **({"kl": seen.kl / max(1, seen.num_actions)} if loss.measures_kl else {}),
-            "advantage": float(advantage.abs().mean()),
-            "answer_tokens": float(np.mean([len(one.tokens) for one in batch])),
-            "ended": float(np.mean([one.ended for one in batch])),
-            "off_policy": seen.off_policy,
+            "advantage": float(np.abs(seen.advantages).mean()),
             "gradient_norm": norm,
             "largest_change": self.trainable.largest_change,
         }
@@ -125,8 +150,11 @@ class Trainer:
         self.step += 1
         return 0.0
 
-    def _update(self, losses: Iterator[Tensor]) -> float:
-        """A step down the sum of the losses; the gradient's norm before it was clipped."""
+    def _update(self, losses: Iterator[Tensor], may_skip: Callable[[], bool] | None = None) -> float:
+        """A step down the sum of the losses; the gradient's norm before it was clipped.
+
+        `may_skip`, asked after the gradients are there, says that they are no reason to move: Adam would still coast.
+        """
         rate = self._rate
         if self._schedule == "cosine" and self._num_steps:
             rate *= (1 + math.cos(math.pi * min(1.0, self.step / self._num_steps))) / 2
@@ -139,6 +167,9 @@ class Trainer:
                     "learning_rate", f"the loss at step {self.step} is {float(loss.detach())}; choose a smaller one"
                 )
             loss.backward()
+        if may_skip is not None and may_skip():
+            self.step += 1
+            return 0.0
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._clip is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
