@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metasepia.errors import CorruptArtefact
 
@@ -87,7 +87,8 @@ class StoredTensors(Mapping[str, StoredTensor]):
     def read(self, name: str, into: "torch.Tensor", rows: slice = slice(None), columns: slice = slice(None)) -> None:
         """Copies a rectangle of a stored matrix, or some rows of a vector, into `into`, in its dtype and on its device.
 
-        Beyond `into` it takes one buffer of BUFFER_BYTES, or of one row where that is longer. A tensor of more than two
+        Straight into its memory where that needs no conversion; else through one buffer of BUFFER_BYTES, or of one row
+        where that is longer. A tensor of more than two
         dimensions counts as a matrix of its first. Raises CorruptArtefact for a dtype that is not read, or a torn file.
         """
         import torch
@@ -109,9 +110,12 @@ class StoredTensors(Mapping[str, StoredTensor]):
             skipped, segment = 0, row_bytes  # whole rows, and the columns are cut out of the buffer
         else:
             left, right = 0, right - left
-        num_rows = min(max(1, BUFFER_BYTES // segment), last - first)
-        view = memoryview(bytearray(num_rows * segment))
-        buffer, target = torch.frombuffer(view, dtype=torch.uint8), into.view(last - first, -1)
+        exact = segment == (right - left) * dtype.itemsize
+        direct = exact and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous()
+        num_rows = last - first if direct else min(max(1, BUFFER_BYTES // segment), last - first)
+        target = into.view(last - first, -1)
+        own: Any = target.view(torch.uint8).numpy().data.cast("B") if direct else None
+        view = own if direct else memoryview(bytearray(num_rows * segment))
         with stored.path.open("rb", buffering=0) as file:
             for begin in range(first, last, num_rows):
                 count = min(num_rows, last - begin)
@@ -122,8 +126,9 @@ class StoredTensors(Mapping[str, StoredTensor]):
                     for i in range(count):
                         part = view[i * segment : (i + 1) * segment]
                         _read_exactly(file.fileno(), part, offset + i * row_bytes, stored.path, name)
-                read = buffer[: count * segment].view(dtype).view(count, -1)
-                target[begin - first : begin - first + count].copy_(read[:, left:right])
+                if not direct:
+                    read = torch.frombuffer(view, dtype=dtype, count=count * segment // dtype.itemsize).view(count, -1)
+                    target[begin - first : begin - first + count].copy_(read[:, left:right])
 
     def load(self, name: str, dtype: "torch.dtype") -> "torch.Tensor":
         """One whole tensor, in memory of its own."""
