@@ -240,7 +240,8 @@ def test_every_shipped_expert_answers_its_cards_example_by_its_name_and_by_auto(
     assert len(shipped) >= 1
     for id_, card in shipped:
         messages: list[Any] = [{"role": "user", "content": card["example_prompt"]}]
-        for model in (id_, "auto"):
+        # What chooses among the others is not itself chosen.
+        for model in (id_,) if card["task"] == "dispatch" else (id_, "auto"):
             answer = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
             receipt = (answer.model_extra or {})["receipt"]
             assert answer.choices[0].message.content == card["example_answer"]
