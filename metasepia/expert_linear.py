@@ -72,6 +72,8 @@ class ExpertLinear(nn.Module):
             return self.up(h, bias)
         if part.weights == "pinned" and self._pinned is not None:
             return self._pinned(x, bias)
+        if not part.deltas:
+            return self.stored(x, bias)
         if bias is None or not any(delta.norm for delta in part.deltas):
             return self.with_deltas(self.stored(x, bias), x, part)
         return self.with_deltas(self.stored(x), x, part) + bias
@@ -111,6 +113,8 @@ class ExpertLinear(nn.Module):
             assert self.place is not None
             norm = delta.norm.at(y.ndim, slice(self.place.number, self.place.number + 1))
         if delta.rows is None:
+            if norm is None and y.dtype == torch.float32 and not torch.is_grad_enabled():
+                return y.add_(up(h))  # y is often a part of a wider tensor, which `plus` would copy
             return up.plus(h, y if norm is None else (y * norm).to(y.dtype))
         if norm is None:
             return y.index_add(0, delta.rows, up(h)) if torch.is_grad_enabled() else y.index_add_(0, delta.rows, up(h))

@@ -35,6 +35,7 @@ class FusedMLP(nn.Module):
         self.act_fn = activation
         self._layers = (gate, up, down)  # reading a submodule of nn.Module is slow
         self._selection = selection
+        self._widths = len(gate.weight), len(up.weight)
         self._silu = is_silu(activation)
         self._gate_up = Matrix(*[lambda one=one: one._parameters["weight"] for one in (gate, up)])  # pyright: ignore[reportArgumentType]
         self._down_vh = Matrix(*[one.down.weights[0] for one in (gate, up)], parameters=False)
@@ -61,7 +62,7 @@ class FusedMLP(nn.Module):
         matrix = self._pinned if part.weights == "pinned" and self._pinned is not None else self._gate_up
         bias = None if gate.bias is None or up.bias is None else torch.cat([gate.bias, up.bias])
         late = bias is not None and any(delta.norm for delta in part.deltas)  # n multiplies W x alone
-        gates, ups = matrix(x, None if late else bias).split((len(gate.weight), len(up.weight)), dim=-1)
+        gates, ups = matrix(x, None if late else bias).split(self._widths, dim=-1)
         for delta in part.deltas:
             gates, ups = self._with_delta(gates, ups, x, delta)
         if late and gate.bias is not None and up.bias is not None:

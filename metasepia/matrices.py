@@ -25,7 +25,8 @@ class Matrix:
         place is there for one call (`torch.func.functional_call`)."""
         self.weights, self._parameters = weights, parameters
         self._packed: Tensor | None = None
-        self._packed_from: list[tuple[Tensor, int]] = []
+        self._packed_from: list[tuple[Tensor, int | None]] = []
+        """The weights and their versions; inference tensors have none."""
 
     @classmethod
     def owning(cls, *weights: Tensor) -> "Matrix":
@@ -80,26 +81,23 @@ class Matrix:
 
     def _pack(self, x: Tensor) -> Tensor | None:
         """The packed matrix; None where it cannot be used for x."""
-        if torch.is_grad_enabled() or not x.is_cpu or not x.numel():
+        if torch.is_grad_enabled():
             return None
-        if not self.weights:
-            return self._packed
-        now = [weight() for weight in self.weights]
-        for weight, packed_from in zip(now, self._packed_from, strict=False):
-            if weight is not packed_from[0] or _version(weight) != packed_from[1]:
+        for weight, (packed, version) in zip(self.weights, self._packed_from, strict=False):
+            if weight() is not packed or (version is not None and packed._version != version):
                 break
         else:
             if self._packed is not None:
-                return self._packed if x.dtype == now[0].dtype else None
-        if x.dtype != now[0].dtype or not all(can_pack(weight) for weight in now):
+                return self._packed if x.dtype == self._packed.dtype and x.is_cpu and x.numel() else None
+        return self._packed_anew(x)
+
+    def _packed_anew(self, x: Tensor) -> Tensor | None:
+        now = [weight() for weight in self.weights]
+        if x.dtype != now[0].dtype or not x.is_cpu or not x.numel() or not all(can_pack(weight) for weight in now):
             return None
         if self._parameters and not all(isinstance(weight, nn.Parameter) for weight in now):
             return None
         whole = now[0].detach() if len(now) == 1 else torch.cat([weight.detach() for weight in now])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), _TYPICAL_ROWS)
-        self._packed_from = [(weight, _version(weight)) for weight in now]
+        self._packed_from = [(weight, None if weight.is_inference() else weight._version) for weight in now]
         return self._packed
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
