@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from cluster.settings import BackboneSettings
 from metasepia.digests import short
 from metasepia.dispatch import TaskCentroid
+from metasepia.dispatchers import Dispatcher
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors, FactorIndex, found_factors
 from metasepia.lora import LoraAdapter, Shapes, facts_of, linear_shapes, read_adapter
@@ -26,6 +27,8 @@ from serve.uploads import Upload
 
 FIELDS = ("name", "backbone", "file", "config", "card")
 MAX_CARD_DEPTH = 32
+MAX_DESCRIPTION_CHARS = 400
+"""`auto` may read it in a prompt beside others'."""
 MAX_GAIN = 1e4
 """A multiplier beyond this is taken for a mistake: logits overflow long before."""
 
@@ -179,7 +182,7 @@ def _check(adapter: ExpertVectors | LoraAdapter, fits: Fits) -> None:
 
 
 def _card(card: bytes | None, prepared: PreparedBackbone) -> dict[str, Any]:
-    """A client's card, and a task centroid in it that `auto` can use. Raises InvalidRequest naming the field."""
+    """A client's card, in which `auto` can use whatever is meant for it. Raises InvalidRequest naming the field."""
     if card is None:
         return {}
     try:
@@ -187,6 +190,13 @@ def _card(card: bytes | None, prepared: PreparedBackbone) -> dict[str, Any]:
     except InvalidRequest as error:
         where = "card" if error.param in (None, "", "body") else f"card.{error.param}"
         raise InvalidRequest(where, error.message) from None
+    description = tree.get("description", "")
+    if not isinstance(description, str) or len(description) > MAX_DESCRIPTION_CHARS:
+        raise InvalidRequest("card.description", f"must be a text of at most {MAX_DESCRIPTION_CHARS} characters")
+    try:
+        Dispatcher.of_card(tree, "0" * 64)
+    except CorruptArtefact as error:
+        raise InvalidRequest("card.dispatcher", error.problem) from None
     try:
         centroid = TaskCentroid.of_card(tree)
     except CorruptArtefact as error:
