@@ -139,11 +139,18 @@ class StoredTensors(Mapping[str, StoredTensor]):
         return whole
 
 
-def read_ahead(files: Sequence[Path]) -> None:
-    """Asks the kernel to bring files into its cache; returns at once, and takes no memory of this process."""
+def read_ahead(files: Sequence[Path]) -> bool:
+    """Asks the kernel to bring files into its cache and returns at once; no memory of this process is taken.
+
+    False, and nothing is asked, where they would take more than half of the machine's memory: it has better uses.
+    """
+    size = sum(path.stat().st_size for path in files)
+    if 2 * size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        return False
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    return True
 
 
 def weight_files(directory: Path) -> list[Path]:

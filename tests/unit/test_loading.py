@@ -227,3 +227,13 @@ def test_a_head_that_is_tied_and_stored_too_is_one_tensor(tiny_checkpoint: Check
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     model = filled(directory, torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_files_are_read_ahead_unless_they_would_fill_the_machines_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"w": torch.zeros(1000)}, file)
+    assert stored.read_ahead([file])
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1)
+    assert not stored.read_ahead([file])
