@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metasepia.choices import choose
 from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors
-from metasepia.choices import choose
-from metasepia.mixing import ExpertMixer
+from metasepia.lora import LoraAdapter
+from metasepia.mixing import ExpertMixer, check_same_kind, check_simplex
 from metasepia.rows import Adapter, Executed, HiddenStates, Row, Scores, TokenChunk
 from metasepia.svf import FactorSet
 
@@ -53,31 +54,52 @@ class ReferenceBackbone:
         digest: str,
         *,
         factors: FactorSet | None = None,
-        experts: Mapping[str, ExpertVectors] | None = None,
+        experts: Mapping[str, ExpertVectors | LoraAdapter] | None = None,
     ) -> None:
-        """`experts` by digest; they need `factors`."""
+        """`experts` by digest; expert vectors need `factors`, low-rank adapters do not."""
         self.model, self.digest = model, digest
         self.factors, self._experts = factors, dict(experts or {})
         self._lock = threading.Lock()
 
-    def put_expert(self, expert: ExpertVectors) -> None:
+    def put_expert(self, expert: ExpertVectors | LoraAdapter) -> None:
         self._experts[expert.digest] = expert
 
     def weights(self, adapter: Adapter) -> dict[str, Float[Tensor, "out in"]]:
-        """The rebuilt weights n U diag(s z) Vh of an adapter by parameter name; empty for the base.
+        """The rebuilt weights of an adapter by parameter name, n U diag(s z) Vh or W + B A; empty for the base.
 
         Raises UnknownName for an expert that is not held, InvalidRequest for weights off the simplex.
         """
         if not adapter:
             return {}
+        held = [self._experts[digest] for digest, _ in adapter if digest in self._experts]
+        if held:
+            check_same_kind(held)
+        rebuilt = (
+            self._low_rank(adapter) if any(isinstance(one, LoraAdapter) for one in held) else self._scaled(adapter)
+        )
+        like = self.model.get_parameter
+        return {name: weight.to(like(name).device, like(name).dtype) for name, weight in rebuilt.items()}
+
+    def _scaled(self, adapter: Adapter) -> dict[str, Tensor]:
         if self.factors is None:
             raise UnknownName("expert", adapter[0][0], ())
-        mixed = ExpertMixer(self._experts).mix(dict(adapter))
-        like = self.model.get_parameter
-        return {
-            name: self.factors[name].scaled(torch.tensor(z), mixed.renormalise).to(like(name).device, like(name).dtype)
-            for name, z in mixed.z.items()
-        }
+        experts = {digest: one for digest, one in self._experts.items() if isinstance(one, ExpertVectors)}
+        mixed = ExpertMixer(experts, tuple(self.factors.index.lengths)).mix(dict(adapter))
+        return {name: self.factors[name].scaled(torch.tensor(z), mixed.renormalise) for name, z in mixed.z.items()}
+
+    def _low_rank(self, adapter: Adapter) -> dict[str, Tensor]:
+        check_simplex(adapter)
+        rebuilt: dict[str, Tensor] = {}
+        for digest, weight in adapter:
+            one = self._experts.get(digest)
+            if not isinstance(one, LoraAdapter):
+                raise UnknownName("expert", digest, tuple(sorted(self._experts)))
+            if isinstance(weight, tuple):
+                raise InvalidRequest("weights", "low-rank adapters are mixed by one weight each, not by layer")
+            for name, a in one.a.items():
+                before = rebuilt.get(name, self.model.get_parameter(name).detach().float().cpu())
+                rebuilt[name] = before + weight * (torch.tensor(one.b[name]) @ torch.tensor(a))
+        return rebuilt
 
     @torch.no_grad()
     def logits(self, token_ids: tuple[int, ...], adapter: Adapter = ()) -> Float[Tensor, "tokens vocab"]:

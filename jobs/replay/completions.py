@@ -31,15 +31,18 @@ def replay_completion(
     parts: Parts,
     report: Report,
 ) -> None:
-    adapter: Adapter = tuple((digest, float(weight)) for digest, weight in receipt["adapter"])
+    # A weight is a number, or one number a layer.
+    adapter: Adapter = tuple(
+        (digest, tuple(weight) if isinstance(weight, list) else float(weight)) for digest, weight in receipt["adapter"]
+    )
     if request["model"] != "auto":
         wanted = "an expert" if ":" in request["model"] else "the base"
         report.check("adapter", wanted, "an expert" if adapter else "the base")
     prepared = parts.backbone(receipt["backbone"])
     reference = parts.reference(receipt["backbone"], adapter)
     report.check("backbone", receipt["backbone"], prepared.digest)
-    for digest, _ in adapter:
-        report.check("expert", digest, parts.expert(digest).digest)
+    for digest, expert in parts.experts(adapter).items():
+        report.check("expert", digest, expert.digest)
     if adapter and reference.factors is not None:
         report.check("factors", receipt["factors"], reference.factors.digest)
     prompt = _prompt(request, prepared)

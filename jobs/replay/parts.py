@@ -15,6 +15,8 @@ from metasepia.backbone import ReferenceBackbone
 from metasepia.digests import short
 from metasepia.errors import UnknownName
 from metasepia.experts import ExpertVectors
+from metasepia.lora import LoraAdapter, read_adapter
+from metasepia.mixing import base_of
 from metasepia.modalities import loading
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning import shipped
@@ -22,7 +24,7 @@ from metasepia.reasoning.named import EmbeddedContext
 from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry import read_blob
 from metasepia.rows import Adapter
-from metasepia.svf import factors_of
+from metasepia.svf import factors_of, linear_shapes
 
 
 class Embeds(Protocol):
@@ -45,8 +47,8 @@ class Parts:
     def context(self, digest: str) -> EmbeddedContext:
         return EmbeddedContext.from_bytes(self.blob(digest), digest)
 
-    def expert(self, digest: str) -> ExpertVectors:
-        expert = ExpertVectors.from_bytes(self.blob(digest), f"expert {short(digest)}")
+    def expert(self, digest: str) -> ExpertVectors | LoraAdapter:
+        expert = read_adapter(self.blob(digest), f"expert {short(digest)}")
         if expert.digest != digest:
             raise UnknownName("expert", digest, (expert.digest,))
         return expert
@@ -75,13 +77,34 @@ class Parts:
         """In float32, with the factors and experts that the adapter needs; factors that are missing are made."""
         settings, prepared = self._of(digest)
         model = checkpoints.load(prepared, torch.float32, "cpu")
-        experts = {expert: self.expert(expert) for expert, _ in adapter}
-        if not experts:
+        if not adapter:
             return ReferenceBackbone(model, digest)
+        experts = self.experts(adapter)
+        low_rank = [expert for expert in experts.values() if isinstance(expert, LoraAdapter)]
+        for expert in low_rank:
+            expert.check_fits(linear_shapes(model, {}))
+        if len(low_rank) == len(experts):
+            return ReferenceBackbone(model, digest, experts=experts)
         factors = factors_of(model, settings.expert_layers, digest, self._settings.home)
         for expert in experts.values():
-            expert.check_fits(factors.index)
+            if isinstance(expert, ExpertVectors):
+                expert.check_fits(factors.index)
         return ReferenceBackbone(model, digest, factors=factors, experts=experts)
+
+    def experts(self, adapter: Adapter) -> dict[str, ExpertVectors | LoraAdapter]:
+        """Those of an adapter by digest, without the base, which is stored nowhere."""
+        found: dict[str, ExpertVectors | LoraAdapter] = {}
+        missing: list[UnknownName] = []
+        for digest, _ in adapter:
+            try:
+                found[digest] = self.expert(digest)
+            except UnknownName as error:
+                missing.append(error)
+        bases = {base_of(one).digest for one in found.values() if isinstance(one, ExpertVectors)}
+        for error in missing:
+            if error.name not in bases:
+                raise error
+        return found
 
     @cached_property
     def _backbones(self) -> dict[str, tuple[BackboneSettings, PreparedBackbone]]:

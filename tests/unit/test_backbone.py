@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import ReferenceBackbone
-from metasepia.errors import DeadlineExceeded, UnknownName
+from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors
+from metasepia.lora import LoraAdapter
+from metasepia.mixing import base_of
 from metasepia.rows import HiddenStatesWanted, Row, Sampling, TokenChunk
 from metasepia.svf import factors_of
 
@@ -66,6 +68,47 @@ def test_expert_of_twos_doubles_the_weight_and_leaves_the_model_as_it_was(refere
             torch.testing.assert_close(weight, scale * reference.model.get_parameter(name), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(reference.logits((5, 6, 7), adapter), before, atol=1e-2)
     assert torch.equal(reference.logits((5, 6, 7)), before)
+
+
+def test_weights_by_layer_and_short_vectors_and_the_base_in_a_mixture_are_rebuilt(reference: ReferenceBackbone) -> None:
+    factors = reference.factors
+    assert factors is not None
+    names = tuple(factors.index.lengths)
+    short = ExpertVectors(
+        backbone=DIGEST, factors=factors.digest, z={name: np.full(5, 3.0, np.float32) for name in names}
+    )
+    reference.put_expert(short)
+    base = base_of(short).digest
+    by_layer = tuple(0.25 * i for i in range(len(names)))
+    rest = tuple(1 - weight for weight in by_layer)
+    rebuilt = reference.weights(((short.digest, by_layer), (base, rest)))
+    for name, weight in zip(names, by_layer, strict=True):
+        one = factors[name]
+        leading = (one.u[:, :5] * one.s[:5]) @ one.vh[:5]
+        want = reference.model.get_parameter(name) + 2 * weight * leading
+        torch.testing.assert_close(rebuilt[name], want, atol=1e-4, rtol=1e-4)
+
+
+def test_low_rank_adapters_are_added_by_their_weights_and_not_mixed_with_vectors(reference: ReferenceBackbone) -> None:
+    name, draw = "model.layers.0.self_attn.o_proj.weight", np.random.default_rng(0)
+    weight = reference.model.get_parameter(name)
+    pairs = [
+        (
+            draw.normal(size=(2, weight.shape[1])).astype(np.float32),
+            draw.normal(size=(len(weight), 2)).astype(np.float32),
+        )
+        for _ in range(2)
+    ]
+    adapters = [LoraAdapter(backbone=DIGEST, a={name: a}, b={name: b}) for a, b in pairs]
+    vectors = expert(reference, 2.0)
+    for one in (*adapters, vectors):
+        reference.put_expert(one)
+    first, second = (one.digest for one in adapters)
+    want = weight + sum(share * torch.tensor(b @ a) for share, (a, b) in zip((0.25, 0.75), pairs, strict=True))
+    rebuilt = reference.weights(((first, 0.25), (second, 0.75)))
+    torch.testing.assert_close(rebuilt[name], want)
+    with pytest.raises(InvalidRequest, match="choose one kind"):
+        reference.weights(((first, 0.5), (vectors.digest, 0.5)))
 
 
 def test_greedy_tokens_are_those_of_transformers(reference: ReferenceBackbone) -> None:

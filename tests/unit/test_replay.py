@@ -22,11 +22,13 @@ from metasepia.backbone import ReferenceBackbone
 from metasepia.digests import digest_of
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
 from metasepia.experts import ExpertVectors
+from metasepia.lora import LoraAdapter
+from metasepia.mixing import base_of, mixture_blob, mixture_digest
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry import Artefact, Registry
-from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
+from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
 from metasepia.svf import factors_of
 from serve.gateway import Door, create_app
 from serve.shipped import ModuleCard
@@ -132,7 +134,13 @@ class World:
         rng = np.random.default_rng(0)
         z = {name: rng.uniform(0, 2, len(f.s)).astype(np.float32) for name, f in factors.factors.items()}
         expert = ExpertVectors(backbone=prepared.digest, factors=factors.digest, z=z)
-        experts = {expert.digest: expert}
+        o_proj = "model.layers.1.self_attn.o_proj.weight"
+        low_rank = LoraAdapter(
+            backbone=prepared.digest,
+            a={o_proj: rng.normal(size=(2, 48)).astype(np.float32)},
+            b={o_proj: rng.normal(size=(48, 2)).astype(np.float32)},
+        )
+        experts = {expert.digest: expert, low_rank.digest: low_rank}
         reference = ReferenceBackbone(reference.model, prepared.digest, factors=factors, experts=experts)
         catalogue = FakeCatalogue()
         catalogue.registry = self.registry = Registry(home / "registry")
@@ -140,7 +148,22 @@ class World:
         stored: Artefact = self.registry.put(
             "expert", expert.to_bytes(), digest=expert.digest, name="maths", owner="shared", card=card
         )
-        catalogue.artefacts = (stored,)
+        by_layer: Adapter = tuple(sorted([(expert.digest, (0.25, 1.0)), (base_of(expert).digest, (0.75, 0.0))]))
+        mixture = mixture_digest(by_layer)
+        catalogue.artefacts = (
+            stored,
+            self.registry.put(
+                "expert", low_rank.to_bytes(), digest=low_rank.digest, name="low", owner="shared", card=card
+            ),
+            self.registry.put(
+                "mixture",
+                mixture_blob(by_layer),
+                digest=mixture,
+                name="layers",
+                owner="shared",
+                card=card | {"adapter": [list(pair) for pair in by_layer]},
+            ),
+        )
         self.pool = ReasoningPool(ReasoningSettings(), catalogue, [loaded])
         self.bench = Bench.__new__(Bench)
         door = Door(
@@ -195,6 +218,8 @@ BODIES = {
     "base64": ("/v1/embeddings", {"model": "tiny", "input": "one", "encoding_format": "base64"}),
     "tokens": ("/v1/embeddings", {"model": "tiny", "input": [5, 6, 7]}),
     "greedy": ("/v1/completions", {"model": "tiny", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
+    "low rank": ("/v1/completions", {"model": "tiny:low", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
+    "by layer": ("/v1/completions", {"model": "tiny:mix@layers", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
     "expert": ("/v1/completions", {"model": "tiny:maths", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
     "sampled": (
         "/v1/chat/completions",
