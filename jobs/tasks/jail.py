@@ -158,7 +158,6 @@ def give_up_rights(limits, was_root):
         (resource.RLIMIT_CPU, limits["cpu_s"]),
         (resource.RLIMIT_FSIZE, limits["file_mib"] << 20),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
-        (resource.RLIMIT_NPROC, limits["processes"]),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (most, most))
@@ -337,11 +336,13 @@ def judge(code, null, wall_s):
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
         ours.close()
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process and no thread of its own
         try:
             be_candidate(theirs.fileno(), code)
         finally:
             os._exit(0)
     theirs.close()
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     work = receive(0)
     signal.signal(signal.SIGALRM, out_of_time)
     try:

@@ -1,9 +1,9 @@
 """Runs code that a model wrote against tests, where it can do no harm and cannot pass by a trick.
 
 Each run is a process group of its own in new user, mount, process, network, IPC and host name namespaces: an empty
-environment, a root directory that holds the interpreter's libraries and an empty /tmp, no network, no privileges,
-limits on processor time, address space, files and processes. At the deadline all of it is killed. `jail.py` is the
-inside.
+environment, a root directory that holds the interpreter's libraries and an empty /tmp, no network, no privileges, no
+process or thread beside its one, limits on processor time, address space and files. At the deadline all of it is
+killed. `jail.py` is the inside.
 """
 
 import contextlib
@@ -37,8 +37,6 @@ class Limits:
     """Seconds of each process."""
     memory_mib: int = 256
     """Address space of each process; Python itself takes some 30."""
-    processes: int = 6
-    """At once; two are ours."""
     open_files: int = 32
     file_mib: int = 1
     """The largest file that may be written."""
@@ -48,7 +46,7 @@ class Limits:
     def __post_init__(self) -> None:
         if not self.wall_s > 0:
             raise InvalidSettings("wall_s", self.wall_s, "above 0")
-        for name, least in {"cpu_s": 1, "memory_mib": 64, "processes": 3, "open_files": 8, "tmpfs_mib": 1}.items():
+        for name, least in {"cpu_s": 1, "memory_mib": 64, "open_files": 8, "tmpfs_mib": 1}.items():
             if getattr(self, name) < least:
                 raise InvalidSettings(name, getattr(self, name), f"at least {least}")
 

@@ -86,10 +86,10 @@ def test_a_trick_does_not_pass(sandbox: Sandbox, code: str) -> None:
         "while True:\n    pass",
         "import time\ndef root(x):\n    time.sleep(60)",
         "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
-        "import os\nos.fork()\nos.setpgid(0, 0)\nwhile True:\n    pass",
+        "import os\nos.setsid()\nwhile True:\n    pass",
         "import os, sys\ndef root(x):\n    while True:\n        sys.stdout.write('x' * 65536)",
     ],
-    ids=["busy loop", "sleep", "fork bomb", "processes that leave their group", "flood of output"],
+    ids=["busy loop", "sleep", "fork bomb", "leaves its process group", "flood of output"],
 )
 def test_what_never_ends_is_ended_and_leaves_no_process(sandbox: Sandbox, code: str) -> None:
     before, started_s = processes(), time.monotonic()
@@ -135,6 +135,15 @@ def test_there_is_no_network_and_nobody_to_signal(sandbox: Sandbox) -> None:
         assert not verdict.right and "OSError" in verdict.why
     assert not sandbox.run(f"import os\ndef root(x):\n    os.kill({os.getpid()}, 0)", ["assert root(9) is None"]).right
     assert not sandbox.run("import os\ndef root(x):\n    os.kill(-1, 9)", ["assert root(9) is None"]).right
+
+
+@pytest.mark.parametrize(
+    "start", ["os.fork()", "subprocess.run([sys.executable])", "threading.Thread(target=print).start()"]
+)
+def test_it_can_start_no_process_and_no_thread(sandbox: Sandbox, start: str) -> None:
+    code = f"import os, subprocess, sys, threading\ndef root(x):\n    {start}\n    return 3"
+    verdict = sandbox.run(code, ["assert root(9) == 3"])
+    assert not verdict.right and ("Resource temporarily unavailable" in verdict.why or "can't start" in verdict.why)
 
 
 def test_it_has_no_rights_and_can_take_none(sandbox: Sandbox) -> None:
