@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 FILE, CARD, README = "expert.safetensors", "card.json", "README.md"
 SHIPPED = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
 MIXTURE = "mix@"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What its --max-lora-rank may be."""
 
 
 @dataclass(frozen=True)
@@ -274,12 +276,19 @@ model = AutoModelForCausalLM.from_pretrained({base_model!r})
 model = PeftModel.from_pretrained(model, "this directory")
 ```
 
-vLLM: `--enable-lora --max-lora-rank {cut.rank} --lora-modules {card["name"].removeprefix(MIXTURE)}=<this directory>`.
+{_vllm(card["name"].removeprefix(MIXTURE), cut.rank)}
 
 | layer | rank | of | relative error |
 | --- | ---: | ---: | ---: |
 {table}
 """
+
+
+def _vllm(name: str, rank: int) -> str:
+    room = next((one for one in VLLM_RANKS if one >= rank), None)
+    if room is None:
+        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}: export a smaller one for it."
+    return f"vLLM: `--enable-lora --max-lora-rank {room} --lora-modules {name}=<this directory>`."
 
 
 def _merged_readme(card: dict[str, Any], prepared: PreparedBackbone) -> str:
