@@ -25,7 +25,7 @@ OTHER = "other"
 MAX_LABELS = 64
 ANSWER_LEN = 32
 """Tokens that the stage `prompt` generates at most."""
-_BOXED = re.compile(r"\\?boxed\s*\{([^{}]*)\}")
+_BOXED = re.compile(r"\\?boxed\s*\{\s*(?:\\text\s*\{)?([^{}]*)\}")
 
 
 @runtime_checkable
@@ -93,7 +93,7 @@ def category_of(answer: str, names: Sequence[str]) -> str | None:
     boxed = _BOXED.findall(answer)
     if not boxed:
         return None
-    found = re.sub(r"\\text|[^a-z0-9._-]+", " ", boxed[-1].lower()).strip(" .")
+    found = re.sub(r"[^a-z0-9._-]+", " ", boxed[-1].lower()).strip(" .")
     by_name = {name.lower(): name for name in (*names, OTHER)}
     return by_name.get(found)
 
