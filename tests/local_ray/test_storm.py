@@ -28,7 +28,7 @@ from tests import gangs
 
 OWNER = "local"
 NUM_EXPERTS, NUM_NAMES, NUM_HELD, NUM_ASKERS = 16, 8, 4, 12
-CHANGES_PER_S, NUM_CHANGES = 100, 300
+CHANGES_PER_S = 100
 PINNED = "hot"
 
 
@@ -53,6 +53,7 @@ class Storm:
     run: Callable[..., Any]
     home: Path
     settings: BackboneSettings
+    num_changes: int
     names: dict[str, str | None] = field(default_factory=dict)
     """What the changes left behind; None after a delete."""
     answered: list[Answered] = field(default_factory=list)
@@ -94,8 +95,8 @@ class Storm:
             async with turns[name]:
                 await self.change(draw, name)
 
-        await asyncio.gather(*(one(i) for i in range(NUM_CHANGES)))
-        return NUM_CHANGES / (time.monotonic() - begin)
+        await asyncio.gather(*(one(i) for i in range(self.num_changes)))
+        return self.num_changes / (time.monotonic() - begin)
 
     async def ask(self, seed: int, over: asyncio.Event) -> None:
         """Row after row as the door makes them: names are resolved when it comes, and the row carries digests."""
@@ -140,7 +141,9 @@ class Storm:
         return rate
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.soak)], ids=["tp_size 1", "tp_size 2"])
+@pytest.fixture(
+    scope="module", params=[(1, 300), pytest.param((2, 3000), marks=pytest.mark.soak)], ids=["tp_size 1", "tp_size 2"]
+)
 def storm(
     request: pytest.FixtureRequest,
     cluster: dict[str, float],
@@ -149,6 +152,7 @@ def storm(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Storm]:
+    tp_size, num_changes = request.param
     source = str(tiny_checkpoint("llama"))
     prepared = checkpoints.prepare(source, home)
     plain = BackboneSettings(id="storm", source=source)
@@ -170,7 +174,7 @@ def storm(
     settings = BackboneSettings(
         id="storm",
         source=source,
-        tp_size=request.param,
+        tp_size=tp_size,
         max_rows=8,
         max_expert_mib=(1 + NUM_HELD) * experts[0].num_bytes / 2**20,
         pinned=PINNED,
@@ -189,7 +193,7 @@ def storm(
             InvalidSettings, match=r"backbones\[storm\]\.pinned = 'hot' .*no expert named 'hot'; known: none"
         ):
             run(gangs.started(settings, prepared, home, fetch=client.get, resolve=resolve).__aenter__())
-        made = Storm(None, client, oracle, prepared, experts, run, home, settings)  # pyright: ignore[reportArgumentType]
+        made = Storm(None, client, oracle, prepared, experts, run, home, settings, num_changes)  # pyright: ignore[reportArgumentType]
         run(made.put(PINNED, experts[0]))
         made.group = run(scope.__aenter__())
         try:
@@ -201,7 +205,7 @@ def storm(
 
 
 def test_every_row_of_a_storm_is_answered_by_the_weights_that_it_was_admitted_with(storm: Storm) -> None:
-    rate = storm.run(storm.blow())
+    rate = storm.run(storm.blow(), 300)
     load = storm.run(storm.group.load())
     rows = Counter(len(one.row.adapter) for one in storm.answered)
     paths = Counter(one.executed.path for one in storm.answered)

@@ -405,6 +405,31 @@ def test_a_thread_answers_rows_of_every_kind_and_sampled_rows_resume_where_they_
     assert not thread.is_alive()
 
 
+def test_a_background_row_that_made_way_answers_as_if_it_had_been_alone(tiny_llama) -> None:
+    rows = [
+        row(f"background-{i}", 6 + i, seed=i, priority=-1, sampling=Sampling(temperature=0.7, max_tokens=14))
+        for i in range(LIMITS.max_rows)
+    ]
+    rows[0] = replace(rows[0], prefix=rows[0].token_ids)
+
+    def answers(*others: Row) -> dict[str, list[int]]:
+        scheduler = Scheduler(RowDecoder(tiny_llama, backbone=DIGEST).run, LIMITS, PREPARED)
+        tokens: dict[str, list[int]] = {}
+        for one in rows:
+            took = tokens[one.request_id] = []
+            scheduler.submit(one, lambda answer, took=took: took.extend(answer.token_ids))  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(8):
+            scheduler.step()
+        for one in others:
+            scheduler.submit(one, lambda _: None)
+        while scheduler.step():
+            pass
+        assert scheduler.load().put_back == len(others)
+        return tokens
+
+    assert answers(row("a", 9, 8), row("b", 30, 8), row("c", 3, 8)) == answers()
+
+
 def ask(scheduler: Scheduler, one: Row) -> list[Any]:
     answers: list[Any] = []
     done = threading.Event()
