@@ -54,6 +54,7 @@ TABLE: dict[type[BaseException], Failure] = {
     errors.Locked: Failure(503, "server_error", "locked", grpc.StatusCode.UNAVAILABLE, 5.0),
     errors.CannotPlace: Failure(503, "server_error", "cannot_place", grpc.StatusCode.UNAVAILABLE, 60.0),
     errors.CorruptArtefact: Failure(500, "server_error", "corrupt_artefact", grpc.StatusCode.DATA_LOSS),
+    errors.NoLearningSignal: Failure(500, "server_error", "no_learning_signal", grpc.StatusCode.FAILED_PRECONDITION),
     errors.InvalidSettings: Failure(500, "server_error", "invalid_settings", grpc.StatusCode.INTERNAL),
     BackPressureError: Failure(429, "rate_limit_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0),
     RequestCancelledError: Failure(499, "server_error", "cancelled", grpc.StatusCode.CANCELLED),
