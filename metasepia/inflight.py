@@ -35,6 +35,33 @@ class Limits:
     """Prompts are read in pieces that take about this long, so that live rows keep streaming."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the scheduler holds now, for metrics and routing."""
+
+    num_live: int
+    num_reading: int
+    num_waiting: int
+    num_waiting_tokens: int
+    cache_tokens: int
+    """Reserved by rows that decode or will: rows times the longest row."""
+    tokens_per_s: float
+    """Prompt and answer tokens done a second, recently; 0 before the first step."""
+    steps: int
+    prefix_tokens: int
+    """Of kept prefixes."""
+    reused_tokens: int
+    """Taken from kept prefixes instead of read, since the start."""
+    put_back: int = 0
+    """Times that a background row made way for another, since the start."""
+    experts: int = 0
+    """Held by each rank; 0 where they are not leased."""
+    expert_bytes: int = 0
+    experts_learnt: int = 0
+    """Since the start."""
+    experts_forgotten: int = 0
+
+
 def check(row: Row, prepared: PreparedBackbone, limits: Limits) -> None:
     """Refuses a row that this backbone can never run: UnknownName, InvalidRequest, WindowExceeded."""
     if row.backbone != prepared.digest:

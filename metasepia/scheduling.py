@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from metasepia.errors import DeadlineExceeded, InvalidRequest, MetasepiaError, U
 from metasepia.inflight import Answer as Answer
 from metasepia.inflight import Entry, Group, Rates, State, check
 from metasepia.inflight import Limits as Limits
+from metasepia.inflight import Load as Load
 from metasepia.leases import Leases, Moves
 from metasepia.prefixes import Prefixes
 from metasepia.prepared import PreparedBackbone
@@ -41,33 +41,6 @@ MIN_BUDGET = 64
 MAX_BUDGET = 8192
 MAX_LOOKAHEAD = 512
 """Waiting rows looked through for companions of the first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What the scheduler holds now, for metrics and routing."""
-
-    num_live: int
-    num_reading: int
-    num_waiting: int
-    num_waiting_tokens: int
-    cache_tokens: int
-    """Reserved by rows that decode or will: rows times the longest row."""
-    tokens_per_s: float
-    """Prompt and answer tokens done a second, recently; 0 before the first step."""
-    steps: int
-    prefix_tokens: int
-    """Of kept prefixes."""
-    reused_tokens: int
-    """Taken from kept prefixes instead of read, since the start."""
-    put_back: int = 0
-    """Times that a background row made way for another, since the start."""
-    experts: int = 0
-    """Held by each rank; 0 where they are not leased."""
-    expert_bytes: int = 0
-    experts_learnt: int = 0
-    """Since the start."""
-    experts_forgotten: int = 0
 
 
 class Scheduler:
