@@ -47,7 +47,12 @@ PARITY = {
 
 
 def compare(
-    bench: Workbench, task: Task, adapter: ExpertVectors | LoraAdapter, layers: Sequence[str], count: int, stage: str
+    bench: Workbench,
+    task: Task,
+    adapter: ExpertVectors | LoraAdapter,
+    layers: Sequence[str] | None,
+    count: int,
+    stage: str,
 ) -> tuple[dict[str, Any], Example]:
     """Base and expert on the same held-out questions: accuracies, and the paired gain with its 95 % interval.
 
@@ -132,7 +137,8 @@ def write_papers(
         assert isinstance(trained.trainable, LowRank)
         trained.trainable.save_pretrained(str(out), prepared.source)
         form = {"form": "lora", "rank": adapter.rank, "trained_layers": len(adapter.a)}
-    held_out, example = compare(bench, task, adapter, layers, options.held_out, f"Held-out {task.name}")
+    served = layers if run.adapter == "svf" else None
+    held_out, example = compare(bench, task, adapter, served, options.held_out, f"Held-out {task.name}")
     layer = options.dispatch_layer or max(1, prepared.num_layers // 2)
     dispatcher = getattr(task, "dispatcher", None)
     best = max((accuracy for _, accuracy in trained.validated), default=None)

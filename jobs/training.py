@@ -225,7 +225,7 @@ class _Training:
 
     @property
     def rollouts(self) -> Rollouts:
-        return self._given or self.bench.rollouts(self.run.layers or EXPERT_LAYERS)
+        return self._given or self.bench.rollouts(None if self.run.adapter == "lora" else self.run.layers)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

@@ -109,12 +109,17 @@ class Workbench:
             self._factors[key] = factors_of(self.model, layers, self.prepared.digest, self.home)
         return self._factors[key]
 
-    def rollouts(self, layers: Sequence[str]) -> LocalRollouts:
-        """A decoder in this process that serves experts on these layers. Raises NotSupported on what cannot attend."""
-        key = tuple(sorted(layers))
+    def rollouts(self, layers: Sequence[str] | None) -> LocalRollouts:
+        """A decoder in this process that serves experts on these layers and low-rank adapters; None: these alone.
+
+        Raises NotSupported on a model that does not attend.
+        """
+        key = tuple(sorted(layers or ()))
         if key not in self._rollouts:
             model = twin(self.model)
-            self._rollouts[key] = LocalRollouts(model, self.prepared, attach(model, self.factors(layers)))
+            factors = self.factors(layers) if layers else None
+            attached = attach(model, factors, backbone=self.prepared.digest)
+            self._rollouts[key] = LocalRollouts(model, self.prepared, attached)
         return self._rollouts[key]
 
     def states(self, messages: Sequence[str], layer: int) -> np.ndarray:
@@ -182,11 +187,14 @@ def evaluate(
     task: Task,
     examples: Sequence[Example],
     adapter: ExpertVectors | LoraAdapter | None,
-    layers: Sequence[str] = EXPERT_LAYERS,
+    layers: Sequence[str] | None = EXPERT_LAYERS,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Right:
-    """An adapter's answers as they would be served, None: the base's. `layers`: those that its factors are of."""
-    rollouts = bench.rollouts(layers)
+    """An adapter's answers as they would be served, None: the base's.
+
+    `layers`: those that an expert's factors are of; None for the base and low-rank adapters, which have none.
+    """
+    rollouts = bench.rollouts(None if isinstance(adapter, LoraAdapter) else layers)
     digest = None if adapter is None else rollouts.put(adapter)
     if not task.labels:
         return read_answers(rollouts, bench.asker, task, bench.prepared.digest, examples, digest, advance)

@@ -68,7 +68,7 @@ class LocalRollouts:
 
     def put(self, adapter: ExpertVectors | LoraAdapter) -> str:
         if adapter.digest != self._digest:
-            self._layers.put(adapter.digest, adapter)  # pyright: ignore[reportArgumentType]
+            self._layers.put(adapter.digest, adapter)
             before, self._digest = self._digest, adapter.digest
             if before is not None:
                 self._layers.drop(before)
@@ -92,7 +92,7 @@ class LocalRollouts:
             self.model,  # pyright: ignore[reportArgumentType]
             backbone=self._prepared.digest,
             experts=self._layers,
-            factors=self._layers.factors.digest,
+            factors=self._layers.factors_digest,
         )
         scheduler = Scheduler(decoder.run, self._limits, self._prepared, clock=lambda: 0.0)
         for row, one in zip(rows, rolled, strict=True):

@@ -30,7 +30,7 @@ QUICK = ["--valid", "4", "--held-out", "8", "--checkpoint-every", "3"]
 class Letters(ListedTask):
     """Rewards the share of ASCII in whatever is said: any model's answers differ in it."""
 
-    max_tokens: int = 6
+    max_tokens: int = 2
 
     def reward(self, answer: str, example: Example) -> float:
         return -1.0 if not answer else 2 * sum(map(str.isascii, answer)) / len(answer) - 1
@@ -129,10 +129,16 @@ def test_a_run_leaves_an_expert_with_papers_that_agree_with_it(whole: tuple[Path
 
 
 def test_rewards_rise_where_answers_are_free(bench: Workbench) -> None:
-    run = TrainingRun(task=ASCII, method="reinforce", steps=12, batch=8, samples=4, learning_rate=0.2, valid=0)
+    run = TrainingRun(task=ASCII, method="reinforce", steps=10, batch=4, samples=8, learning_rate=0.3, valid=0)
     log = train(run, bench, progress=False).log
-    mean = [sum(entry["reward"] for entry in part) / 3 for part in (log[:3], log[-3:])]
-    assert mean[1] > mean[0] + 0.15
+    mean = [sum(entry["reward"] for entry in part) / 2 for part in (log[:2], log[-2:])]
+    assert mean[1] > mean[0] + 0.3
+
+
+def test_lora_learns_from_rewards_by_the_same_rollouts(bench: Workbench) -> None:
+    run = TrainingRun(task=ASCII, method="reinforce", adapter="lora", steps=2, batch=2, samples=2, valid=2)
+    log = train(run, bench, progress=False).log
+    assert log[1]["largest_change"] > 0 and max(entry["off_policy"] for entry in log) < 1e-3
 
 
 def test_a_task_that_never_rewards_ends_in_words(bench: Workbench) -> None:
