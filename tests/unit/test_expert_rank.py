@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.tensor_parallel import check_cuts
 from cluster.settings import BackboneSettings
 from metasepia import checkpoints
 from metasepia.errors import CorruptArtefact, NotSupported
 from metasepia.experts import ExpertVectors
 from metasepia.factors import cut_factors, factors_of_backbone
+from metasepia.shards import LayerShard
 from metasepia.svf import attach
 from serve import accepting
 
@@ -63,3 +66,30 @@ def test_the_door_refuses_an_expert_longer_than_what_is_kept(
         else:
             with pytest.raises(CorruptArtefact, match=r"keeps the leading 12 \(expert_rank\); truncate it"):
                 accepting._check(expert, fits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [0, RANK])
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_factors_cut_otherwise_than_the_weight_are_found_out(
+    kind: Literal["column", "row"],
+    kept: int,
+    dtype: torch.dtype,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    prepared = checkpoints.prepare(str(tiny_checkpoint("llama")), tmp_path)
+    whole = factors_of_backbone(prepared, MLP, tmp_path, progress=False)
+    name = "model.layers.0.mlp.up_proj.weight" if kind == "column" else "model.layers.0.mlp.down_proj.weight"
+    mine = LayerShard(kind, (48, 48), 1)
+    model = AutoModelForCausalLM.from_pretrained(prepared.path, dtype=dtype)
+    owner = model.get_submodule(name.removesuffix(".weight"))
+    owner.weight = torch.nn.Parameter(model.get_parameter(name)[mine.part_of(2)].detach().clone())
+    for shard in (mine, LayerShard(kind, (48, 48), 0)):
+        read = cut_factors(whole.digest, whole.backbone, tmp_path, {name: shard}, rank=kept, dtype=dtype)
+        for factors in (read, whole):
+            if shard == mine:
+                assert check_cuts(model, factors, {name: mine}) == {name: mine}
+            else:
+                with pytest.raises(CorruptArtefact, match="does not give back this rank's weight"):
+                    check_cuts(model, factors, {name: shard})
