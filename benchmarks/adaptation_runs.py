@@ -99,6 +99,7 @@ class Runs:
             first_block=plan.first_block,
             steps=plan.steps,
             batch=plan.batch,
+            schedule="cosine",
             seed=plan.seed,
             valid=0,
             choice_steps=plan.steps if plan.method == "reinforce" and task.labels else 0,

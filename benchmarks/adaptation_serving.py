@@ -5,7 +5,6 @@ import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,40 +51,50 @@ def shipped() -> dict[str, ExpertVectors]:
 
 @torch.inference_mode()
 def bf16(runs: Runs, arguments: Namespace) -> list[report.Row]:
-    """How far bf16 takes the next-token distribution from fp32: expert rows against base rows on the same prompts."""
+    """How far bf16 takes rows from the fp32 oracle of the same weights: expert rows against base rows, same prompts.
+
+    Two measures: the difference of the logits, less its mean over the vocabulary (root mean square), and the KL
+    divergence of the next-token distributions, which grows with its square. For comparison the expert's weights made
+    whole and rounded to bf16: what is there too is the expert's own sensitivity and not the way it is served.
+    """
     bench = runs.bench
     factors = bench.factors(EXPERT_LAYERS)
     exact = twin(bench.model)
-    rounded: Any = checkpoints.load(bench.prepared, torch.bfloat16, "cpu")
-    sides = [(exact, attach(exact, factors)), (rounded, attach(rounded, factors))]
-    divergence: dict[str, list[float]] = {"expert": [], "base": []}
+    rounded, whole = (checkpoints.load(bench.prepared, torch.bfloat16, "cpu") for _ in range(2))
+    oracle_layers, layers = attach(exact, factors), attach(rounded, factors)
+    kinds = ("expert", "base", "whole")
+    far: dict[str, dict[str, list[float]]] = {kind: {"logits": [], "kl": []} for kind in kinds}
     for name, expert in shipped().items():
-        for _, layers in sides:
-            layers.put(expert.digest, expert)
+        for one in (oracle_layers, layers):
+            one.put(expert.digest, expert)
+        for layer, z in expert.z.items():
+            whole.get_parameter(layer).copy_(factors[layer].scaled(torch.from_numpy(z), expert.renormalise))
         for example in make(name).held_out(PROMPTS_EACH, HELD_OUT_SEED):
             ids = torch.tensor([bench.asker.prompt(example.prompt)])
-            adapters: dict[str, Adapter] = {"expert": ((expert.digest, 1.0),), "base": ()}
-            for kind, adapter in adapters.items():
-                logprobs = []
-                for model, layers in sides:
-                    layers.select([adapter])
-                    logprobs.append(model(ids, use_cache=False).logits[0].double().log_softmax(-1))
-                of_tokens = (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum(-1)
-                divergence[kind].append(float(of_tokens.mean()))
-    expert, base = (np.array(divergence[kind]) for kind in ("expert", "base"))
-    drawn = np.random.default_rng(0).integers(len(base), size=(RESAMPLES, len(base)))
-    low, high = np.quantile(expert[drawn].mean(1) / base[drawn].mean(1), [0.025, 0.975])
-    times = expert.mean() / base.mean()
-    note = (
-        f"an expert row's is {times:.2f} times a base row's, 95 % {low:.2f} to {high:.2f}; asked: at most 2; "
-        f"{len(base)} held-out prompts of {len(shipped())} experts, every token"
-    )
-    what = "KL from the fp32 oracle of the same weights, expert rows against base rows"
-    return [
-        report.duration(
-            "bf16", what, float(expert.mean()), float(base.mean()), "nats a token", note, extra={"times": float(times)}
+            adapter: Adapter = ((expert.digest, 1.0),)
+            for kind, model, used in (("expert", rounded, adapter), ("base", rounded, ()), ("whole", whole, adapter)):
+                oracle_layers.select([used])
+                layers.select([used])
+                logits = [one(ids, use_cache=False).logits[0].double() for one in (exact, model)]
+                difference = logits[0] - logits[1]
+                far[kind]["logits"].append(float(difference.std(-1, correction=0).square().mean().sqrt()))
+                oracle, own = (one.log_softmax(-1) for one in logits)
+                far[kind]["kl"].append(float((oracle.exp() * (oracle - own)).sum(-1).mean()))
+    rows = []
+    for measure, words, unit in (("logits", "distance of logits", "logit"), ("kl", "KL divergence", "nats a token")):
+        expert, base, made = (np.array(far[kind][measure]) for kind in kinds)
+        drawn = np.random.default_rng(0).integers(len(base), size=(RESAMPLES, len(base)))
+        low, high = np.quantile(expert[drawn].mean(1) / base[drawn].mean(1), [0.025, 0.975])
+        times = float(expert.mean() / base.mean())
+        note = (
+            f"an expert row's is {times:.2f} times a base row's, 95 % {low:.2f} to {high:.2f}; asked: at most 2; "
+            f"the expert's weights made whole in bf16: {made.mean() / base.mean():.2f} times; "
+            f"{len(base)} held-out prompts of {len(shipped())} experts, every token"
         )
-    ]
+        what = f"bf16, {words} from the fp32 oracle of the same weights, expert rows against base rows"
+        figures = float(expert.mean()), float(base.mean())
+        rows.append(report.duration(f"bf16-{measure}", what, *figures, unit, note, extra={"times": times}))
+    return rows
 
 
 # -- mixtures ----------------------------------------------------------------------------------------------------------
