@@ -1,13 +1,22 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from metasepia.backbone import ReferenceBackbone
+from metasepia.engine import Engine
 from metasepia.errors import InvalidRequest, Unavailable
-from metasepia.fewshot import PRIORITY, Asked, Found, Scoring, Shot, common_prefix, search, split
+from metasepia.experts import ExpertVectors
+from metasepia.fewshot import PRIORITY, Asked, Found, RowBackbone, Scoring, Shot, common_prefix, search, split
+from metasepia.inflight import Limits
+from metasepia.lora import LoraAdapter
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
 from metasepia.search import CrossEntropySearch, Score, SearchSettings
+from metasepia.svf import attach, factors_of
+from tests.unit.test_engine import PREPARED
 
 MATHS, LAW, BASE = "a" * 64, "b" * 64, "c" * 64
 EOS = 9
@@ -68,6 +77,7 @@ def run(backbone: Pretended, scoring: Scoring, num_shots: int = 4) -> tuple[Foun
     return asyncio.run(search(backbone, shots, held_out, state, scoring)), state
 
 
+LIMITS = Limits(max_rows=8, max_batch_tokens=4096, max_queued_tokens=100_000, max_prefix_tokens=1024)
 LIKELIHOOD = Scoring(bases=frozenset({BASE}), stop_token_ids=(EOS,))
 ACCURACY = Scoring(by="accuracy", bases=frozenset({BASE}), stop_token_ids=(EOS,))
 
@@ -187,3 +197,40 @@ def test_the_common_beginning_of_one_prompt_is_nothing_to_share() -> None:
     assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == (1, 2)
     assert common_prefix([(1, 2)]) == ()
     assert common_prefix([(1, 2), (3, 2)]) == ()
+
+
+def test_a_population_in_one_batch_finds_what_the_oracle_finds_row_by_row(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def model() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval().requires_grad_(False)
+
+    factors = factors_of(model(), ("mlp.up_proj",), PREPARED.digest, tmp_path, progress=False)
+    draw = np.random.default_rng(0)
+    experts: dict[str, ExpertVectors | LoraAdapter] = {}
+    for _ in range(2):
+        z = {name: draw.uniform(0, 3, length).astype(np.float32) for name, length in factors.index.lengths.items()}
+        one = ExpertVectors(backbone=PREPARED.digest, factors=factors.digest, z=z)
+        experts[one.digest] = one
+    base = ExpertVectors.identity(PREPARED.digest, factors.digest).digest
+    tokens = draw.integers(0, 255, (6, 24)).tolist()
+    shots = [Shot(prompt=(7,) * 20 + tuple(one[:20]), answer=tuple(one[20:])) for one in tokens]
+    scoring = Scoring(bases=frozenset({base}))
+    settings = SearchSettings(population=8, elites=2, generations=3, per_layer=True)
+
+    def searched(backbone: RowBackbone) -> tuple[Found, CrossEntropySearch]:
+        state = CrossEntropySearch([*experts, base], settings, num_layers=len(factors.index.lengths))
+        return asyncio.run(search(backbone, shots[:4], shots[4:], state, scoring)), state
+
+    oracle = ReferenceBackbone(model(), PREPARED.digest, factors=factors, experts=experts)
+    wanted, slow = searched(oracle)
+    ours = model()
+    with Engine(ours, PREPARED, experts=attach(ours, factors), limits=LIMITS) as engine:
+        for one in experts.values():
+            engine.put_expert(one)
+        found, state = searched(engine)
+        assert engine.load().reused_tokens > 0
+    assert state.to_bytes() == slow.to_bytes()
+    assert found.adapter == wanted.adapter
+    for name, score in wanted.held_out.items():
+        assert score.value == pytest.approx(found.held_out[name].value, rel=1e-4)
