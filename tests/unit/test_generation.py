@@ -279,3 +279,15 @@ def test_the_chosen_token_has_the_largest_score(sampling: Sampling):
     chosen = choose(logits, [sampling] * 3, [1, 2, 3], [4, 5, 6])
     for row, seed, position, one in zip(logits, (1, 2, 3), (4, 5, 6), chosen, strict=True):
         assert int(scores_of(row, sampling, seed, position).argmax()) == one.token_id
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999999, 1.0])
+def test_a_draw_that_looks_at_few_tokens_is_the_draw_that_looks_at_all(temperature: float, top_p: float):
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    generator = torch.Generator().manual_seed(0)
+    flat, ties = torch.zeros(3, 400), torch.randint(0, 3, (3, 400), generator=generator).float()
+    for logits in (3 * torch.randn(30, 400, generator=generator), flat, ties):
+        chosen = choose(logits, [sampling] * len(logits), range(len(logits)), [5] * len(logits))
+        wanted = [int(scores_of(row, sampling, seed, 5).argmax()) for seed, row in enumerate(logits)]
+        assert [one.token_id for one in chosen] == wanted
