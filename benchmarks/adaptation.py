@@ -10,6 +10,7 @@ words is the right one. Where the base answers in sentences, `exact` gains by th
 """
 
 import dataclasses
+import gc
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = Runs(options.runs, Workbench.open(BACKBONE, options.home), tasks_of(options.data), options.held_out)
     for part in options.parts:
         rows = [dataclasses.replace(row, part=part) for row in PARTS[part](runs, options)]
+        gc.collect()  # models that a part made
         report.publish("adaptation", rows, json_file=options.json, started_on=started_on)
 
 

@@ -1,9 +1,11 @@
 """Parts of `benchmarks.adaptation` on experts in use: in bf16, mixed for a task none was trained on, routed to."""
 
 import asyncio
+import gc
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -295,10 +297,14 @@ STAGES: Mapping[str, Callable[[Runs, Sequence[str]], list[str | None]]] = {
 }
 
 
-def engine_of(runs: Runs, *experts: ExpertVectors) -> Engine:
+@contextmanager
+def engine_of(runs: Runs, *experts: ExpertVectors) -> Iterator[Engine]:
     """A decoder of its own on the workbench's weights, with these experts."""
     model = twin(runs.bench.model)
     layers = attach(model, runs.bench.factors(EXPERT_LAYERS))
     for expert in experts:
         layers.put(expert.digest, expert)
-    return Engine(model, runs.bench.prepared, experts=layers)
+    with Engine(model, runs.bench.prepared, experts=layers) as engine:
+        yield engine
+    del model, layers, engine
+    gc.collect()  # modules refer to each other, and what a decoder packs is as large as the model
