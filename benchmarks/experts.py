@@ -116,6 +116,21 @@ class Took:
     wall_s: float
     cpu_s: float
 
+    @classmethod
+    def by(cls, work: Callable[[], Any]) -> "Took":
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        work()
+        return cls(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+
+def wall_s(took: Sequence[Took]) -> float:
+    return report.median([one.wall_s for one in took])
+
+
+def cpu_ratio(against: Sequence[Took], ours: Sequence[Took]) -> str:
+    ratio = report.median([a.cpu_s / b.cpu_s for a, b in zip(against, ours, strict=True)])
+    return f"by processor time {ratio:.3f}"
+
 
 def decode(subject: Subject, adapters: Sequence[Adapter], steps: int) -> Took:
     """`steps` decoding steps of one row an adapter, after their prompts were read."""
@@ -144,8 +159,8 @@ def decode(subject: Subject, adapters: Sequence[Adapter], steps: int) -> Took:
             result = decoder.run(StepPlan(step=step, feed=tuple((k, c.token_id) for k, c in result.chosen.items())))
             if len(result.chosen) != len(rows):
                 raise SystemExit(f"rows failed: {result.failed}")
-        wall_s, cpu_s = began  # pyright: ignore[reportPossiblyUnboundVariable]
-        return Took(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+        wall, cpu = began  # pyright: ignore[reportPossiblyUnboundVariable]
+        return Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def in_turn(rounds: int, *sides: Callable[[], T]) -> list[list[T]]:
@@ -168,7 +183,7 @@ def mixed(subject: Subject, arguments: Namespace, note: str) -> list[report.Row]
     same = full[:1] * NUM_ROWS
     sides = [lambda rows=rows: decode(subject, rows, steps) for rows in (base, full, cut, same)]
     plain, *taken = in_turn(arguments.rounds, *sides)
-    plain_ms = 1000 * report.median([one.wall_s for one in plain]) / steps
+    plain_ms = 1000 * wall_s(plain) / steps
     rows: list[report.Row] = []
     for (id, what), own in zip(
         (
@@ -179,9 +194,8 @@ def mixed(subject: Subject, arguments: Namespace, note: str) -> list[report.Row]
         taken,
         strict=True,
     ):
-        own_ms = 1000 * report.median([one.wall_s for one in own]) / steps
-        by_cpu = report.median([a.cpu_s / b.cpu_s for a, b in zip(plain, own, strict=True)])
-        told = f"{own_ms - plain_ms:.2f} ms a step more than {plain_ms:.2f}; by processor time {by_cpu:.3f}; {note}"
+        own_ms = 1000 * wall_s(own) / steps
+        told = f"{own_ms - plain_ms:.2f} ms a step more than {plain_ms:.2f}; {cpu_ratio(plain, own)}; {note}"
         rows.append(
             report.rate(
                 id,
@@ -220,14 +234,14 @@ async def answer_all(
     return sum(await asyncio.gather(*[one(number) for number in range(len(adapters))]))
 
 
-def engine_s(
+def through(
     engine: Engine, prompts: Sequence[tuple[int, ...]], adapters: Sequence[Adapter], lengths: Sequence[int]
-) -> float:
-    began = time.perf_counter()
-    came = asyncio.run(answer_all(engine, prompts, adapters, lengths))
-    if came != sum(lengths):
+) -> Took:
+    came: list[int] = []
+    took = Took.by(lambda: came.append(asyncio.run(answer_all(engine, prompts, adapters, lengths))))
+    if came != [sum(lengths)]:
         raise SystemExit(f"{came} tokens came instead of {sum(lengths)}")
-    return time.perf_counter() - began
+    return took
 
 
 def drawn(how: str, count: int, num_rows: int) -> list[int]:
@@ -243,15 +257,15 @@ def drawn(how: str, count: int, num_rows: int) -> list[int]:
 
 def expert_count(subject: Subject, arguments: Namespace, note: str) -> list[report.Row]:
     """Rows that come and go, 16 at a time, with more and more experts registered; against one expert."""
-    num_rows = 2 * NUM_ROWS
+    num_rows, rounds = 2 * NUM_ROWS, min(3, arguments.rounds)
     lengths = [arguments.steps // 2 + 4 * (number % 5) for number in range(num_rows)]
     adapters: list[Adapter] = []
     tokens, rows = sum(lengths), []
     experts = subject.experts(COUNTS[-1], seed=1)
     with Engine(subject.model, subject.prepared, experts=subject.layers, limits=DEFAULT_LIMITS) as engine:
 
-        def run(which: Sequence[int]) -> float:
-            return engine_s(engine, subject.prompts, [adapters[i] for i in which], lengths)
+        def run(which: Sequence[int]) -> Took:
+            return through(engine, subject.prompts, [adapters[i] for i in which], lengths)
 
         for count in COUNTS:
             adapters += subject.hold(experts[len(adapters) : count])
@@ -259,27 +273,27 @@ def expert_count(subject: Subject, arguments: Namespace, note: str) -> list[repo
             if count == 1:
                 draws = {"identical": draws["identical"]}
             one = [0] * num_rows
-            times = in_turn(arguments.rounds, *[lambda which=which: run(which) for which in (one, *draws.values())])
+            times = in_turn(rounds, *[lambda which=which: run(which) for which in (one, *draws.values())])
             for how, own in zip(draws, times[1:], strict=True):
-                alone_s = report.median(times[0])
+                alone_s = wall_s(times[0])
                 rows.append(
                     report.rate(
                         f"expert-count-{count}-{how}", f"{count} experts registered, rows drawn {how}",
-                        tokens / report.median(own), tokens / alone_s, "tokens/s", detail=True,
+                        tokens / wall_s(own), tokens / alone_s, "tokens/s", cpu_ratio(times[0], own), detail=True,
                     )
                 )  # fmt: skip
             if count == 1:
-                first = report.median(times[0])
-        alone_after = report.median([run([0] * num_rows) for _ in range(arguments.rounds)])
+                first = wall_s(times[0])
+        alone_after = wall_s([run([0] * num_rows) for _ in range(rounds)])
     for adapter in adapters:
         subject.layers.drop(adapter[0][0])
-    worst = min(rows, key=lambda row: row.ratio or 0)
     rows.append(
         report.rate(
             "expert-count-registered", f"one expert's rows, {COUNTS[-1]} registered against 1", tokens / alone_after,
             tokens / first, "tokens/s", detail=True,  # pyright: ignore[reportPossiblyUnboundVariable]
         )
     )  # fmt: skip
+    worst = min(rows, key=lambda row: row.ratio or 0)
     summary = report.rate(
         "expert-count", f"32 rows that come and go, 1 to {COUNTS[-1]} experts registered, the worst of all draws",
         worst.ours, worst.against, "tokens/s", f"{worst.what}; {note}",
@@ -310,46 +324,42 @@ def mixed_peft(subject: Subject, arguments: Namespace, note: str) -> list[report
     length = arguments.steps
 
     @torch.inference_mode()
-    def generate_s(**options: Any) -> float:
-        began = time.perf_counter()
+    def generate(**options: Any) -> None:
         out = theirs.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
             min_new_tokens=length, max_new_tokens=length, pad_token_id=0, **options,
         )  # fmt: skip
-        seconds = time.perf_counter() - began
         if tuple(out.shape) != (NUM_ROWS, PROMPT_LEN + length):
             raise SystemExit(f"generate answered {tuple(out.shape)}")
-        return seconds
 
-    def disabled_s() -> float:
+    def disabled() -> None:
         with theirs.disable_adapter():
-            return generate_s()
+            generate()
 
     adapters = subject.hold(subject.experts(NUM_ROWS, seed=2))
     cut = subject.hold(subject.experts(NUM_ROWS, rank=TRUNCATED, seed=2))
     with Engine(subject.model, subject.prepared, experts=subject.layers, limits=DEFAULT_LIMITS) as engine:
-        ours, ours_cut, peft_s, plain_s = (
-            report.median(one)
-            for one in in_turn(
-                max(2, arguments.rounds // 2),
-                lambda: engine_s(engine, subject.prompts, adapters, [length] * NUM_ROWS),
-                lambda: engine_s(engine, subject.prompts, cut, [length] * NUM_ROWS),
-                lambda: generate_s(adapter_names=names),
-                disabled_s,
-            )
+        ours, ours_cut, of_peft, plain = in_turn(
+            max(2, arguments.rounds // 2),
+            lambda: through(engine, subject.prompts, adapters, [length] * NUM_ROWS),
+            lambda: through(engine, subject.prompts, cut, [length] * NUM_ROWS),
+            lambda: Took.by(lambda: generate(adapter_names=names)),
+            lambda: Took.by(disabled),
         )
     for adapter in (*adapters, *cut):
         subject.layers.drop(adapter[0][0])
     tokens = NUM_ROWS * length
-    told = f"PEFT gives {plain_s / peft_s:.2f} of the same model without adapters in `generate`; {note}"
+    peft_s = wall_s(of_peft)
+    told = f"PEFT gives {wall_s(plain) / peft_s:.2f} of the same model without adapters in `generate`; "
+    told += f"{cpu_ratio(of_peft, ours)}; {note}"
     return [
         report.rate(
             "mixed-peft", f"16 rows with 16 adapters, {PROMPT_LEN} tokens read and {length} written each, "
-            f"against PEFT LoRA rank {rank} in `generate`", tokens / ours, tokens / peft_s, "tokens/s", told,
+            f"against PEFT LoRA rank {rank} in `generate`", tokens / wall_s(ours), tokens / peft_s, "tokens/s", told,
         ),
         report.rate(
-            "mixed-peft-64", "the same with experts on the leading 64", tokens / ours_cut, tokens / peft_s, "tokens/s",
-            detail=True,
+            "mixed-peft-64", "the same with experts on the leading 64", tokens / wall_s(ours_cut), tokens / peft_s,
+            "tokens/s", detail=True,
         ),
     ]  # fmt: skip
 
