@@ -82,12 +82,15 @@ def load_shard(
     `families.check`, before any process was started; others run whole and are read by transformers. Raises
     CorruptArtefact for files that are not the model's.
     """
+    import torch
+
     from metasepia import checkpoints, families, loading
     from metasepia.stored import StoredTensors
 
-    if prepared.model_type not in families.FAMILIES:
+    is_whole_on_cpu = world == 1 and torch.device(device).type == "cpu"
+    if is_whole_on_cpu or prepared.model_type not in families.FAMILIES:
         assert world == 1, f"{prepared.model_type} cannot be cut"
-        return checkpoints.load(prepared, dtype, str(device))
+        return checkpoints.load(prepared, dtype, str(device))  # mapped where it can be: processes share its pages
     directory = Path(prepared.path)
     stored = StoredTensors.of_directory(directory)
     model = loading.skeleton(directory, dtype)
