@@ -5,13 +5,16 @@
 
 SmolLM2-135M in one process at tp_size 1, and the experts that come with the package. Both sides of a ratio run in turn
 with the same number of threads, on the same candidates and shots; medians over the rounds are quoted. `search` first
-checks that both sides give each candidate the same score, to 1e-4 of it, and stops where they do not.
+checks that both sides give each candidate the same score, to 1e-4 of it, and stops where they do not. `dispatch` sends
+held-out messages, half of them for no expert, through each stage of `auto` and then answers them, one at a time.
 """
 
 import asyncio
+import dataclasses
+import json
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,12 @@ import torch
 from benchmarks import report
 from cluster import settings as settings_of
 from jobs.tasks.desk import DESK
+from jobs.tasks.dispatch import DISPATCH
 from jobs.tasks.sentiment import SENTIMENT
 from jobs.tasks.support import SUPPORT
 from metasepia import checkpoints
+from metasepia.dispatch import CentroidTable, Dispatched, TaskCentroid
+from metasepia.dispatchers import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.engine import Engine
 from metasepia.experts import ExpertVectors
 from metasepia.factors import FactorSet, factors_of
@@ -32,7 +38,7 @@ from metasepia.fewshot import Asked, Scoring, Shot, common_prefix
 from metasepia.inflight import Limits
 from metasepia.mixing import ExpertMixer, adapter_of, base_of
 from metasepia.prepared import PreparedBackbone
-from metasepia.rows import Adapter
+from metasepia.rows import Adapter, Row, Sampling
 from metasepia.svf import attach
 from serve.prompts import Prompts
 
@@ -45,7 +51,10 @@ LIMITS = Limits(
     max_rows=16, max_batch_tokens=16_384, max_queued_tokens=1 << 20, max_prefix_tokens=8192, step_target_s=2.0
 )
 """Nobody streams here, so steps may be as long as a candidate's shots take."""
+SHIPPED = tuple(task.name for task in TASKS)
+ANSWER_LEN = 64
 PARTS = ("search", "dispatch")
+Choose = Callable[[str], Awaitable[Dispatched]]
 
 
 @dataclass
@@ -115,6 +124,50 @@ class Subject:
                 scores.append(float(torch.stack(means).mean()))
         return scores
 
+    def stages(self) -> dict[str, Choose]:
+        """The stages of `auto` over the shipped experts, each by itself."""
+        cards = {name: json.loads((ASSETS / name / "card.json").read_text()) for name in SHIPPED}
+        digests = {name: one.digest for name, one in zip(SHIPPED, self.experts.values(), strict=False)}
+        centroids = {digests[name]: TaskCentroid.of_card(card, name) for name, card in cards.items()}
+        table = CentroidTable(self.prepared.digest, {d: one for d, one in centroids.items() if one is not None})
+        described = [
+            Described(digest=digests[name], name=name, about=str(card["description"])) for name, card in cards.items()
+        ]
+        ends = self.prepared.eos_token_ids
+
+        async def centroid(text: str) -> Dispatched:
+            prompt = self.prompts.chat([{"role": "user", "content": text}])
+            row = Row(request_id="r", backbone=self.prepared.digest, token_ids=prompt, want="hidden_states")
+            asked = [dataclasses.replace(row, hidden=wanted) for wanted in table.wanted]
+            states = await asyncio.gather(*map(self.engine.hidden_states, asked))
+            return table.choose({wanted: one.states for wanted, one in zip(table.wanted, states, strict=True)})
+
+        async def prompt(text: str) -> Dispatched:
+            return await route_by_prompt(self.engine, text, described, self.prompts, stop_token_ids=ends)
+
+        found: dict[str, Choose] = {"centroid": centroid, "prompt": prompt}
+        path = ASSETS / "dispatch"
+        if (path / "card.json").is_file():
+            router = ExpertVectors.from_bytes((path / "expert.safetensors").read_bytes())
+            self.engine.put_expert(router)
+            dispatcher = Dispatcher.of_card(json.loads((path / "card.json").read_text()), router.digest, "dispatch")
+            assert dispatcher is not None
+
+            async def classifier(text: str) -> Dispatched:
+                return await route_by_classifier(
+                    self.engine, text, dispatcher, digests, self.prompts, stop_token_ids=ends
+                )
+
+            found["classifier"] = classifier
+        return found
+
+    async def answer(self, text: str, adapter: Adapter) -> None:
+        prompt = self.prompts.chat([{"role": "user", "content": text}])
+        sampling = Sampling(temperature=0.0, max_tokens=ANSWER_LEN, stop_token_ids=self.prepared.eos_token_ids)
+        row = Row(request_id="r", backbone=self.prepared.digest, token_ids=prompt, adapter=adapter, sampling=sampling)
+        async for _ in self.engine.generate(row):
+            pass
+
     async def searched(self, candidates: Sequence[Adapter], shots: Sequence[Shot], *, share: bool) -> list[float]:
         """All candidates at once, as a search asks for them."""
         asked = Asked(self.engine, shots, Scoring(share_prefix=share))
@@ -156,6 +209,35 @@ def search(subject: Subject, options: Namespace) -> list[report.Row]:
     return rows
 
 
+def dispatch(subject: Subject, options: Namespace) -> list[report.Row]:
+    """Of each stage the first pass, which chooses, against the second, which answers with what was chosen."""
+    messages = [one.text for one in DISPATCH.held_out(options.messages, seed=0)]
+    rows: list[report.Row] = []
+    for stage, choose in subject.stages().items():
+        seconds = asyncio.run(_passes(subject, choose, messages))
+        first, second = (sum(column) / len(column) for column in zip(*seconds, strict=True))
+        rows.append(
+            report.duration(
+                f"first-pass-{stage}", f"auto by {stage}: choosing, against answering in {ANSWER_LEN} tokens or fewer",
+                first, second, "s", f"{first / second:.0%} of the second pass; {len(messages)} messages, one at a time",
+                part="dispatch",
+            )
+        )  # fmt: skip
+    return rows
+
+
+async def _passes(subject: Subject, choose: Choose, messages: Sequence[str]) -> list[tuple[float, float]]:
+    await choose("Hello, what can you do for me?")  # weights are packed at first use
+    seconds: list[tuple[float, float]] = []
+    for message in messages:
+        begin = time.perf_counter()
+        chosen = await choose(message)
+        between = time.perf_counter()
+        await subject.answer(message, () if chosen.expert is None else ((chosen.expert, 1.0),))
+        seconds.append((between - begin, time.perf_counter() - between))
+    return seconds
+
+
 def _timed(work: Callable[[], list[float]]) -> tuple[list[float], float]:
     begin = time.perf_counter()
     found = work()
@@ -167,12 +249,13 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--messages", type=int, default=24, help="that `dispatch` sends through each stage")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     started_on = report.machine()
     subject = Subject.of()
-    parts = {"search": search}
+    parts = {"search": search, "dispatch": dispatch}
     rows: list[report.Row] = []
     for part in options.parts.split(","):
         rows += parts[part](subject, options)
