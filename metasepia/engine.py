@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from metasepia.errors import MetasepiaError, Unavailable
+from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
+from metasepia.expert_linear import ExpertLinear
 from metasepia.experts import ExpertVectors
 from metasepia.generation import RowDecoder
 from metasepia.inflight import Answer, Limits
@@ -53,8 +54,10 @@ class Engine:
     ) -> None:
         """`experts`: what `svf.attach` made of this model; left out, it is attached here and holds low-rank ones only.
 
-        Raises NotSupported for a model that does not attend.
+        Raises NotSupported for a model that does not attend, InvalidSettings for one whose layers are not given.
         """
+        if experts is None and any(isinstance(module, ExpertLinear) for module in model.modules()):
+            raise InvalidSettings("experts", None, "what `svf.attach` gave for this model: it is attached once")
         self.prepared = prepared
         self.experts = attach(model, backbone=prepared.digest) if experts is None else experts
         factors = self.experts.factors_digest

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import Backbone, ReferenceBackbone
 from metasepia.engine import Engine
-from metasepia.errors import CorruptArtefact, DeadlineExceeded, NotSupported, Unavailable, UnknownName, WindowExceeded
+from metasepia.errors import (
+    CorruptArtefact,
+    DeadlineExceeded,
+    InvalidSettings,
+    NotSupported,
+    Unavailable,
+    UnknownName,
+    WindowExceeded,
+)
 from metasepia.experts import ExpertVectors
 from metasepia.inflight import Limits
 from metasepia.lora import LoraAdapter
@@ -202,6 +210,13 @@ def test_an_engine_made_without_expert_layers_holds_low_rank_adapters_only(
             plain.put_expert(expert(oracle, 1))
         asked = row(adapter=((delta.digest, 1.0),))
         assert run(tokens_of(plain, asked)) == run(tokens_of(ReferenceBackbone(changed, DIGEST), row()))
+
+
+def test_a_model_whose_layers_were_attached_is_taken_with_them_only(tiny_checkpoint: Callable[[str], Path]) -> None:
+    model = model_of(tiny_checkpoint("llama"))
+    attach(model, backbone=DIGEST)
+    with pytest.raises(InvalidSettings, match="attached once"):
+        Engine(model, PREPARED)
 
 
 def test_a_step_that_raises_ends_every_row_with_its_cause(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
