@@ -6,7 +6,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from actors.backbone import BackboneGroup
 from cluster import placement
@@ -25,10 +25,16 @@ MAX_EXPERT_MIB = 64.0
 """Held by a rank at once: the last few steps' vectors."""
 
 
+class Loop(Protocol):
+    """Runs coroutines in the event loop that a group belongs to."""
+
+    def run(self, work: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> Any: ...
+
+
 class GangRollouts:
     """Rows over a `BackboneGroup`, whose event loop is a thread here."""
 
-    def __init__(self, group: BackboneGroup, loop: "_Loop", blobs: dict[str, bytes]) -> None:
+    def __init__(self, group: BackboneGroup, loop: "Loop", blobs: dict[str, bytes]) -> None:
         """`blobs` is what the group fetches experts from."""
         self._group, self._loop, self._blobs = group, loop, blobs
 
@@ -55,15 +61,9 @@ class GangRollouts:
         self._loop.run(self._group.stop())
 
 
-@contextmanager
-def gang_rollouts(
-    prepared: PreparedBackbone, home: Path, layers: Sequence[str], *, tp_size: int = 1
-) -> Iterator[GangRollouts]:
-    """A gang of `tp_size` ranks in fp32 with experts on these layers, on a Ray of its own; all gone afterwards."""
-    import ray
-    from ray.util.placement_group import remove_placement_group
-
-    settings = BackboneSettings(
+def settings_of(prepared: PreparedBackbone, layers: Sequence[str], tp_size: int) -> BackboneSettings:
+    """A gang that answers many rows at once in fp32, with experts on these layers."""
+    return BackboneSettings(
         id="rollouts",
         source=prepared.source,
         tp_size=tp_size,
@@ -73,6 +73,17 @@ def gang_rollouts(
         max_queued_tokens=10**8,
         max_expert_mib=MAX_EXPERT_MIB,
     )
+
+
+@contextmanager
+def gang_rollouts(
+    prepared: PreparedBackbone, home: Path, layers: Sequence[str], *, tp_size: int = 1
+) -> Iterator[GangRollouts]:
+    """A gang of `tp_size` ranks in fp32 with experts on these layers, on a Ray of its own; all gone afterwards."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    settings = settings_of(prepared, layers, tp_size)
     connect(RaySettings(num_cpus=1.0 + settings.rank_cpus * tp_size, object_store_gib=0.2))
     place = placement.place(gang_bundles(settings)[1:], name=settings.id)
     try:
