@@ -421,9 +421,9 @@ def cost(subject: Subject, arguments: Namespace, note: str) -> list[report.Row]:
             cut += min(TRUNCATED, singular) * (split / tp_size + whole)
         for id, own in (("full", plain - dense + full), ("64", plain + cut)):
             rows.append(
-                report.rate(
+                report.duration(
                     f"cost-{id}-tp{tp_size}", f"multiply-adds a token and rank at tp_size {tp_size}, mixed-{id}",
-                    1 / own, 1 / plain, "tokens", "counted: what the arithmetic allows", detail=tp_size > 2,
+                    own / 1e6, plain / 1e6, "million", "counted: what the arithmetic allows", detail=tp_size > 2,
                 )
             )  # fmt: skip
     return rows
