@@ -74,6 +74,8 @@ class ExpertLinear(nn.Module):
             return self._pinned(x, bias)
         if not part.deltas:
             return self.stored(x, bias)
+        if sums_first(x, part):
+            return self.stored.plus(x, self.with_deltas(x.new_zeros(*x.shape[:-1], len(self.weight)), x, part), bias)
         if bias is None or not any(delta.norm for delta in part.deltas):
             return self.with_deltas(self.stored(x, bias), x, part)
         return self.with_deltas(self.stored(x), x, part) + bias
@@ -148,6 +150,13 @@ class ExpertLinear(nn.Module):
             return (u * values) @ vh
         stored = self.weight.float() if norm is None else self.weight.float() * norm
         return (stored + (u.float() * values) @ vh.float()).to(self.weight.dtype)
+
+
+def sums_first(x: Tensor, part: Part) -> bool:
+    """Whether what rows add is summed up before the dense product: below fp32, where else each sum is rounded by
+    itself, W x + d then as coarsely as W x, and an expert row strays from fp32 further than a base row.
+    """
+    return x.dtype in (torch.bfloat16, torch.float16) and not any(delta.norm for delta in part.deltas)
 
 
 def rows_of(x: Tensor, delta: Delta) -> Tensor:

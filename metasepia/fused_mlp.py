@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metasepia.expert_linear import ExpertLinear, rows_of
+from metasepia.expert_linear import ExpertLinear, rows_of, sums_first
 from metasepia.matrices import Matrix
 from metasepia.selection import Delta, Part, Selection
 
@@ -61,6 +61,12 @@ class FusedMLP(nn.Module):
             return down.multiply(self._gated_by_factors(x, part), part)
         matrix = self._pinned if part.weights == "pinned" and self._pinned is not None else self._gate_up
         bias = None if gate.bias is None or up.bias is None else torch.cat([gate.bias, up.bias])
+        if part.deltas and sums_first(x, part):
+            gates, ups = (x.new_zeros(*x.shape[:-1], width) for width in self._widths)
+            for delta in part.deltas:
+                gates, ups = self._with_delta(gates, ups, x, delta)
+            gates, ups = matrix.plus(x, torch.cat([gates, ups], dim=-1), bias).split(self._widths, dim=-1)
+            return down.multiply(self._gated(gates, ups), part)
         late = bias is not None and any(delta.norm for delta in part.deltas)  # n multiplies W x alone
         gates, ups = matrix(x, None if late else bias).split(self._widths, dim=-1)
         for delta in part.deltas:

@@ -63,12 +63,16 @@ class Matrix:
         y = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
         return y.mul_(factor)
 
-    def plus(self, x: Tensor, summand: Tensor) -> Tensor:
-        """x W^T + summand, of the same shape."""
+    def plus(self, x: Tensor, summand: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias + summand, of the same shape; one weight below fp32: rounded once, after the sum."""
         packed = self._pack(x)
-        if packed is None:
-            return summand + self._linear(x, None)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, summand, packed, None, "add")
+        if packed is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, summand, packed, bias, "add")
+        if x.dtype == torch.float32 or len(self.weights) != 1:
+            return summand + self._linear(x, bias)
+        flat = summand if bias is None else summand + bias
+        weight = self.weights[0]()
+        return torch.addmm(flat.flatten(0, -2), x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.weights:
