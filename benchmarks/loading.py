@@ -263,7 +263,9 @@ def measure(layers: int, tp_size: int, repeats: int) -> list[report.Row]:
         report.figure("before", "a rank before it: imports, group, a small model", before / MIB, "MiB"),
         *rows_of(runs, "weights", max(block, largest), tp_size),
         *rows_of(runs, "factors", one_factored, tp_size),
-        report.figure("prepare", "preparing it (digest of all files): memory risen to", max(0.0, prepare["rise"]) / MIB, "MiB"),
+        report.figure(
+            "prepare", "preparing it (digest of all files): memory risen to", max(0.0, prepare["rise"]) / MIB, "MiB"
+        ),
     ]
 
 

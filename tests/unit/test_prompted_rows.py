@@ -15,7 +15,7 @@ from metasepia.errors import InvalidRequest, WindowExceeded
 from metasepia.prepared import PreparedBackbone
 from metasepia.reasoning.named import EncoderName, Example, NamedContext
 from metasepia.reasoning.prompted import PromptedEncoder
-from metasepia.rows import HiddenStates, Row, TokenChunk
+from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve.deadlines import Deadline
 from serve.prompted import Prompted
 from serve.prompts import Prompts
@@ -34,6 +34,9 @@ class OneProcess:
         self.model = AutoModelForCausalLM.from_pretrained(directory).eval().requires_grad_(False)
         self._reference = ReferenceBackbone(self.model, self.prepared.digest)
         self.asked: list[Row] = []
+
+    async def score(self, rows: Sequence[Row]) -> list[Scores]:
+        raise NotImplementedError
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
         self.asked += rows
