@@ -51,7 +51,7 @@ def shipped() -> dict[str, ExpertVectors]:
 # -- bf16 --------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bf16(runs: Runs, arguments: Namespace) -> list[report.Row]:
     """How far bf16 takes rows from the fp32 oracle of the same weights: expert rows against base rows, same prompts.
 
