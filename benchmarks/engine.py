@@ -51,7 +51,7 @@ PROMPT_LEN = ANSWER_LEN = 64
 SHORTEST, LONGEST = 8, 256
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """Of a greedy token's logit to the plain model's largest, relative to that."""
-STEPS_UP = 1.15
+STEPS_UP = 1.25
 """How much more ours is offered each time."""
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LIMITS = Limits(max_rows=NUM_ROWS, max_batch_tokens=16_384, max_queued_tokens=1 << 20)
