@@ -19,6 +19,8 @@ from metasepia.modalities.media import Modality
 
 PROFILES = Path(__file__).parent / "profiles"
 ENV_PREFIX = "METASEPIA_"
+NOT_SETTINGS = (ENV_PREFIX + "PROFILE", ENV_PREFIX + "URL")
+"""Which profile is read, and where the command `metasepia` finds a server."""
 
 
 def _between(owner: str, name: str, value: float, low: float, high: float) -> None:
@@ -375,6 +377,6 @@ def read(profile: str | Path | None = None, environ: Mapping[str, str] | None = 
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettings("profile", str(path), f"valid TOML ({error})") from error
     for key, text in sorted(environ.items()):
-        if key.startswith(ENV_PREFIX) and key != ENV_PREFIX + "PROFILE":
+        if key.startswith(ENV_PREFIX) and key not in NOT_SETTINGS:
             tables.override(tree, key, key.removeprefix(ENV_PREFIX).lower().split("__"), text)
     return tables.build(Settings, tree)

@@ -91,7 +91,8 @@ def accept(upload: Upload, name: str | None, served: Mapping[str, Fits]) -> Acce
     blob = upload.parts.get("file")
     if not blob:
         raise InvalidRequest("file", "this field is required: expert.safetensors, or PEFT's adapter_model.safetensors")
-    if blob[:4] == b"PK\x03\x04" or blob[:1] == b"\x80":
+    # A safetensors file may begin with 0x80 too, the length of its header; its ninth byte opens that header.
+    if blob[:4] == b"PK\x03\x04" or (blob[:1] == b"\x80" and blob[8:9] != b"{"):
         raise InvalidRequest(
             "file", "a pickle (adapter_model.bin or a .pt file); only safetensors are read: save it so"
         )

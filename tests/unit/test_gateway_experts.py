@@ -104,6 +104,15 @@ def test_a_raw_body_with_its_fields_in_the_query_is_the_same_upload(bench: Bench
     assert (made["id"], made["digest"]) == ("maths", an_expert().digest)
 
 
+def test_a_file_that_begins_as_a_pickle_does_because_of_its_headers_length_is_taken(bench: Bench):
+    blob = an_expert().to_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    padding = (0x80 - length) % 256
+    longer = (length + padding).to_bytes(8, "little") + blob[8 : 8 + length] + b" " * padding + blob[8 + length :]
+    assert longer[:1] == b"\x80"
+    assert upload(bench, "maths", longer).json()["digest"] == an_expert().digest
+
+
 def test_pefts_two_files_are_one_low_rank_expert(bench: Bench):
     config, weights = write_peft(a_lora(), "tiny")
     made = upload(bench, "low", weights, config=config, backbone="tiny").json()

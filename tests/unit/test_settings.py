@@ -64,3 +64,7 @@ def test_what_does_not_fit_is_refused_with_the_sum_of_its_parts():
     two_ranks = settings.read("laptop", {"METASEPIA_BACKBONES__0__TP_SIZE": "2"})
     with pytest.raises(CannotPlace, match=r"need 2\.7 CPU \(gateway 0\.2 .*tp_size 2\) 1\.5\) and the cluster has 2"):
         resources.check_fits(two_ranks, {"CPU": 2.0})
+
+
+def test_the_address_of_a_server_is_no_setting():
+    assert settings.read("laptop", {"METASEPIA_URL": "http://127.0.0.1:8001"}) == settings.read("laptop", {})
