@@ -25,11 +25,11 @@ from actors.gang_experts import Fetch, GangExperts, Resolve, cause
 from actors.messages import News
 from actors.processes import Identity, Joined
 from cluster.settings import BackboneSettings
-from metasepia import families
+from metasepia.decoding.scheduling import Answer, Limits, Load
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable
-from metasepia.prepared import PreparedBackbone
+from metasepia.models import families
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
-from metasepia.scheduling import Answer, Limits, Load
 
 if TYPE_CHECKING:
     from metasepia.backbone import Capability

@@ -19,19 +19,19 @@ from ray.actor import ActorClass
 from actors.messages import News
 from actors.processes import Identity, Joined, Pulse, process_state
 from cluster.settings import BackboneSettings
+from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, MetasepiaError
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Row
-from metasepia.steps import StepPlan, StepResult
 
 if TYPE_CHECKING:
     import torch
 
-    from metasepia.held import PreparedExpert
-    from metasepia.leases import Moves
-    from metasepia.scheduling import Answer, Limits, Load, Scheduler
-    from metasepia.svf import FactorSet, LayerShard
+    from metasepia.decoding.leases import Moves
+    from metasepia.decoding.scheduling import Answer, Limits, Load, Scheduler
+    from metasepia.experts.held import PreparedExpert
+    from metasepia.experts.svf import FactorSet, LayerShard
 
 OWNER_CHECK_S = 0.5
 
@@ -88,7 +88,8 @@ class BackboneShard:
         import torch
 
         from actors import tensor_parallel
-        from metasepia import factors, stored
+        from metasepia import stored
+        from metasepia.experts import factors
 
         tensor_parallel.load()
         torch.set_num_threads(self._settings.threads)
@@ -111,7 +112,7 @@ class BackboneShard:
         """The factors as this rank holds them: of what is cut, rounded or elsewhere only its own part is ever read."""
         import torch
 
-        from metasepia.factors import cut_factors
+        from metasepia.experts.factors import cut_factors
 
         settings, whole = self._settings, self._factors
         if whole is None or (settings.tp_size == 1 and device.type == "cpu" and settings.dtype == "float32"):
@@ -152,8 +153,8 @@ class BackboneShard:
         import torch
 
         from actors import tensor_parallel
-        from metasepia.generation import RowDecoder
-        from metasepia.svf import attach
+        from metasepia.decoding.generation import RowDecoder
+        from metasepia.experts.svf import attach
 
         begin = time.monotonic()
         settings, world = self._settings, self._settings.tp_size
@@ -243,7 +244,7 @@ class BackboneShard:
             self._scheduler.expert_pinned(digest, expert.num_bytes)
 
     def _prepare_expert(self, digest: str, blob: bytes) -> "PreparedExpert":
-        from metasepia.lora import read_adapter
+        from metasepia.experts.lora import read_adapter
 
         return self._experts.prepare(digest, read_adapter(blob, f"expert {short(digest)}"))
 
@@ -281,9 +282,9 @@ class BackboneShard:
     # -- rank 0 --------------------------------------------------------------------------------------------------------
 
     def _schedule(self, peers: list[Any], limits: "Limits", factors: str | None) -> None:
-        from metasepia.experts import ExpertVectors
-        from metasepia.leases import Leases
-        from metasepia.scheduling import Scheduler
+        from metasepia.decoding.leases import Leases
+        from metasepia.decoding.scheduling import Scheduler
+        from metasepia.experts.vectors import ExpertVectors
 
         self._peers = peers
         always: frozenset[str] = frozenset()

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from metasepia.errors import InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.lora import LoraAdapter, read_adapter
-from metasepia.mixing import (
+from metasepia.experts.lora import LoraAdapter, read_adapter
+from metasepia.experts.mixing import (
     BASE,
     adapter_of,
     adapter_of_rows,
@@ -20,6 +19,7 @@ from metasepia.mixing import (
     mixture_blob,
     mixture_digest,
 )
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.registry import SHARED, Artefact, Kind
 from metasepia.rows import Adapter
 

@@ -1,7 +1,7 @@
 """The owner's part in a gang's experts: it brings what the scheduler asks for, from files or the registry, and pins.
 
-Which experts the ranks hold is decided by rank 0's scheduler (`metasepia.leases`); nothing of that is kept here, so the
-next gang begins anew and asks for what its rows need.
+Which experts the ranks hold is decided by rank 0's scheduler (`metasepia.decoding.leases`); nothing of that is kept
+here, so the next gang begins anew and asks for what its rows need.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.gang import Gang, Pinned
 from cluster.settings import BackboneSettings
+from metasepia.decoding.leases import Moves
 from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
-from metasepia.leases import Moves
 
 logger = logging.getLogger("metasepia.gang")
 

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metasepia.fewshot import By
-from metasepia.inflight import Answer
-from metasepia.leases import Moves
+from metasepia.decoding.inflight import Answer
+from metasepia.decoding.leases import Moves
 from metasepia.modalities.media import Modality
 from metasepia.registry import Artefact as Artefact
 from metasepia.rows import Adapter, Executed
-from metasepia.search import SearchSettings
-from metasepia.search_jobs import Example, Match
+from metasepia.search.cross_entropy import SearchSettings
+from metasepia.search.fewshot import By
+from metasepia.search.jobs import Example, Match
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Outdated, Overloaded, Unavailable
-from metasepia.fewshot import search, split
 from metasepia.registry import Artefact
 from metasepia.rows import Adapter, Row, Scores, TokenChunk
-from metasepia.search import Generation
-from metasepia.search_jobs import ID, Progress, SearchJob, found_json, job_shots
-from metasepia.search_picture import picture
+from metasepia.search.cross_entropy import Generation
+from metasepia.search.fewshot import search, split
+from metasepia.search.jobs import ID, Progress, SearchJob, found_json, job_shots
+from metasepia.search.picture import picture
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """DeepSpeed's tensor parallelism: the process group, the cutting of a model, the all-reduce. The only import of it.
 
-A model is cut while it has no memory (`metasepia.loading.skeleton`); each rank then reads its own part of every weight
-from the checkpoint. torch and DeepSpeed are imported inside the functions, so a gang's owner needs neither.
+A model is cut while it has no memory (`metasepia.models.loading.skeleton`); each rank then reads its own part of every
+weight from the checkpoint. torch and DeepSpeed are imported inside the functions, so a gang's owner needs neither.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from metasepia.svf import FactorSet, LayerShard
+    from metasepia.experts.svf import FactorSet, LayerShard
 
 
 def load() -> None:
@@ -84,7 +84,7 @@ def load_shard(
     """
     import torch
 
-    from metasepia import checkpoints, families, loading
+    from metasepia.models import checkpoints, families, loading
     from metasepia.stored import StoredTensors
 
     is_whole_on_cpu = world == 1 and torch.device(device).type == "cpu"
@@ -109,7 +109,7 @@ def cut(model: "PreTrainedModel", world: int, dtype: "torch.dtype") -> "PreTrain
     import torch
     import torch.distributed as dist
 
-    from metasepia import families
+    from metasepia.models import families
 
     if world == 1:
         return model  # nothing to cut, and init_inference would round the rotary frequencies to dtype
@@ -194,7 +194,7 @@ def layer_shards(model: "torch.nn.Module") -> "dict[str, LayerShard]":
     """How DeepSpeed cut each layer, by parameter name, from the layer's own record."""
     import deepspeed.module_inject.layers as layers
 
-    from metasepia.svf import LayerShard
+    from metasepia.experts.svf import LayerShard
 
     return {
         name: LayerShard(

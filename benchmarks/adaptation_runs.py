@@ -15,8 +15,8 @@ from jobs.tasks import Example, Task
 from jobs.training import LORA_LAYERS, TrainingRun, train
 from jobs.workbench import EXPERT_LAYERS, Workbench, evaluate
 from metasepia.digests import digest_of
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter, read_adapter
+from metasepia.experts.lora import LoraAdapter, read_adapter
+from metasepia.experts.vectors import ExpertVectors
 
 HELD_OUT_SEED = 1_000_003
 RESAMPLES = 10_000

@@ -18,18 +18,18 @@ from jobs.tasks import make
 from jobs.tasks.dispatch import DISPATCH
 from jobs.transfer_expert import SHIPPED, read_source
 from jobs.workbench import EXPERT_LAYERS, evaluate
-from metasepia import checkpoints
+from metasepia.decoding.engine import Engine
 from metasepia.digests import digest_of
-from metasepia.dispatch import CentroidTable, Dispatched, TaskCentroid
-from metasepia.dispatchers import Described, Dispatcher, route_by_classifier, route_by_prompt
-from metasepia.engine import Engine
-from metasepia.experts import ExpertVectors
-from metasepia.fewshot import Scoring, Shot, search
-from metasepia.mixing import ExpertMixer, base_of
+from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
+from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
+from metasepia.experts.mixing import ExpertMixer, base_of
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
 from metasepia.rows import Adapter
-from metasepia.search import CrossEntropySearch, SearchSettings
-from metasepia.svf import attach
-from metasepia.trainable import twin
+from metasepia.search.cross_entropy import CrossEntropySearch, SearchSettings
+from metasepia.search.fewshot import Scoring, Shot, search
+from metasepia.training.trainable import twin
 from serve.prompts import Prompts
 
 NUM_SHOTS = 8

@@ -20,10 +20,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import datasets
 from cluster import settings as settings_of
-from metasepia import checkpoints, encoders
+from metasepia import encoders
 from metasepia.digests import digest_of
 from metasepia.errors import WindowExceeded
-from metasepia.prepared import PreparedBackbone
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 
 CHUNK = 64
 """Texts computed between two writes."""

@@ -13,7 +13,7 @@ start            a fresh process to its first token, with an expert against the 
 The answers of both sides are judged by the plain model: each greedy token's logit must be the largest but for rounding,
 and the share of equal answers is said. transformers' continuous batching (`generate_batch`) is timed beside where this
 transformers has it: it is meant for GPUs, and on CPUs was slower than `generate` whenever we looked, which is why rows
-are scheduled by `metasepia.scheduling`.
+are scheduled by `metasepia.decoding.scheduling`.
 """
 
 import asyncio
@@ -37,14 +37,14 @@ from transformers import StoppingCriteria
 
 from benchmarks import report
 from cluster import settings as settings_of
-from metasepia import checkpoints
-from metasepia.engine import Engine
-from metasepia.experts import ExpertVectors
-from metasepia.factors import factors_of_backbone
-from metasepia.inflight import Limits
-from metasepia.prepared import PreparedBackbone
+from metasepia.decoding.engine import Engine
+from metasepia.decoding.inflight import Limits
+from metasepia.experts.factors import factors_of_backbone
+from metasepia.experts.svf import ExpertLayers, attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Row, Sampling
-from metasepia.svf import ExpertLayers, attach
 
 NUM_ROWS = 16
 PROMPT_LEN = ANSWER_LEN = 64

@@ -22,15 +22,15 @@ import torch
 
 from benchmarks import report
 from cluster import settings as settings_of
-from metasepia import checkpoints
-from metasepia.engine import DEFAULT_LIMITS, Engine
-from metasepia.experts import ExpertVectors
-from metasepia.factors import FactorSet, factors_of
-from metasepia.generation import RowDecoder
-from metasepia.prepared import PreparedBackbone
+from metasepia.decoding.engine import DEFAULT_LIMITS, Engine
+from metasepia.decoding.generation import RowDecoder
+from metasepia.decoding.steps import Advance, Begin, NewRow, StepPlan
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.experts.svf import ExpertLayers, attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, HiddenStatesWanted, Row, Sampling
-from metasepia.steps import Advance, Begin, NewRow, StepPlan
-from metasepia.svf import ExpertLayers, attach
 
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NUM_ROWS = 16

@@ -15,7 +15,7 @@ PROMPT = tuple(range(1000, 1016))
 
 
 def theirs(home: Path, source: str, threads: int, expert: Path) -> int:
-    from metasepia.checkpoints import prepare  # no torch: it only says where the weights are
+    from metasepia.models.checkpoints import prepare  # no torch: it only says where the weights are
 
     directory = prepare(source, home).path
 
@@ -34,12 +34,12 @@ def ours(home: Path, source: str, threads: int, expert: Path) -> int:
 
     import torch
 
-    from metasepia import checkpoints
-    from metasepia.engine import Engine
-    from metasepia.experts import ExpertVectors
-    from metasepia.factors import factors_of
+    from metasepia.decoding.engine import Engine
+    from metasepia.experts.factors import factors_of
+    from metasepia.experts.svf import attach
+    from metasepia.experts.vectors import ExpertVectors
+    from metasepia.models import checkpoints
     from metasepia.rows import Row, Sampling
-    from metasepia.svf import attach
 
     torch.set_num_threads(threads)
     prepared = checkpoints.prepare(source, home)

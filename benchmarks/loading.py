@@ -76,8 +76,8 @@ def run_rank(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from actors import tensor_parallel
-    from metasepia import checkpoints
-    from metasepia.factors import cut_factors, factors_of_backbone
+    from metasepia.experts.factors import cut_factors, factors_of_backbone
+    from metasepia.models import checkpoints
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -141,7 +141,7 @@ def write_model(directory: Path, layers: int, shape: dict[str, Any]) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from metasepia import planning
+    from metasepia.models import planning
     from metasepia.stored import INDEX
 
     directory.mkdir()
@@ -165,10 +165,10 @@ def write_factors(directory: Path, home: Path, backbone: str) -> None:
     """A file of the right shapes, unfactored: reading it is what is measured."""
     import torch
 
-    from metasepia.experts import FactorIndex, factors_path, index_path
-    from metasepia.factor_files import FactorFile
-    from metasepia.factors import expert_layers_of
-    from metasepia.loading import skeleton
+    from metasepia.experts.factor_files import FactorFile
+    from metasepia.experts.factors import expert_layers_of
+    from metasepia.experts.vectors import FactorIndex, factors_path, index_path
+    from metasepia.models.loading import skeleton
 
     layers = expert_layers_of(skeleton(directory, torch.float32), FACTORED)
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in layers.items()}
@@ -237,7 +237,7 @@ def rows_of(runs: dict[str, list[list[dict[str, Any]]]], what: str, one_layer: i
 
 
 def measure(layers: int, tp_size: int, repeats: int) -> list[report.Row]:
-    from metasepia import checkpoints, planning
+    from metasepia.models import checkpoints, planning
 
     with tempfile.TemporaryDirectory(prefix="metasepia-loading-") as scratch:
         directory = Path(scratch)

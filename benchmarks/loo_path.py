@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import datasets, report
 from cluster import settings as settings_of
-from metasepia import checkpoints
+from metasepia.models import checkpoints
 from metasepia.reasoning import shipped
 from metasepia.reasoning.context import answer, compile_context
 from metasepia.reasoning.examples import Context

@@ -28,18 +28,18 @@ from jobs.tasks.desk import DESK
 from jobs.tasks.dispatch import DISPATCH
 from jobs.tasks.sentiment import SENTIMENT
 from jobs.tasks.support import SUPPORT
-from metasepia import checkpoints
-from metasepia.dispatch import CentroidTable, Dispatched, TaskCentroid
-from metasepia.dispatchers import Described, Dispatcher, route_by_classifier, route_by_prompt
-from metasepia.engine import Engine
-from metasepia.experts import ExpertVectors
-from metasepia.factors import FactorSet, factors_of
-from metasepia.fewshot import Asked, Scoring, Shot, common_prefix
-from metasepia.inflight import Limits
-from metasepia.mixing import ExpertMixer, adapter_of, base_of
-from metasepia.prepared import PreparedBackbone
+from metasepia.decoding.engine import Engine
+from metasepia.decoding.inflight import Limits
+from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
+from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.experts.mixing import ExpertMixer, adapter_of, base_of
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Row, Sampling
-from metasepia.svf import attach
+from metasepia.search.fewshot import Asked, Scoring, Shot, common_prefix
 from serve.prompts import Prompts
 
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -15,9 +15,9 @@ from typing import Any
 from cluster import resources
 from cluster import settings as settings_of
 from cluster.settings import BackboneSettings, Settings
-from metasepia import checkpoints, planning
 from metasepia.errors import InvalidSettings, MetasepiaError
-from metasepia.planning import GIB, Need, Plan
+from metasepia.models import checkpoints, planning
+from metasepia.models.planning import GIB, Need, Plan
 
 
 def need_of(backbone: BackboneSettings) -> Need:

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 from cluster import settings
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, InvalidSettings, MetasepiaError, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.lora import LoraAdapter, facts_of, linear_shapes, read_adapter
-from metasepia.mixing import ExpertMixer, read_mixture, weight_in
-from metasepia.peft_files import CONFIG, WEIGHTS, read_peft, target_modules, write_peft
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.lora import LoraAdapter, facts_of, linear_shapes, read_adapter
+from metasepia.experts.mixing import ExpertMixer, read_mixture, weight_in
+from metasepia.experts.peft_files import CONFIG, WEIGHTS, read_peft, target_modules, write_peft
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import LOCAL, read_blob, read_entry
 
 if TYPE_CHECKING:
-    from metasepia.factors import FactorSet
+    from metasepia.experts.factors import FactorSet
 
 FILE, CARD, README = "expert.safetensors", "card.json", "README.md"
 SHIPPED = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
@@ -103,7 +103,7 @@ def backbone_of(given: Given, wanted: str | None, profile: str | None, home: Pat
 
     Raises CorruptArtefact where it was made for another.
     """
-    from metasepia import checkpoints
+    from metasepia.models import checkpoints
 
     named = [wanted] if wanted else [given.card["backbone_source"]] if given.card.get("backbone_source") else []
     sources = named or [one.source for one in settings.read(profile).backbones]
@@ -119,7 +119,7 @@ def backbone_of(given: Given, wanted: str | None, profile: str | None, home: Pat
 
 def factors_for(adapter: ExpertVectors, prepared: PreparedBackbone, home: Path) -> "FactorSet":
     """The factors that an expert was made for; read by layer, and made first where they are not there."""
-    from metasepia.factors import cut_factors, factors_of_backbone
+    from metasepia.experts.factors import cut_factors, factors_of_backbone
 
     try:
         FactorIndex.read(adapter.factors, home)
@@ -135,7 +135,7 @@ def factors_for(adapter: ExpertVectors, prepared: PreparedBackbone, home: Path) 
 
 def one_adapter(given: Given, index: FactorIndex | None) -> ExpertVectors | LoraAdapter:
     """A mixture as one adapter; exact."""
-    from metasepia.exporting import mixed_low_rank
+    from metasepia.experts.exporting import mixed_low_rank
 
     first = given.parts[0][1]
     if len(given.parts) == 1 and given.parts[0][0] == 1.0:
@@ -164,7 +164,7 @@ def read_peft_or(options: argparse.Namespace) -> Given:
     folder = Path(options.expert)
     if not (folder / CONFIG).is_file() or (folder / FILE).is_file():
         return read_given(options.expert, options.home)
-    from metasepia import checkpoints
+    from metasepia.models import checkpoints
 
     source = options.backbone or settings.read(options.profile).backbones[0].source
     prepared = checkpoints.prepare(source, options.home)
@@ -176,7 +176,7 @@ def read_peft_or(options: argparse.Namespace) -> Given:
 def _export(given: Given, options: argparse.Namespace) -> None:
     import torch
 
-    from metasepia.exporting import low_rank, merge, total_loss
+    from metasepia.experts.exporting import low_rank, merge, total_loss
 
     torch.set_num_threads(options.threads)
     first = given.parts[0][1]

@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _factor(options: argparse.Namespace) -> None:
     import torch
 
-    from metasepia import checkpoints
-    from metasepia.experts import found_factors
-    from metasepia.factors import factors_of_backbone
+    from metasepia.experts.factors import factors_of_backbone
+    from metasepia.experts.vectors import found_factors
+    from metasepia.models import checkpoints
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InvalidSettings("--device", options.device, "cpu: torch finds no CUDA device here")

@@ -13,11 +13,11 @@ from cluster import placement
 from cluster.connect import connect
 from cluster.resources import gang_bundles
 from cluster.settings import BackboneSettings, RaySettings
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter
-from metasepia.prepared import PreparedBackbone
-from metasepia.rollouts import Rolled
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Row
+from metasepia.training.rollouts import Rolled
 
 T = TypeVar("T")
 START_TIMEOUT_S = 900.0

@@ -23,14 +23,14 @@ from jobs.tasks.general import CALIBRATION
 from jobs.tasks.general import HELD_OUT as GENERAL_HELD_OUT
 from jobs.training import Trained, TrainingRun, train
 from jobs.workbench import Workbench, evaluate
-from metasepia.dispatch import CentroidTable, TaskCentroid
+from metasepia.dispatch.centroid import CentroidTable, TaskCentroid
 from metasepia.errors import MetasepiaError
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter
-from metasepia.policy import Baseline, KlForm
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import HiddenStatesWanted
-from metasepia.trainable import Form, LowRank
-from metasepia.tuning import Schedule, paired_gain
+from metasepia.training.policy import Baseline, KlForm
+from metasepia.training.trainable import Form, LowRank
+from metasepia.training.tuning import Schedule, paired_gain
 
 HELD_OUT_SEED = 1_000_003
 PARITY = {

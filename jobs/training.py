@@ -22,13 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jobs.tasks import Example, Task
 from jobs.workbench import EXPERT_LAYERS, Workbench, read_answers, read_labels
 from metasepia.errors import CorruptArtefact, InvalidSettings, NoLearningSignal
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter
-from metasepia.policy import Baseline, Choice, KlForm, PolicyLoss, Sampled, row_seed
-from metasepia.rollouts import Rollouts, check_executed
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Sampling
-from metasepia.trainable import Form, LowRank, SingularValues, Trainable, linear_layers, names_in_blocks
-from metasepia.tuning import Schedule, Trainer
+from metasepia.training.policy import Baseline, Choice, KlForm, PolicyLoss, Sampled, row_seed
+from metasepia.training.rollouts import Rollouts, check_executed
+from metasepia.training.trainable import Form, LowRank, SingularValues, Trainable, linear_layers, names_in_blocks
+from metasepia.training.tuning import Schedule, Trainer
 
 LORA_LAYERS = ("q_proj", "v_proj")
 LORA_RANK, LORA_ALPHA_BY_RANK = 16, 2.0

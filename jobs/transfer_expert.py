@@ -23,13 +23,13 @@ import torch
 from jobs.expert_cards import card_json
 from jobs.tasks import Task, make, names
 from jobs.workbench import Workbench, evaluate
-from metasepia import checkpoints, loading
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, InvalidSettings, MetasepiaError, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.factors import expert_layers_of
-from metasepia.transfer import MODES, Mode, kind_of, transferred, unequal_layers
-from metasepia.tuning import paired_gain
+from metasepia.experts.factors import expert_layers_of
+from metasepia.experts.transfer import MODES, Mode, kind_of, transferred, unequal_layers
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
+from metasepia.models import checkpoints, loading
+from metasepia.training.tuning import paired_gain
 
 SHIPPED = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
 HELD_OUT_SEED = 1_000_003

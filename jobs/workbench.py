@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from jobs.tasks import Example, Task
-from metasepia import checkpoints
 from metasepia.errors import InvalidSettings
-from metasepia.experts import ExpertVectors
-from metasepia.factors import FactorSet, factors_of
-from metasepia.lora import LoraAdapter
-from metasepia.prepared import PreparedBackbone
-from metasepia.rollouts import LocalRollouts, Rolled, Rollouts, check_executed
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Row, Sampling
-from metasepia.svf import attach
-from metasepia.teacher_forcing import Answered, first_logits_and_answers, last_states
-from metasepia.trainable import twin
+from metasepia.training.rollouts import LocalRollouts, Rolled, Rollouts, check_executed
+from metasepia.training.teacher_forcing import Answered, first_logits_and_answers, last_states
+from metasepia.training.trainable import twin
 
 BATCH_OF_EVALUATION = 16
 EXPERT_LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

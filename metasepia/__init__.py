@@ -1,14 +1,10 @@
 """The science of Metasepia: no Ray, no DeepSpeed, no server.
 
-`rows`, `steps`, `errors` and `digests` are what every other part shares; they, `prepared`, `experts`, `mixing`,
-`dispatch` and `registry` load no torch. `checkpoints` finds and prepares models; `loading` reads a rank's share of one
-(`shards`) from its files (`stored`), `families` is how families are cut, `planning` what a rank will hold; `backbone`
-is the protocol of a frozen causal model and its one-process reference; `scheduling` (with `inflight`, `room`,
-`prefixes` and `leases`) says which rows run in the next step, and with which experts held, `generation` (over `cache`)
-runs them; `factors` are the singular factors of a model's weights (made in pieces, `factor_files`), `svf` applies
-expert vectors through them (Transformer-squared), `tuning` trains them, `mixing` mixes them, `dispatch` chooses one by
-the request; `reasoning` is TART's module and contexts, `synthetic` its tasks and oracles; `encoders` embeds texts;
-`registry` keeps names, digests and blobs. `lora` are low-rank adapters beside expert vectors, `peft_files` PEFT's
-directories of them, `exporting` makes experts into them and into merged weights; `cli` is the command `metasepia`. This
-module imports nothing.
+The ground that every part stands on: `rows` are the values a backbone is asked with and answers with, `errors`,
+`digests`, `stored` (tensors in safetensors files), `local_disk`, `packing` and `matrices` (frozen weights as this
+machine multiplies by them fastest). `registry` keeps names, digests and blobs, `encoders` embeds texts and `modalities`
+pictures and sounds, `backbone` is the protocol of a frozen causal model and its one-process reference, `cli` the
+command `metasepia`. `models` finds, cuts and loads frozen models, `experts` adapts them, `decoding` runs rows through
+them, `search` finds mixtures of experts, `dispatch` chooses one by the request, `training` makes them; `reasoning` is
+TART's module and contexts, `synthetic` its tasks and oracles. This module imports nothing.
 """

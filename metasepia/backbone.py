@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metasepia.choices import choose
+from metasepia.decoding.choices import choose
 from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter
-from metasepia.mixing import ExpertMixer, check_same_kind, check_simplex
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.mixing import ExpertMixer, check_same_kind, check_simplex
+from metasepia.experts.svf import FactorSet
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, Executed, HiddenStates, Row, Scores, TokenChunk
-from metasepia.svf import FactorSet
 
 Capability = Literal["generate", "score", "hidden_states", "row_adapters"]
 

@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.settings import BackboneSettings
 from metasepia.digests import short
-from metasepia.dispatch import TaskCentroid
-from metasepia.dispatchers import Dispatcher
+from metasepia.dispatch.centroid import TaskCentroid
+from metasepia.dispatch.dispatcher import Dispatcher
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex, found_factors
-from metasepia.lora import LoraAdapter, Shapes, facts_of, linear_shapes, read_adapter
-from metasepia.mixing import BASE
-from metasepia.peft_files import read_peft
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.lora import LoraAdapter, Shapes, facts_of, linear_shapes, read_adapter
+from metasepia.experts.mixing import BASE
+from metasepia.experts.peft_files import read_peft
+from metasepia.experts.vectors import ExpertVectors, FactorIndex, found_factors
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import check_name
 from serve import bodies
 from serve.uploads import Upload

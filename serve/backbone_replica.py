@@ -14,7 +14,7 @@ from actors.backbone import BackboneGroup
 from actors.registry import RegistryClient
 from cluster.settings import BackboneSettings
 from metasepia.errors import Unavailable
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve.names import OWNER
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from actors.messages import EncoderInfo, Media, Receipt, Texts
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row
 from serve.deadlines import Deadline
 from serve.failures import unwrap

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from cluster.settings import DispatchMargins, HttpSettings
 from metasepia.digests import digest_of
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
 from serve import bodies, completion, failures
 from serve.accepting import Fits

@@ -22,7 +22,7 @@ from actors.reasoning_pool import ReasoningPool
 from actors.registry import RegistryClient
 from cluster.resources import gang_bundles
 from cluster.settings import Settings
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from serve.accepting import Fits
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway

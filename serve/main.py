@@ -38,7 +38,7 @@ from cluster import settings as settings_of
 from cluster.settings import Settings
 from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from serve import graph, middleware, prepare, processes, shipped
 from serve.names import OWNER
 

@@ -18,13 +18,13 @@ from actors.mixture_searches import Searched, Searches
 from actors.registry import RegistryClient
 from cluster.settings import MixingSettings
 from metasepia.errors import InvalidRequest, Unavailable, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.lora import LoraAdapter, read_adapter
-from metasepia.mixing import BASE
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.lora import LoraAdapter, read_adapter
+from metasepia.experts.mixing import BASE
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import Artefact
 from metasepia.rows import Adapter, Row, Scores, TokenChunk
-from metasepia.search_jobs import SearchJob
+from metasepia.search.jobs import SearchJob
 from serve.failures import unwrap
 from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, Weights

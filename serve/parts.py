@@ -11,7 +11,7 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Media, Texts
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import Artefact, Changes, Kind
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve.shipped import ModuleCard

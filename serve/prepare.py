@@ -11,9 +11,9 @@ from pathlib import Path
 from cluster import plan
 from cluster import settings as settings_of
 from cluster.settings import Settings
-from metasepia import checkpoints
 from metasepia.errors import InvalidSettings, MetasepiaError
-from metasepia.prepared import PreparedBackbone
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from serve.accepting import find_index
 
 
@@ -28,7 +28,7 @@ def prepare(settings: Settings) -> dict[str, PreparedBackbone]:
         plan.check(backbone, json.loads(Path(prepared.path, "config.json").read_text()))
         layers = backbone.expert_layers
         if layers and find_index(prepared.digest, layers, settings.home, backbone.expert_rank) is None:
-            from metasepia.factors import factors_of_backbone
+            from metasepia.experts.factors import factors_of_backbone
 
             factors_of_backbone(prepared, layers, settings.home, rank=backbone.expert_rank)
     return found

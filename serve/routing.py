@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.settings import DispatchMargins
-from metasepia.dispatch import CentroidTable, Dispatched, TaskCentroid
-from metasepia.dispatchers import Described, Dispatcher, route_by_classifier, route_by_prompt
+from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
+from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, UnknownName
 from metasepia.registry import Artefact
 from metasepia.rows import Row, Scores, TokenChunk

@@ -6,9 +6,9 @@ from pydantic import Field
 
 from cluster.settings import HttpSettings
 from metasepia.errors import InvalidRequest
-from metasepia.fewshot import By
-from metasepia.search import SearchSettings
-from metasepia.search_jobs import Match
+from metasepia.search.cross_entropy import SearchSettings
+from metasepia.search.fewshot import By
+from metasepia.search.jobs import Match
 from serve.inputs import check_number
 from serve.schemas import MAX_SEED, Message, Text, _Body
 

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from actors.messages import SearchAsked
 from cluster.settings import HttpSettings
 from metasepia.errors import InvalidRequest, UnknownName, WindowExceeded
-from metasepia.search_jobs import Example
+from metasepia.search.jobs import Example
 from serve import bodies
 from serve.deadlines import Deadline
 from serve.names import OWNER

@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.messages import Artefact
 from actors.registry import RegistryClient
 from metasepia.errors import CorruptArtefact, UnknownName
-from metasepia.lora import facts_of, read_adapter
+from metasepia.experts.lora import facts_of, read_adapter
 from metasepia.registry import SHARED
 
 ASSETS = Path(__file__).parents[1] / "metasepia" / "assets"

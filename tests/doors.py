@@ -26,8 +26,8 @@ from actors.messages import (
 from actors.reasoning_pool import labelled_vectors
 from cluster.settings import DispatchMargins, EncoderSettings, HttpSettings, MixingSettings
 from metasepia.errors import UnknownName, WindowExceeded
-from metasepia.experts import FactorIndex, index_path
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.vectors import FactorIndex, index_path
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import EmbeddedContext
 from metasepia.registry import Artefact, Changes, Kind, Registry
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk

@@ -22,9 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors import tensor_parallel
-from metasepia import checkpoints
-from metasepia.factors import cut_factors
-from metasepia.svf import ExpertVectors, attach, factors_of
+from metasepia.experts.factors import cut_factors
+from metasepia.experts.svf import ExpertVectors, attach, factors_of
+from metasepia.models import checkpoints
 
 EXPERT_LAYERS = {
     "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj"),

@@ -20,13 +20,13 @@ from actors.processes import process_state
 from cluster import placement
 from cluster.resources import gang_bundles
 from cluster.settings import BackboneSettings
-from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
 from metasepia.errors import DeadlineExceeded, UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.svf import FactorSet, factors_of
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Row, Sampling, TokenChunk
-from metasepia.svf import FactorSet, factors_of
 
 TIGHT = 1e-4
 """Of the largest logit, in fp32."""

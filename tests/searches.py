@@ -9,8 +9,8 @@ import numpy as np
 from metasepia.errors import MetasepiaError
 from metasepia.registry import Artefact, Kind, Registry
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
-from metasepia.search import SearchSettings
-from metasepia.search_jobs import Example, SearchJob
+from metasepia.search.cross_entropy import SearchSettings
+from metasepia.search.jobs import Example, SearchJob
 
 BACKBONE, MATHS, LAW, BASE = "d" * 64, "a" * 64, "b" * 64, "c" * 64
 EOS = 9

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from jobs.replay.parts import Parts, plain, tokenizer_of
 from jobs.replay.report import Report
 from metasepia.backbone import ReferenceBackbone
-from metasepia.choices import choose, scores_of
-from metasepia.prepared import PreparedBackbone
+from metasepia.decoding.choices import choose, scores_of
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Row, Sampling
 
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}

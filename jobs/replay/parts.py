@@ -10,21 +10,22 @@ import torch
 from tokenizers import Tokenizer
 
 from cluster.settings import BackboneSettings, Settings
-from metasepia import checkpoints, encoders
+from metasepia import encoders
 from metasepia.backbone import ReferenceBackbone
 from metasepia.digests import short
 from metasepia.errors import UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter, read_adapter
-from metasepia.mixing import base_of
+from metasepia.experts.lora import LoraAdapter, read_adapter
+from metasepia.experts.mixing import base_of
+from metasepia.experts.svf import factors_of, linear_shapes
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.modalities import loading
-from metasepia.prepared import PreparedBackbone
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning import shipped
 from metasepia.reasoning.named import EmbeddedContext
 from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry import read_blob
 from metasepia.rows import Adapter
-from metasepia.svf import factors_of, linear_shapes
 
 
 class Embeds(Protocol):

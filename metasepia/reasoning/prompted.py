@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from metasepia.decoding.generation import check_attends
 from metasepia.errors import InvalidRequest, NotSupported
-from metasepia.generation import check_attends
 from metasepia.reasoning.protocols import LOO, VANILLA, Demonstrations, Prompt, PromptTokenizer, Template
 
 PACK_TOKENS = {"cpu": 256, "cuda": 4096}

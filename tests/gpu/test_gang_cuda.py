@@ -11,7 +11,7 @@ import ray
 
 from cluster.connect import connect
 from cluster.settings import BackboneSettings, RaySettings
-from metasepia import checkpoints
+from metasepia.models import checkpoints
 from tests import gangs
 
 pytestmark = pytest.mark.gpu

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors import tensor_parallel
-from metasepia import checkpoints
-from metasepia.factors import cut_factors, factors_of_backbone
+from metasepia.experts.factors import cut_factors, factors_of_backbone
+from metasepia.models import checkpoints
 from tests import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -15,10 +15,10 @@ import torch
 from actors.backbone import BackboneGroup
 from cluster import placement
 from cluster.settings import BackboneSettings
-from metasepia import checkpoints
 from metasepia.errors import CannotPlace, CorruptArtefact, DeadlineExceeded, NotSupported, Overloaded, UnknownName
-from metasepia.lora import LoraAdapter
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.lora import LoraAdapter
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.protocols import Demonstrations, PromptTokenizer
 from metasepia.rows import HiddenStatesWanted, Row, Sampling
 from tests import gangs, tiny

@@ -18,8 +18,8 @@ from actors.backbone import BackboneGroup
 from cluster import placement
 from cluster.resources import gang_bundles
 from cluster.settings import BackboneSettings
-from metasepia import checkpoints
-from metasepia.prepared import PreparedBackbone
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from tests import gangs
 from tests.gangs import FAULTS, NAMES, REBUILT_S, TIGHT, Case
 

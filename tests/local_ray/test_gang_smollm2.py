@@ -10,7 +10,7 @@ import pytest
 
 from cluster import settings as settings_of
 from cluster.settings import BackboneSettings
-from metasepia import checkpoints
+from metasepia.models import checkpoints
 from metasepia.rows import HiddenStatesWanted
 from tests import gangs
 

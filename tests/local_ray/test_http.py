@@ -19,8 +19,8 @@ import pytest
 
 from cluster import settings as settings_of
 from jobs import export_expert
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.peft_files import CONFIG, WEIGHTS
+from metasepia.experts.peft_files import CONFIG, WEIGHTS
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.registry import SHARED, Registry
 from serve import prepare
 from tests.requests import BACKBONE, BAD_BODIES, CHAT, CLASSIFY, ENCODER, QUESTION, STORY

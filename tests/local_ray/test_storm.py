@@ -19,10 +19,10 @@ from actors.backbone import BackboneGroup
 from actors.registry import RegistryClient
 from cluster import settings as cluster_settings
 from cluster.settings import BackboneSettings
-from metasepia import checkpoints
 from metasepia.errors import InvalidSettings, UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Executed, Row, Sampling, TokenChunk
 from tests import gangs
 

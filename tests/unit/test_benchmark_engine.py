@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import engine
-from metasepia.prepared import PreparedBackbone
-from metasepia.svf import attach
+from metasepia.experts.svf import attach
+from metasepia.models.prepared import PreparedBackbone
 from tests import tiny
 
 

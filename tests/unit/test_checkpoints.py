@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from metasepia import checkpoints, prepared
 from metasepia.errors import CorruptArtefact, InvalidSettings
+from metasepia.models import checkpoints, prepared
 from tests import tiny
 
 Checkpoint = Callable[[str], Path]

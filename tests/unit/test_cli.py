@@ -14,8 +14,8 @@ import uvicorn
 
 from cluster.settings import HttpSettings
 from metasepia import cli
-from metasepia.experts import ExpertVectors
-from metasepia.peft_files import CONFIG, WEIGHTS, write_peft
+from metasepia.experts.peft_files import CONFIG, WEIGHTS, write_peft
+from metasepia.experts.vectors import ExpertVectors
 from tests.doors import Bench
 from tests.serving import free_port
 from tests.unit.test_gateway_experts import a_lora, an_expert

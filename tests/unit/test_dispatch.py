@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from metasepia.dispatch import CentroidTable, TaskCentroid
+from metasepia.dispatch.centroid import CentroidTable, TaskCentroid
 from metasepia.errors import CorruptArtefact
 from metasepia.rows import HiddenStatesWanted
 

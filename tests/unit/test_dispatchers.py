@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from metasepia.dispatchers import (
+from metasepia.decoding.engine import Engine
+from metasepia.dispatch.dispatcher import (
     Described,
     Dispatcher,
     category_of,
@@ -18,11 +19,10 @@ from metasepia.dispatchers import (
     route_by_classifier,
     route_by_prompt,
 )
-from metasepia.engine import Engine
 from metasepia.errors import CorruptArtefact
-from metasepia.experts import ExpertVectors
+from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
-from metasepia.svf import attach, factors_of
 from tests.unit.test_engine import DIGEST, LIMITS, PREPARED
 
 MATHS = Described(digest="a" * 64, name="maths", about="Adds numbers.")

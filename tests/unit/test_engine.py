@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import Backbone, ReferenceBackbone
-from metasepia.engine import Engine
+from metasepia.decoding.engine import Engine
+from metasepia.decoding.inflight import Limits
 from metasepia.errors import (
     CorruptArtefact,
     DeadlineExceeded,
@@ -23,12 +24,11 @@ from metasepia.errors import (
     UnknownName,
     WindowExceeded,
 )
-from metasepia.experts import ExpertVectors
-from metasepia.inflight import Limits
-from metasepia.lora import LoraAdapter
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row, Sampling, TokenChunk
-from metasepia.svf import attach, factors_of
 from tests import tiny
 
 DIGEST = "b" * 64

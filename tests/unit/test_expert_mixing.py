@@ -7,8 +7,8 @@ import pytest
 
 from actors.expert_mixing import ExpertMixing
 from metasepia.errors import InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.lora import LoraAdapter
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.registry import SHARED, Artefact, Kind, Registry
 
 BACKBONE = "b" * 64

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, NotSupported, UnknownName
-from metasepia.fused_mlp import FusedMLP
-from metasepia.lora import LoraAdapter
+from metasepia.experts.fused_mlp import FusedMLP
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.svf import ExpertLayers, ExpertVectors, FactorSet, LayerShard, attach, factors_of
 from metasepia.matrices import Matrix
 from metasepia.rows import Adapter
-from metasepia.svf import ExpertLayers, ExpertVectors, FactorSet, LayerShard, attach, factors_of
 
 BACKBONE = "b" * 64
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -207,7 +207,7 @@ def test_low_rank_adapters_of_different_ranks_and_layers_share_a_batch(
     rows = [of_whole, (), of_attention, of_down, mixture, of_whole]
     oracles = [[(1, whole)], [], [(1, attention)], [(1, down)], [(0.25, whole), (0.75, attention)], [(1, whole)]]
     for most in (512, 6):
-        monkeypatch.setattr("metasepia.low_rank.MAX_STACKED_RANKS", most)
+        monkeypatch.setattr("metasepia.experts.low_rank.MAX_STACKED_RANKS", most)
         layers.select([()])
         layers.select(rows)
         ours = logits(model, TOKENS)

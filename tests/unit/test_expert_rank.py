@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from actors.tensor_parallel import check_cuts
 from cluster.settings import BackboneSettings
-from metasepia import checkpoints
 from metasepia.errors import CorruptArtefact, NotSupported
-from metasepia.experts import ExpertVectors
-from metasepia.factors import cut_factors, factors_of_backbone
-from metasepia.shards import LayerShard
-from metasepia.svf import attach
+from metasepia.experts.factors import cut_factors, factors_of_backbone
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.shards import LayerShard
 from serve import accepting
 
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

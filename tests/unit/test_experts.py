@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save
 
 from metasepia.errors import CorruptArtefact, InvalidRequest
-from metasepia.experts import FORMAT, ExpertVectors, FactorIndex
+from metasepia.experts.vectors import FORMAT, ExpertVectors, FactorIndex
 
 BACKBONE, FACTORS = "b" * 64, "f" * 64
 INDEX = FactorIndex(digest=FACTORS, backbone=BACKBONE, lengths={"layers.0.weight": 3, "layers.1.weight": 2})
@@ -122,5 +122,5 @@ def test_the_identity_changes_no_singular_value() -> None:
 
 
 def test_experts_and_mixtures_are_read_without_torch() -> None:
-    code = "import sys, metasepia.experts, metasepia.mixing; sys.exit('torch' in sys.modules)"
+    code = "import sys, metasepia.experts.vectors, metasepia.experts.mixing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

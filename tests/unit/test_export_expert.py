@@ -13,12 +13,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from jobs import export_expert
-from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
-from metasepia.experts import ExpertVectors
-from metasepia.exporting import low_rank, total_loss
-from metasepia.factors import FactorSet, factors_of
-from metasepia.mixing import adapter_of, base_of, mixture_blob, mixture_digest
+from metasepia.experts.exporting import low_rank, total_loss
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.experts.mixing import adapter_of, base_of, mixture_blob, mixture_digest
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
 from metasepia.registry import SHARED, Registry
 
 SUFFIXES = ("mlp.up_proj", "mlp.down_proj")

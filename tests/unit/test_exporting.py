@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
 from metasepia.errors import InvalidRequest
-from metasepia.experts import ExpertVectors
-from metasepia.exporting import differences, low_rank, merge, mixed_low_rank, total_loss
-from metasepia.factors import FactorSet, factors_of
-from metasepia.lora import LoraAdapter
-from metasepia.peft_files import CONFIG, WEIGHTS, write_peft
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.exporting import differences, low_rank, merge, mixed_low_rank, total_loss
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.peft_files import CONFIG, WEIGHTS, write_peft
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 
 SUFFIXES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 TOKENS = (1, 5, 9, 2, 7, 3)

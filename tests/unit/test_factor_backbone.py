@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs import factor_backbone
-from metasepia import checkpoints
-from metasepia.factors import SingularFactors
+from metasepia.experts.factors import SingularFactors
+from metasepia.models import checkpoints
 from serve.accepting import find_index
 
 

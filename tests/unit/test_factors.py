@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from metasepia import checkpoints
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported
-from metasepia.experts import FactorIndex, factors_path, found_factors
-from metasepia.factors import FactorSet, SingularFactors, cut_factors, factors_of, factors_of_backbone
-from metasepia.prepared import PreparedBackbone
-from metasepia.shards import LayerShard
+from metasepia.experts.factors import FactorSet, SingularFactors, cut_factors, factors_of, factors_of_backbone
+from metasepia.experts.vectors import FactorIndex, factors_path, found_factors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
+from metasepia.models.shards import LayerShard
 
 BACKBONE = "b" * 64
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from metasepia import families, planning
 from metasepia.errors import InvalidSettings, NotSupported
-from metasepia.planning import Need
+from metasepia.models import families, planning
+from metasepia.models.planning import Need
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -7,15 +7,15 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from metasepia.backbone import ReferenceBackbone
-from metasepia.engine import Engine
+from metasepia.decoding.engine import Engine
+from metasepia.decoding.inflight import Limits
 from metasepia.errors import InvalidRequest, Unavailable
-from metasepia.experts import ExpertVectors
-from metasepia.fewshot import PRIORITY, Asked, Found, RowBackbone, Scoring, Shot, common_prefix, search, split
-from metasepia.inflight import Limits
-from metasepia.lora import LoraAdapter
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
-from metasepia.search import CrossEntropySearch, Score, SearchSettings
-from metasepia.svf import attach, factors_of
+from metasepia.search.cross_entropy import CrossEntropySearch, Score, SearchSettings
+from metasepia.search.fewshot import PRIORITY, Asked, Found, RowBackbone, Scoring, Shot, common_prefix, search, split
 from tests.unit.test_engine import PREPARED
 
 MATHS, LAW, BASE = "a" * 64, "b" * 64, "c" * 64

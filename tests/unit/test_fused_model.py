@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from metasepia import fused_model
-from metasepia.cache import RowCache, Segment
-from metasepia.fused_model import FusedModel
-from metasepia.live import LiveRows
+from metasepia.decoding import fused_model
+from metasepia.decoding.cache import RowCache, Segment
+from metasepia.decoding.fused_model import FusedModel
+from metasepia.decoding.live import LiveRows
+from metasepia.decoding.steps import NewRow
+from metasepia.experts.svf import attach
+from metasepia.models.shards import LayerShard
 from metasepia.rows import HiddenStatesWanted, Sampling
-from metasepia.shards import LayerShard
-from metasepia.steps import NewRow
-from metasepia.svf import attach
 from tests import tiny
 
 Checkpoint = Callable[[str], Path]

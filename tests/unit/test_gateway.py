@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from metasepia.dispatch import TaskCentroid
+from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.errors import Overloaded, Unavailable
 from metasepia.rows import Executed
 from tests.doors import DIGEST, EXPERT, OTHER, Bench

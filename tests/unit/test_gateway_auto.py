@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metasepia.dispatch import TaskCentroid
-from metasepia.experts import ExpertVectors
+from metasepia.dispatch.centroid import TaskCentroid
+from metasepia.experts.vectors import ExpertVectors
 from serve.names import OWNER
 from tests.doors import DIGEST, INDEX, OTHER, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load, save
 
 from cluster.settings import HttpSettings
-from metasepia.dispatch import TaskCentroid
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter, read_adapter
-from metasepia.peft_files import write_peft
+from metasepia.dispatch.centroid import TaskCentroid
+from metasepia.experts.lora import LoraAdapter, read_adapter
+from metasepia.experts.peft_files import write_peft
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry import SHARED
 from serve.names import OWNER
 from tests.doors import DIGEST, INDEX, OTHER, SHAPES, UP, Bench

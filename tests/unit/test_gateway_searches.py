@@ -8,8 +8,8 @@ import httpx
 import numpy as np
 import pytest
 
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.vectors import ExpertVectors
 from serve.names import OWNER
 from serve.search_bodies import SearchRequest
 from tests.doors import DIGEST, HTTP, INDEX, OTHER, UP, Bench

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metasepia.errors import UnknownName
-from metasepia.experts import ExpertVectors
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry import Registry
 from serve import shipped
 

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from metasepia.backbone import ReferenceBackbone
-from metasepia.choices import choose, gumbel, scores_of
+from metasepia.decoding.choices import choose, gumbel, scores_of
+from metasepia.decoding.generation import RowDecoder
+from metasepia.decoding.steps import Advance, Begin, NewRow, StepPlan, StepResult
 from metasepia.errors import CorruptArtefact, NotSupported, UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.generation import RowDecoder
+from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, HiddenStatesWanted, Sampling
-from metasepia.steps import Advance, Begin, NewRow, StepPlan, StepResult
-from metasepia.svf import attach, factors_of
 from tests import tiny
 
 DIGEST = "b" * 64

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metasepia.decoding.leases import Leases, Moves
+from metasepia.decoding.scheduling import Answer, Limits, Scheduler
+from metasepia.decoding.steps import Chosen, NewRow, StepPlan, StepResult
 from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName
-from metasepia.leases import Leases, Moves
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Executed, Row, Sampling, TokenChunk
-from metasepia.scheduling import Answer, Limits, Scheduler
-from metasepia.steps import Chosen, NewRow, StepPlan, StepResult
 
 DIGEST = "b" * 64
 PREPARED = PreparedBackbone(

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from metasepia import checkpoints, loading, stored
+from metasepia import stored
 from metasepia.digests import digest_of_safetensors
 from metasepia.errors import CorruptArtefact
-from metasepia.shards import LayerShard
+from metasepia.models import checkpoints, loading
+from metasepia.models.shards import LayerShard
 from metasepia.stored import StoredTensors
 from tests import tiny
 

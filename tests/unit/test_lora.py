@@ -13,9 +13,9 @@ from safetensors.numpy import load, save
 from transformers import AutoModelForCausalLM
 
 from metasepia.errors import CorruptArtefact, NotSupported
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter, linear_shapes, read_adapter
-from metasepia.peft_files import CONFIG, PREFIX, WEIGHTS, read_peft, write_peft
+from metasepia.experts.lora import LoraAdapter, linear_shapes, read_adapter
+from metasepia.experts.peft_files import CONFIG, PREFIX, WEIGHTS, read_peft, write_peft
+from metasepia.experts.vectors import ExpertVectors
 
 BACKBONE = "b" * 64
 SHAPES = {"layers.0.up.weight": (3, 4), "layers.0.down.weight": (4, 3)}

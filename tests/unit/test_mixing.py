@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.mixing import (
+from metasepia.experts.mixing import (
     ExpertMixer,
     adapter_of,
     adapter_of_rows,
@@ -13,6 +12,7 @@ from metasepia.mixing import (
     mixture_digest,
     read_mixture,
 )
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Weight
 
 

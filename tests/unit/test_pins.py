@@ -10,7 +10,7 @@ import pytest
 
 from cluster import settings as settings_of
 from metasepia.errors import InvalidSettings
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import Artefact, Registry
 from serve.main import check_pins
 from serve.names import OWNER

@@ -12,11 +12,11 @@ import torch
 from cluster import plan as plan_command
 from cluster import settings as settings_of
 from cluster.settings import BackboneSettings, ModelShapes
-from metasepia import checkpoints, loading, planning
 from metasepia.errors import InvalidSettings, NotSupported
-from metasepia.experts import found_factors
-from metasepia.factors import factors_of_backbone
-from metasepia.planning import GIB, Need
+from metasepia.experts.factors import factors_of_backbone
+from metasepia.experts.vectors import found_factors
+from metasepia.models import checkpoints, loading, planning
+from metasepia.models.planning import GIB, Need
 from tests import tiny
 
 LARGE = ("llama-3-8b", "mistral-7b", "llama-3-70b")

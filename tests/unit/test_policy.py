@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from metasepia.errors import InvalidSettings
-from metasepia.factors import FactorSet, factors_of
-from metasepia.policy import (
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.training.policy import (
     Baseline,
     Choice,
     KlForm,
@@ -25,9 +25,9 @@ from metasepia.policy import (
     policy_loss,
     row_seed,
 )
-from metasepia.teacher_forcing import logits_of
-from metasepia.trainable import SingularValues
-from metasepia.tuning import Trainer
+from metasepia.training.teacher_forcing import logits_of
+from metasepia.training.trainable import SingularValues
+from metasepia.training.tuning import Trainer
 
 ENDS = (1, 2)
 PROMPT: tuple[int, ...] = (5, 9, 3)

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import ReferenceBackbone
+from metasepia.decoding.generation import RowDecoder
+from metasepia.decoding.prefixes import PATIENCE_S
+from metasepia.decoding.scheduling import Answer, Limits, Scheduler
+from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.errors import InvalidRequest, UnknownName
-from metasepia.generation import RowDecoder
-from metasepia.prefixes import PATIENCE_S
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, HiddenStatesWanted, Row, Sampling, Scores, TokenChunk
-from metasepia.scheduling import Answer, Limits, Scheduler
-from metasepia.steps import StepPlan, StepResult
 from tests import tiny
 
 DIGEST = "b" * 64

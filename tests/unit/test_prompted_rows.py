@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
 from metasepia.errors import InvalidRequest, WindowExceeded
-from metasepia.prepared import PreparedBackbone
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import EncoderName, Example, NamedContext
 from metasepia.reasoning.prompted import PromptedEncoder
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk

@@ -17,19 +17,19 @@ from jobs.replay import __main__ as program
 from jobs.replay import completions, files
 from jobs.replay.parts import Parts
 from jobs.replay.report import Report
-from metasepia import checkpoints
 from metasepia.backbone import ReferenceBackbone
 from metasepia.digests import digest_of
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.lora import LoraAdapter
-from metasepia.mixing import base_of, mixture_blob, mixture_digest
-from metasepia.prepared import PreparedBackbone
+from metasepia.experts.lora import LoraAdapter
+from metasepia.experts.mixing import base_of, mixture_blob, mixture_digest
+from metasepia.experts.svf import factors_of
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry import Artefact, Registry
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
-from metasepia.svf import factors_of
 from serve.gateway import Door, create_app
 from serve.shipped import ModuleCard
 from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoSearches

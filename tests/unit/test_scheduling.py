@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from metasepia.decoding.generation import RowDecoder
+from metasepia.decoding.scheduling import Answer, Limits, Scheduler
+from metasepia.decoding.steps import Chosen, NewRow, StepPlan, StepResult
 from metasepia.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -21,11 +24,8 @@ from metasepia.errors import (
     UnknownName,
     WindowExceeded,
 )
-from metasepia.generation import RowDecoder
-from metasepia.prepared import PreparedBackbone
+from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStatesWanted, Row, Sampling, Scores, TokenChunk
-from metasepia.scheduling import Answer, Limits, Scheduler
-from metasepia.steps import Chosen, NewRow, StepPlan, StepResult
 
 DIGEST = "b" * 64
 PREPARED = PreparedBackbone(
@@ -334,7 +334,7 @@ def test_rows_cancelled_in_the_middle_of_steps_leave_nothing_behind() -> None:
 
 
 def test_scheduling_and_finding_a_prepared_backbone_need_no_torch() -> None:
-    modules = "metasepia.scheduling, metasepia.prepared, metasepia.checkpoints"
+    modules = "metasepia.decoding.scheduling, metasepia.models.prepared, metasepia.models.checkpoints"
     command = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from metasepia.errors import CorruptArtefact, InvalidRequest
-from metasepia.mixing import check_simplex
+from metasepia.experts.mixing import check_simplex
 from metasepia.rows import Adapter
-from metasepia.search import CrossEntropySearch, Generation, Score, SearchSettings, to_simplex
+from metasepia.search.cross_entropy import CrossEntropySearch, Generation, Score, SearchSettings, to_simplex
 
 CANDIDATES = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
 TARGET = np.array([0.6, 0.0, 0.4, 0.0])

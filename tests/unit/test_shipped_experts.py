@@ -9,8 +9,8 @@ import pytest
 from jobs.expert_cards import model_card
 from jobs.tasks import make
 from jobs.train_experts import HELD_OUT_SEED
-from metasepia.dispatch import CentroidTable, TaskCentroid
-from metasepia.experts import ExpertVectors, FactorIndex
+from metasepia.dispatch.centroid import CentroidTable, TaskCentroid
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "metasepia/assets/experts").glob("*/card.json"))
 each_expert = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, UnknownName
-from metasepia.svf import ExpertVectors, FactorSet, LayerShard, SingularFactors, attach, factors_of
+from metasepia.experts.svf import ExpertVectors, FactorSet, LayerShard, SingularFactors, attach, factors_of
 
 BACKBONE = "b" * 64
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -16,10 +16,10 @@ from jobs.tasks.base import ListedTask
 from jobs.train_experts import main
 from jobs.training import TrainingRun, train
 from jobs.workbench import Workbench, evaluate, read_labels
-from metasepia.dispatch import TaskCentroid
+from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.errors import InvalidSettings, NoLearningSignal, NotSupported
-from metasepia.experts import ExpertVectors
-from metasepia.peft_files import CONFIG, WEIGHTS
+from metasepia.experts.peft_files import CONFIG, WEIGHTS
+from metasepia.experts.vectors import ExpertVectors
 
 STEPS = 8
 RESULT = ("expert.safetensors", "log.jsonl", "checkpoint.safetensors")
@@ -88,7 +88,8 @@ def test_a_run_killed_between_steps_goes_on_to_the_same_bytes(
 ) -> None:
     finished, options = whole
     again = arguments(tiny_checkpoint("llama"), home, tmp_path, *options)
-    slowly = "import sys, time, metasepia.tuning as t; from jobs.train_experts import main; step = t.Trainer._update\n"
+    slowly = "import sys, time, metasepia.training.tuning as t; from jobs.train_experts import main\n"
+    slowly += "step = t.Trainer._update\n"
     slowly += "t.Trainer._update = lambda *a: (time.sleep(0.3), step(*a))[1]; main(sys.argv[1:])"
     child = subprocess.Popen(
         [sys.executable, "-c", slowly, *again],

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from metasepia.errors import InvalidRequest
-from metasepia.experts import ExpertVectors, FactorIndex
-from metasepia.transfer import Mode, matched, num_blocks, resampled, transferred
+from metasepia.experts.transfer import Mode, matched, num_blocks, resampled, transferred
+from metasepia.experts.vectors import ExpertVectors, FactorIndex
 
 KINDS = ("mlp.up_proj.weight", "mlp.down_proj.weight")
 

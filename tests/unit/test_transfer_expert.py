@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from jobs.transfer_expert import main, read_source, readme
-from metasepia import checkpoints
 from metasepia.errors import UnknownName
-from metasepia.experts import ExpertVectors
-from metasepia.factors import factors_of
-from metasepia.svf import attach
+from metasepia.experts.factors import factors_of
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models import checkpoints
 from tests import tiny
 
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings
-from metasepia.experts import ExpertVectors
-from metasepia.factors import FactorSet, factors_of
-from metasepia.svf import attach
-from metasepia.teacher_forcing import Answered, answer_loss, first_logits_and_answers, last_states, left_padded
-from metasepia.trainable import LowRank, SingularValues, Trainable, linear_layers, names_in_blocks, twin
-from metasepia.tuning import Trainer, paired_gain
+from metasepia.experts.factors import FactorSet, factors_of
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.training.teacher_forcing import Answered, answer_loss, first_logits_and_answers, last_states, left_padded
+from metasepia.training.trainable import LowRank, SingularValues, Trainable, linear_layers, names_in_blocks, twin
+from metasepia.training.tuning import Trainer, paired_gain
 
 BATCH = [Answered((5, 9, 3), (7, 1)), Answered((4, 2, 8, 6, 5), (11, 12, 1)), Answered((9,), (7, 1))]
 MLP = ("mlp.up_proj", "mlp.down_proj")
