@@ -11,18 +11,16 @@ so, where two centres are equally near, choose differently.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from metasepia.errors import InvalidSettings
-
-if TYPE_CHECKING:
-    from threadpoolctl import ThreadpoolController
 
 States = Float[np.ndarray, "points dims"]
 Labels = Sequence[str] | Sequence[int] | Shaped[np.ndarray, " points"]
@@ -36,6 +34,8 @@ PERMUTATIONS = 20
 """Shuffles of the labels behind the control's mean and spread."""
 MOST_SILHOUETTE = 2000
 """Silhouette looks at all pairs: beyond so many points it is taken over a seeded sample of them."""
+ROUNDING = 1e-6
+"""States whose every dimension strays by no more than this share of its mean are taken for constant: float32 rounds."""
 
 
 @dataclass(frozen=True)
@@ -47,41 +47,72 @@ class Clusters:
     """float64, row i is the mean of the points assigned to i."""
 
     def nearest(self, states: States) -> Assignment:
-        """The cluster whose centre is nearest to each of other states (squared Euclidean distance)."""
+        """The cluster whose centre is nearest to each of other states; the first of equally near ones."""
         return squared_distances(states, self.centres).argmin(1)
 
 
 @dataclass(frozen=True)
 class Centroids:
-    """The mean state of each task: the router of arXiv:2402.12151's reading, and what a patch puts in place."""
+    """The mean state of each task: a router by the nearest, and what a patch puts in a state's place."""
 
     names: tuple[Any, ...]
     """The labels, sorted."""
     means: Float[np.ndarray, "names dims"]
+    """float64."""
 
     @classmethod
     def of(cls, states: States, labels: Labels) -> "Centroids":
-        raise NotImplementedError
+        """Raises InvalidSettings for no states, or not one label a state."""
+        _check(states)
+        names, codes = _codes(labels, len(states))
+        return cls(tuple(names.tolist()), _means(np.asarray(states, np.float64), codes, len(names)))
 
     def nearest(self, states: States) -> tuple[Int[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-        """Position in `names` of the nearest mean, and the margin: (second distance - first) / second, in [0, 1].
+        """Position in `names` of the nearest mean, and the margin (second - first) / second of the two distances.
 
-        1 lies on a mean, 0 halfway between two. With one name the margin is 1.
+        Distances are Euclidean, margins in [0, 1]: 1 on a mean, 0 halfway between two (and where two means coincide).
+        With one name the margin is 1.
         """
-        raise NotImplementedError
+        distances = np.sqrt(squared_distances(states, self.means))
+        chosen = distances.argmin(1)
+        if len(self.names) == 1:
+            return chosen, np.ones(len(distances))
+        first, second = np.partition(distances, 1, axis=1)[:, :2].T
+        return chosen, np.divide(second - first, second, out=np.zeros_like(second), where=second > 0)
 
     def accuracy(self, states: States, labels: Labels) -> float:
-        """Share of states whose nearest mean is their own label's. NaN for no states."""
-        raise NotImplementedError
+        """Share of states whose nearest mean is their own label's; a label without a mean is never right."""
+        return float(self.right(states, labels).mean())
+
+    def right(self, states: States, labels: Labels) -> Bool[np.ndarray, " points"]:
+        """Whether each state's nearest mean is its own label's."""
+        _check(states)
+        wanted = np.asarray(labels)
+        if len(wanted) != len(states):
+            raise InvalidSettings("labels", len(wanted), f"one a state, {len(states)} of them")
+        return np.asarray(self.names)[self.nearest(states)[0]] == wanted
 
 
 def clusters(states: States, k: int, seed: int, *, restarts: int = RESTARTS) -> Clusters:
-    """scikit-learn's k-means (Lloyd, k-means++ starts) on centred float64 states.
+    """scikit-learn's k-means (Lloyd to convergence, k-means++ starts) on centred float64 states.
 
-    Fewer distinct states than `k` give as many clusters as there are distinct states, and constant states one; neither
-    warns. Raises InvalidSettings for k < 1, no states, or states that are not finite.
+    No more distinct states than `k` give each its own cluster, and constant states one; neither warns. Raises
+    InvalidSettings for k < 1, no states, or states that are not finite.
     """
-    raise NotImplementedError
+    if k < 1:
+        raise InvalidSettings("k", k, "at least 1 cluster")
+    _check(states)
+    points = np.asarray(states, np.float64)
+    mean = points.mean(0)
+    centred = points - mean + 0.0  # + 0.0: no -0.0, whose bytes differ from 0.0's
+    if k == 1 or _is_constant(centred, mean):
+        found = np.zeros(len(points), np.int64)
+    else:
+        rows = [row.tobytes() for row in centred]
+        place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        found = np.array([place[row] for row in rows]) if len(place) <= k else _lloyd(centred, k, seed, restarts)
+    assignment = _in_order(found)
+    return Clusters(assignment, _means(points, assignment, int(assignment.max()) + 1))
 
 
 def kmeans(states: States, k: int, seed: int, *, restarts: int = RESTARTS) -> Assignment:
@@ -94,19 +125,37 @@ def adjusted_rand(a: Labels, b: Labels) -> float:
 
     One cluster against several tasks is 0. Raises InvalidSettings for partitions of different length or of nothing.
     """
-    raise NotImplementedError
+    return float(_adjusted_rand(*_counts(a, b))[0])
 
 
 def nmi(a: Labels, b: Labels) -> float:
-    """Mutual information over the arithmetic mean of the entropies, in [0, 1]; unlike ARI, above 0 by chance."""
-    raise NotImplementedError
+    """Mutual information over the arithmetic mean of the entropies, in [0, 1]; unlike ARI, above 0 by chance.
+
+    Two partitions of one part each agree, 1; one such against several parts is 0.
+    """
+    return float(_nmi(*_counts(a, b))[0])
 
 
 def silhouette(states: States, labels: Labels, seed: int = 0, *, most: int = MOST_SILHOUETTE) -> float:
-    """Mean silhouette (Euclidean) of the labelling, in [-1, 1]; 0 where it is not defined: one label, constant states,
-    or every point a label of its own. Beyond `most` points, of a seeded sample.
-    """
-    raise NotImplementedError
+    """Mean silhouette (Euclidean) of the labelling, in [-1, 1]; of a seeded sample beyond `most` points."""
+    sample = _sample(len(states), seed, most)
+    return float(silhouettes(states[sample], np.asarray(labels)[sample]).mean())
+
+
+def silhouettes(states: States, labels: Labels) -> Float[np.ndarray, " points"]:
+    """The silhouette of each point; 0 where it is not defined: one label, constant states, or all points labels of
+    their own."""
+    from sklearn.metrics import silhouette_samples
+
+    _check(states)
+    names, codes = _codes(labels, len(states))
+    points = np.asarray(states, np.float64)
+    mean = points.mean(0)
+    centred = points - mean
+    if not 1 < len(names) < len(points) or _is_constant(centred, mean):
+        return np.zeros(len(points))
+    with _one_thread():
+        return np.asarray(silhouette_samples(centred, codes))
 
 
 def scores(
@@ -114,13 +163,184 @@ def scores(
 ) -> dict[str, float]:
     """K-means with k clusters (None: as many as there are labels) against the labels and against shuffled labels.
 
-    Keys: `ari`, `nmi`, `silhouette` (of the labels in the states), `silhouette_clusters` (of k-means' own clusters),
-    `clusters` (found), and `ari_shuffled`, `ari_shuffled_sd`, `nmi_shuffled`, `nmi_shuffled_sd`: mean and standard
-    deviation over seeded permutations of the labels, what the same clusters score by chance.
+    Keys: `ari`, `nmi`, `silhouette` (of the labels), `silhouette_clusters` (of k-means' own clusters), `clusters`
+    (found), and `ari_shuffled`, `ari_shuffled_sd`, `nmi_shuffled`, `nmi_shuffled_sd`: mean and standard deviation over
+    seeded permutations of the labels, what the same clusters score by chance.
     """
-    raise NotImplementedError
+    _check(states)
+    names, codes = _codes(labels, len(states))
+    found = kmeans(states, len(names) if k is None else k, seed)
+    return {
+        "ari": adjusted_rand(found, codes),
+        "nmi": nmi(found, codes),
+        "silhouette": silhouette(states, codes, seed),
+        "silhouette_clusters": silhouette(states, found, seed),
+        "clusters": float(found.max() + 1),
+        **shuffled(found, codes, seed, permutations=permutations),
+    }
 
 
-def squared_distances(states: States, centres: States) -> Float[np.ndarray, "points centres"]:
-    """Squared Euclidean distances in float64, exactly 0 at a centre."""
-    raise NotImplementedError
+def shuffled(assignment: Labels, labels: Labels, seed: int, *, permutations: int = PERMUTATIONS) -> dict[str, float]:
+    """What the clusters score against seeded permutations of the labels: `ari_shuffled`, `nmi_shuffled`, and `_sd`.
+
+    Raises InvalidSettings for fewer than two permutations, which have no spread.
+    """
+    if permutations < 2:
+        raise InvalidSettings("permutations", permutations, "at least 2")
+    codes = np.asarray(labels)
+    draws = [np.random.default_rng((seed, i)).permutation(codes) for i in range(permutations)]
+    aris = np.array([adjusted_rand(assignment, one) for one in draws])
+    nmis = np.array([nmi(assignment, one) for one in draws])
+    return {
+        "ari_shuffled": float(aris.mean()),
+        "ari_shuffled_sd": float(aris.std(ddof=1)),
+        "nmi_shuffled": float(nmis.mean()),
+        "nmi_shuffled_sd": float(nmis.std(ddof=1)),
+    }
+
+
+def resamples(groups: Labels, count: int, seed: int) -> Int[np.ndarray, "resamples points"]:
+    """How often each point is drawn in each bootstrap resample: whole groups are drawn, as many as there are.
+
+    Points of one group (paraphrases by one template) stay together; `range(n)` draws points. Scores of two kinds of
+    states on the same resamples are paired.
+    """
+    names, codes = _codes(groups, len(groups))
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
+    return draws[:, codes]
+
+
+def adjusted_rand_of(
+    assignment: Labels, labels: Labels, drawn: Int[np.ndarray, "resamples points"]
+) -> Float[np.ndarray, " resamples"]:
+    """ARI of each resample. A point drawn twice is no pair with itself: such pairs agree always, and would raise it."""
+    return _adjusted_rand(*_counts(assignment, labels, drawn))
+
+
+def nmi_of(
+    assignment: Labels, labels: Labels, drawn: Int[np.ndarray, "resamples points"]
+) -> Float[np.ndarray, " resamples"]:
+    """NMI of each resample."""
+    return _nmi(*_counts(assignment, labels, drawn))
+
+
+def squared_distances(
+    states: States, centres: Float[np.ndarray, "centres dims"]
+) -> Float[np.ndarray, "points centres"]:
+    """Squared Euclidean distances in float64, centre by centre and so exactly 0 at one."""
+    points, others = np.asarray(states, np.float64), np.asarray(centres, np.float64)
+    return np.stack([np.square(points - one).sum(1) for one in others], axis=1)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Points of one kind (cells, clusters, labels), summed up by resample."""
+
+    number: Float[np.ndarray, "resamples kinds"]
+    pairs: Float[np.ndarray, " resamples"]
+    """Pairs of two distinct points that share a kind."""
+
+
+def _counts(
+    a: Labels, b: Labels, drawn: Int[np.ndarray, "resamples points"] | None = None
+) -> tuple[_Counted, _Counted, _Counted, Float[np.ndarray, " resamples"]]:
+    """Of the cells, of the parts of a and of b; and all pairs. Without resamples, of each point once."""
+    if len(a) == 0 or len(a) != len(b):
+        raise InvalidSettings("labels", len(b), f"as long as the assignment ({len(a)}), and not empty")
+    codes_a, codes_b = (_codes(one, len(a))[1] for one in (a, b))
+    weights = np.ones((1, len(a))) if drawn is None else np.asarray(drawn, np.float64)
+    squares = np.square(weights)
+    cells = codes_a * (codes_b.max() + 1) + codes_b
+    counted = [_counted(weights, squares, kinds) for kinds in (cells, codes_a, codes_b)]
+    total = (np.square(weights.sum(1)) - squares.sum(1)) / 2
+    return counted[0], counted[1], counted[2], total
+
+
+def _counted(weights: np.ndarray, squares: np.ndarray, kinds: np.ndarray) -> _Counted:
+    order = np.argsort(kinds, kind="stable")
+    begins = np.flatnonzero(np.diff(kinds[order], prepend=-1))
+    number = np.add.reduceat(weights[:, order], begins, axis=1)
+    return _Counted(number, (np.square(number).sum(1) - squares.sum(1)) / 2)
+
+
+def _adjusted_rand(cells: _Counted, a: _Counted, b: _Counted, pairs: np.ndarray) -> np.ndarray:
+    # (index - expected) / (best - expected), times `pairs` above and below: whole numbers, so 0 and 1 come out exact
+    by_chance = a.pairs * b.pairs
+    above, below = cells.pairs * pairs - by_chance, (a.pairs + b.pairs) / 2 * pairs - by_chance
+    # 0 / 0: both are one part, or both all single points: equal partitions
+    return np.divide(above, below, out=np.ones_like(pairs), where=below != 0)
+
+
+def _nmi(cells: _Counted, a: _Counted, b: _Counted, _: np.ndarray) -> np.ndarray:
+    entropies = [_entropy(one.number) for one in (cells, a, b)]
+    mean = (entropies[1] + entropies[2]) / 2
+    information = entropies[1] + entropies[2] - entropies[0]
+    return np.divide(information, mean, out=np.ones_like(mean), where=mean > 0).clip(0, 1)
+
+
+def _entropy(number: Float[np.ndarray, "resamples kinds"]) -> Float[np.ndarray, " resamples"]:
+    shares = number / number.sum(1, keepdims=True)
+    return -(shares * np.log(shares, out=np.zeros_like(shares), where=shares > 0)).sum(1)
+
+
+def _lloyd(centred: np.ndarray, k: int, seed: int, restarts: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    scaled = centred / np.abs(centred).max()  # squares neither overflow nor vanish
+    with warnings.catch_warnings(), _one_thread():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer clusters than k is an answer here
+        n_init: Any = restarts  # scikit-learn's annotation says str
+        model = KMeans(k, n_init=n_init, random_state=np.random.RandomState(seed % 2**32), tol=0.0)
+        return model.fit_predict(scaled)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    with _thread_pools().limit(limits=1):
+        yield
+
+
+@cache
+def _thread_pools() -> Any:
+    import sklearn.cluster
+    import sklearn.metrics  # noqa: F401  # their OpenMP and BLAS must be loaded before the controller looks for them
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def _check(states: np.ndarray) -> None:
+    if states.ndim != 2 or 0 in states.shape:
+        raise InvalidSettings("states", states.shape, "[points, dims] with at least one of each")
+    if not np.isfinite(states).all():
+        raise InvalidSettings("states", "not finite", "finite: a state holds NaN or infinity")
+
+
+def _codes(labels: Labels, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The labels that occur, sorted, and the position of each point's among them."""
+    values = np.asarray(labels)
+    if len(values) != count or not count:
+        raise InvalidSettings("labels", len(values), f"one a state, {count} of them, and at least one")
+    names, codes = np.unique(values, return_inverse=True)
+    return names, codes
+
+
+def _means(points: np.ndarray, codes: np.ndarray, count: int) -> np.ndarray:
+    return np.stack([points[codes == code].mean(0) for code in range(count)])
+
+
+def _in_order(found: np.ndarray) -> np.ndarray:
+    """The same partition, its parts numbered in order of first appearance."""
+    _, first, codes = np.unique(found, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[codes]
+
+
+def _is_constant(centred: np.ndarray, mean: np.ndarray) -> bool:
+    return bool((np.abs(centred) <= ROUNDING * np.abs(mean)).all())
+
+
+def _sample(count: int, seed: int, most: int) -> np.ndarray:
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
