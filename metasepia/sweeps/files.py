@@ -1,0 +1,140 @@
+"""Whole files below one `pyarrow.fs` URI: what is read was written to its end, and what is written is whole or absent.
+
+Locally a file is written beside its place, synced, and renamed. Elsewhere it is one put: object stores show that whole
+or not at all; on a filesystem that does neither, the stamp in an object's name tells (`metasepia.sweeps.store`).
+"""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from metasepia.errors import InvalidSettings
+from metasepia.sweeps.failures import StorageFailed
+
+
+def stamp_of(content: bytes) -> str:
+    """The first 16 digits of its sha256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class Files:
+    """Files below `root` in `filesystem`; names are relative, with slashes."""
+
+    def __init__(self, filesystem: pafs.FileSystem, root: str, uri: str) -> None:
+        self._filesystem, self._root, self.uri = filesystem, root.rstrip("/"), uri
+        self._local = isinstance(filesystem, pafs.LocalFileSystem)
+
+    @classmethod
+    def at(cls, uri: str, filesystem: pafs.FileSystem | None = None) -> "Files":
+        """Raises InvalidSettings for a URI that pyarrow does not know, or that is a file."""
+        if not uri:
+            raise InvalidSettings("uri", uri, "a path or a URI")
+        try:
+            if filesystem is not None:
+                files = cls(filesystem, uri, uri)
+            elif "://" in uri:
+                found, root = pafs.FileSystem.from_uri(uri)
+                files = cls(found, root, uri)
+            else:
+                path = str(Path(uri).expanduser().absolute())
+                files = cls(pafs.LocalFileSystem(), path, path)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            allowed = f"a local path, file:///..., s3://bucket/..., gs://bucket/... ({str(error).splitlines()[0]})"
+            raise InvalidSettings("uri", uri, allowed) from error
+        with files._named(""):
+            if files._filesystem.get_file_info(files._root).type == pafs.FileType.File:
+                raise InvalidSettings("uri", uri, "a folder; this is a file")
+        return files
+
+    def path_of(self, name: str) -> str:
+        """For people: where the file is."""
+        return f"{self.uri.rstrip('/')}/{name}"
+
+    def exists(self, name: str) -> bool:
+        with self._named(name):
+            return self._filesystem.get_file_info(self._path(name)).type == pafs.FileType.File
+
+    def names(self, folder: str) -> list[str]:
+        """Of the files in a folder; none where it does not exist."""
+        with self._named(folder):
+            selector = pafs.FileSelector(self._path(folder), allow_not_found=True)
+            return [info.base_name for info in self._filesystem.get_file_info(selector)]
+
+    def read(self, name: str) -> bytes | None:
+        """The content, None where there is no such file."""
+        try:
+            with self._named(name), self._filesystem.open_input_stream(self._path(name)) as stream:
+                return stream.read()
+        except StorageFailed as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def write(self, name: str, content: bytes, *, if_absent: bool = False) -> None:
+        """Puts the file there whole, in place of what there was; with `if_absent` only where there is none.
+
+        Without a local filesystem `if_absent` is not atomic: read what is there afterwards.
+        """
+        with self._named(name):
+            path = self._path(name)
+            self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            if self._local:
+                _write_locally(Path(path), content, if_absent=if_absent)
+            elif not (if_absent and self.exists(name)):
+                with self._filesystem.open_output_stream(path) as stream:
+                    stream.write(content)
+
+    def delete(self, name: str) -> None:
+        """Also where it is gone already."""
+        try:
+            with self._named(name):
+                self._filesystem.delete_file(self._path(name))
+        except StorageFailed as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+
+    def clear_leftovers(self, folder: str) -> None:
+        """Deletes what writers that were killed left beside a place; call it when no one else writes there."""
+        for name in self.names(folder):
+            if name.startswith("."):
+                self.delete(f"{folder}/{name}")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """The filesystem's errors as StorageFailed, with the file's name."""
+        try:
+            yield
+        except StorageFailed:
+            raise
+        except OSError as error:
+            raise StorageFailed(self.path_of(name), error.strerror or str(error)) from error
+
+
+def _write_locally(path: Path, content: bytes, *, if_absent: bool) -> None:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if if_absent:
+            with contextlib.suppress(FileExistsError):
+                os.link(beside, path)
+        else:
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename too survives a loss of power
+    finally:
+        os.close(folder)
