@@ -2,9 +2,9 @@
 
 `graph` builds everything on one page; `main` starts it in the foreground, `prepare` makes weights and factors first,
 `processes` sees to it that none outlives it, `stop` ends it, `demo` shows it. The door: `gateway` holds the routes,
-`bodies` and `schemas` what may come in, `failures` and `middleware` what goes out when something is wrong, `deadlines`
-how long it may take, `parts` how the other deployments are reached. The adaptations: `names` and `routing` (which
-backbone and experts), `completion` with `prompts`, `embedding`, `classification`; `receipts` says what ran. Clients
-make: `contexts`, `experts` (`uploads` reads, `accepting` checks), `mixtures`, by `searching` too; `shelf` is the door's
-copy of what the registry lists.
+`asked`, `bodies` and `schemas` what may come in, `failures` and `middleware` what goes out when something is wrong,
+`deadlines` how long it may take, `parts` how the other deployments are reached. The adaptations: `names` and `routing`
+(which backbone and experts), `completion` with `prompts`, `embedding`, `classification`; `receipts` says what ran.
+Clients make: `contexts`, `experts` (`uploads` reads, `accepting` checks), `mixtures`, by `searching` too; `shelf` is
+the door's copy of what the registry lists.
 """

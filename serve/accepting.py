@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cluster.settings import BackboneSettings
-from metasepia.digests import short
+from metasepia.digests import is_digest, short
 from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.dispatch.dispatcher import Dispatcher
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
@@ -116,7 +116,7 @@ def check_expert_name(name: str | None) -> str:
     check_name(name)
     if name == BASE:
         raise InvalidRequest("name", f"{BASE!r} is the base model's name in mixtures; choose another")
-    if len(name) == 64 and not set(name) - set("0123456789abcdef"):
+    if is_digest(name):
         raise InvalidRequest("name", "it looks like a digest; choose another")
     return name
 

@@ -15,8 +15,8 @@ from metasepia.digests import is_digest
 from metasepia.errors import DeletedName, InvalidRequest, NotSupported, UnknownName
 from metasepia.registry import SHARED, Artefact, Kind
 from serve.accepting import FIELDS, Accepted, Fits, accept
+from serve.asked import deadline_of
 from serve.contexts import number_of
-from serve.deadlines import Deadline
 from serve.names import OWNER, short_card
 from serve.parts import Catalogue
 from serve.shelf import page_of
@@ -43,7 +43,7 @@ class Experts:
         return await self._register(request, request.path_params["name"])
 
     async def _register(self, request: Request, name: str | None) -> Response:
-        deadline = self._deadline(request)
+        deadline = deadline_of(request, self._http)
         async with deadline.limit("reading the expert"):
             upload = await self._uploads.read(request, FIELDS)
         async with deadline.limit("registering the expert"):
@@ -64,18 +64,18 @@ class Experts:
         """GET /v1/experts"""
         query = request.query_params
         limit = number_of(query, "limit", 100, 1, 1000)
-        async with self._deadline(request).limit("listing the experts"):
+        async with deadline_of(request, self._http).limit("listing the experts"):
             return JSONResponse(await listing(self._catalogue, "expert", query.get("after", ""), limit, self.entry))
 
     async def get(self, request: Request) -> Response:
         """GET /v1/experts/{name}"""
-        async with self._deadline(request).limit("reading the expert"):
+        async with deadline_of(request, self._http).limit("reading the expert"):
             artefact = await find(self._catalogue, "expert", request.path_params["name"])
         return JSONResponse(self.entry(artefact) | {"card": artefact.card})
 
     async def content(self, request: Request) -> Response:
         """GET /v1/experts/{name}/content: the safetensors file."""
-        async with self._deadline(request).limit("reading the expert"):
+        async with deadline_of(request, self._http).limit("reading the expert"):
             artefact = await find(self._catalogue, "expert", request.path_params["name"])
             blob = await self._catalogue.get(artefact.digest)
         headers = {
@@ -86,7 +86,7 @@ class Experts:
 
     async def delete(self, request: Request) -> Response:
         """DELETE /v1/experts/{name}; a second time the same answer."""
-        async with self._deadline(request).limit("deleting the expert"):
+        async with deadline_of(request, self._http).limit("deleting the expert"):
             return JSONResponse(await delete(self._catalogue, "expert", request.path_params["name"]))
 
     def entry(self, artefact: Artefact) -> dict[str, Any]:
@@ -111,9 +111,6 @@ class Experts:
             "bytes": artefact.num_bytes,
             "description": short_card(card).get("description"),
         }
-
-    def _deadline(self, request: Request) -> Deadline:
-        return Deadline.of(request.headers, self._http.request_timeout_s)
 
 
 async def find(catalogue: Catalogue, kind: Kind, name: str) -> Artefact:

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cluster.settings import DispatchMargins, HttpSettings
-from metasepia.digests import digest_of
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
-from serve import bodies, completion, failures
+from serve import completion, failures
 from serve.accepting import Fits
+from serve.asked import Asked, deadline_of
 from serve.classification import Classification
 from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
-from serve.deadlines import Deadline
 from serve.embedding import Embedding, embeddings_json
 from serve.experts import Experts
 from serve.health import Health, probe_backbone
@@ -63,15 +61,6 @@ from serve.searching import Searches, Searching, ServedSearches
 from serve.shipped import ModuleCard
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A body in plain values, its digest, and the time that it has."""
-
-    tree: dict[str, Any]
-    digest: str
-    deadline: Deadline
 
 
 class Door:
@@ -108,16 +97,8 @@ class Door:
         probes |= {f"encoder {one.id}": one.check for one in encoders}
         self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check})
 
-    async def asked(self, request: Request) -> Asked:
-        """The body, bounded in bytes, depth and time."""
-        deadline = self._deadline(request)
-        async with deadline.limit("reading the body"):
-            body = await bodies.read(_chunks(request), request.headers, self._http.max_body_mib)
-        tree = bodies.parse(body, self._http.max_json_depth)
-        return Asked(tree, digest_of(tree), deadline)
-
     async def classify(self, request: Request) -> Response:
-        asked = await self.asked(request)
+        asked = await Asked.of(request, self._http)
         body = ClassifyRequest.of(asked.tree)
         body.check(self._http)
         answer = await self._classification.classify(body, asked.digest, asked.deadline)
@@ -125,7 +106,7 @@ class Door:
         return JSONResponse(answer)
 
     async def create_context(self, request: Request) -> Response:
-        asked = await self.asked(request)
+        asked = await Asked.of(request, self._http)
         body = ContextRequest.of(asked.tree)
         body.check(self._http)
         answer = await self._contexts.create(body, asked.digest, asked.deadline)
@@ -133,7 +114,7 @@ class Door:
         return JSONResponse(answer)
 
     async def extend_context(self, request: Request) -> Response:
-        asked = await self.asked(request)
+        asked = await Asked.of(request, self._http)
         body = MoreExamplesRequest.of(asked.tree)
         body.check(self._http)
         answer = await self._contexts.extend(request.path_params["id"], body, asked.digest, asked.deadline)
@@ -142,25 +123,25 @@ class Door:
 
     async def contexts(self, request: Request) -> Response:
         limit = number_of(request.query_params, "limit", 100, 1, 1000)
-        async with self._deadline(request).limit("listing the contexts"):
+        async with deadline_of(request, self._http).limit("listing the contexts"):
             return JSONResponse(await self._contexts.listing(request.query_params.get("after"), limit))
 
     async def context(self, request: Request) -> Response:
-        async with self._deadline(request).limit("reading the context"):
+        async with deadline_of(request, self._http).limit("reading the context"):
             return JSONResponse(await self._contexts.get(request.path_params["id"]))
 
     async def context_examples(self, request: Request) -> Response:
         begin = number_of(request.query_params, "begin", 0, 0, 10**9)
         limit = number_of(request.query_params, "limit", 1000, 1, 10_000)
-        async with self._deadline(request).limit("reading the context"):
+        async with deadline_of(request, self._http).limit("reading the context"):
             return JSONResponse(await self._contexts.examples(request.path_params["id"], begin, limit))
 
     async def delete_context(self, request: Request) -> Response:
-        async with self._deadline(request).limit("deleting the context"):
+        async with deadline_of(request, self._http).limit("deleting the context"):
             return JSONResponse(await self._contexts.delete(request.path_params["id"]))
 
     async def embeddings(self, request: Request) -> Response:
-        asked = await self.asked(request)
+        asked = await Asked.of(request, self._http)
         body = EmbeddingsRequest.of(asked.tree)
         body.check(self._http)
         single = isinstance(asked.tree["input"], str) or body.is_one_token_list
@@ -179,7 +160,7 @@ class Door:
         return await self._complete(request, CompletionRequest)
 
     async def _complete(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        asked = await self.asked(request)
+        asked = await Asked.of(request, self._http)
         body = kind.of(asked.tree)
         body.check()
         async with asked.deadline.limit("resolving the model"):
@@ -207,7 +188,7 @@ class Door:
         )
 
     async def mix(self, request: Request) -> Response:
-        asked = await self.asked(request)
+        asked = await Asked.of(request, self._http)
         body = MixtureRequest.of(asked.tree)
         backbone = self.names.backbones.get(body.backbone)
         if backbone is None:
@@ -221,16 +202,13 @@ class Door:
             {"id": id_, "object": "mixture", "model": f"{backbone.id}:{MIXTURE}{id_}", "digest": digest}
         )
 
-    def _deadline(self, request: Request) -> Deadline:
-        return Deadline.of(request.headers, self._http.request_timeout_s)
-
     async def models(self, request: Request) -> Response:
-        async with self._deadline(request).limit("listing the models"):
+        async with deadline_of(request, self._http).limit("listing the models"):
             return JSONResponse({"object": "list", "data": await self.names.listing()})
 
     async def model(self, request: Request) -> Response:
         wanted = request.path_params["model"]
-        async with self._deadline(request).limit("listing the models"):
+        async with deadline_of(request, self._http).limit("listing the models"):
             if wanted.startswith(PREFIX):
                 stored = await self._contexts.find(wanted, usable=False)
                 return JSONResponse(self.names.context(stored.artefact))
@@ -342,11 +320,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
     failure = failures.Failure(error.status_code, "invalid_request_error", code, failures.grpc.StatusCode.UNIMPLEMENTED)
     answer = failures.envelope(failure, f"{request.method} {request.url.path} is not served here", None)
     return JSONResponse(answer.body, error.status_code, headers=dict(error.headers or {}))
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    async for chunk in request.stream():
-        yield chunk
 
 
 async def _server_sent(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:

@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.settings import HttpSettings
 from metasepia.registry import Artefact
+from serve.asked import deadline_of
 from serve.contexts import number_of
-from serve.deadlines import Deadline
 from serve.experts import delete, find, listing
 from serve.names import MIXTURE
 from serve.parts import Backbone, Catalogue
@@ -27,20 +27,20 @@ class Mixtures:
         """GET /v1/mixtures"""
         query = request.query_params
         limit = number_of(query, "limit", 100, 1, 1000)
-        async with self._deadline(request).limit("listing the mixtures"):
+        async with deadline_of(request, self._http).limit("listing the mixtures"):
             after = query.get("after", "").removeprefix(MIXTURE)
             return JSONResponse(await listing(self._catalogue, "mixture", after, limit, self.entry))
 
     async def get(self, request: Request) -> Response:
         """GET /v1/mixtures/{digest}"""
-        async with self._deadline(request).limit("reading the mixture"):
+        async with deadline_of(request, self._http).limit("reading the mixture"):
             artefact = await find(self._catalogue, "mixture", _name(request))
         card = {key: value for key, value in artefact.card.items() if key not in _OWN_FACTS}
         return JSONResponse(self.entry(artefact) | {"card": card})
 
     async def delete(self, request: Request) -> Response:
         """DELETE /v1/mixtures/{digest}; a second time the same answer. Its experts stay."""
-        async with self._deadline(request).limit("deleting the mixture"):
+        async with deadline_of(request, self._http).limit("deleting the mixture"):
             return JSONResponse(await delete(self._catalogue, "mixture", _name(request)))
 
     def entry(self, artefact: Artefact) -> dict[str, Any]:
@@ -60,9 +60,6 @@ class Mixtures:
             "experts": card.get("experts"),
             "weights": [{"digest": digest, "weight": weight} for digest, weight in card.get("adapter", ())],
         }
-
-    def _deadline(self, request: Request) -> Deadline:
-        return Deadline.of(request.headers, self._http.request_timeout_s)
 
 
 def _name(request: Request) -> str:

@@ -1,6 +1,6 @@
 """Few-shot searches at the door: asked for, looked at, cancelled. They run in the expert-mixing part, as jobs."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ray.serve.handle import DeploymentHandle
@@ -11,8 +11,7 @@ from actors.messages import SearchAsked
 from cluster.settings import HttpSettings
 from metasepia.errors import InvalidRequest, UnknownName, WindowExceeded
 from metasepia.search.jobs import Example
-from serve import bodies
-from serve.deadlines import Deadline
+from serve.asked import Asked, deadline_of
 from serve.names import OWNER
 from serve.parts import Backbone, answered
 from serve.prompts import Prompts, away
@@ -81,10 +80,8 @@ class Searching:
         ]
 
     async def create(self, request: Request) -> Response:
-        deadline = self._deadline(request)
-        async with deadline.limit("reading the body"):
-            body = await bodies.read(_chunks(request), request.headers, self._http.max_body_mib)
-        asked = SearchRequest.of(bodies.parse(body, self._http.max_json_depth)).check(self._http)
+        read = await Asked.of(request, self._http)
+        asked, deadline = SearchRequest.of(read.tree).check(self._http), read.deadline
         backbone = self._backbones.get(asked.backbone_id)
         if backbone is None:
             raise UnknownName("backbone", asked.backbone_id, tuple(self._backbones))
@@ -114,23 +111,23 @@ class Searching:
         return JSONResponse(job, 202 if job["status"] == "queued" else 200, headers={"location": f"{PATH}/{job['id']}"})
 
     async def list(self, request: Request) -> Response:
-        async with self._deadline(request).limit("listing the searches"):
+        async with deadline_of(request, self._http).limit("listing the searches"):
             return JSONResponse({"object": "list", "data": await self._searches.listing()})
 
     async def get(self, request: Request) -> Response:
-        async with self._deadline(request).limit("reading the search"):
+        async with deadline_of(request, self._http).limit("reading the search"):
             return JSONResponse(await self._searches.get(_id(request)))
 
     async def trace(self, request: Request) -> Response:
-        async with self._deadline(request).limit("reading the search"):
+        async with deadline_of(request, self._http).limit("reading the search"):
             return JSONResponse({"object": "list", "data": await self._searches.trace(_id(request))})
 
     async def picture(self, request: Request) -> Response:
-        async with self._deadline(request).limit("drawing the search"):
+        async with deadline_of(request, self._http).limit("drawing the search"):
             return Response(await self._searches.picture(_id(request)), media_type="image/svg+xml")
 
     async def cancel(self, request: Request) -> Response:
-        async with self._deadline(request).limit("cancelling the search"):
+        async with deadline_of(request, self._http).limit("cancelling the search"):
             return JSONResponse(await self._searches.cancel(_id(request)))
 
     def _tokenise(self, examples: Sequence[SearchExample], backbone: Backbone) -> tuple[Example, ...]:
@@ -164,9 +161,6 @@ class Searching:
         if longest + max_tokens > window:
             raise WindowExceeded("examples" if asked is None else "max_tokens", longest + max_tokens, window)
 
-    def _deadline(self, request: Request) -> Deadline:
-        return Deadline.of(request.headers, self._http.request_timeout_s)
-
 
 def _text_of(example: SearchExample) -> str:
     messages = example.messages or ()
@@ -175,8 +169,3 @@ def _text_of(example: SearchExample) -> str:
 
 def _id(request: Request) -> str:
     return request.path_params["id"][:80]
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    async for chunk in request.stream():
-        yield chunk
