@@ -32,42 +32,50 @@ def key_of(stream: str, seed: int, step: int) -> int:
 
 def _shift_right(x: Tensor, num_bits: int) -> Tensor:
     """Logical shift; torch's own keeps the sign."""
-    return (x >> num_bits) & ((1 << (64 - num_bits)) - 1)
+    return (x >> num_bits).bitwise_and_((1 << (64 - num_bits)) - 1)
 
 
-def bits(key: int, index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """64 uniform bits for each index, as int64."""
+def bits(key: int | Int[Tensor, "..."], index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """64 uniform bits for each index, as int64; several keys at once are a tensor that broadcasts against the index."""
     x = index * _signed(GOLDEN) + key
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
-    return x ^ _shift_right(x, 31)
+        x ^= _shift_right(x, shift)
+        x *= _signed(multiplier)
+    x ^= _shift_right(x, 31)
+    return x
 
 
 @functools.cache
-def _upper_quantiles(kind: str, device: torch.device) -> Tensor:
-    """Quantiles above the median at the middles of 2**16 equal steps of probability; the lower half is its mirror."""
+def _quantiles(kind: str, device: torch.device) -> Tensor:
+    """Quantiles at the middles of 2**17 equal steps of probability: each at 2 i + 1, its mirror image at 2 i."""
     normal = NormalDist()
     levels = [0.5 + (i + 0.5) / (2 << _TABLE_BITS) for i in range(1 << _TABLE_BITS)]
     values = [normal.inv_cdf(p) if kind == "normal" else math.log(p / (1 - p)) for p in levels]
-    return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)
+    upper = torch.tensor(values, dtype=torch.float64).to(torch.float32)
+    return torch.stack((-upper, upper), dim=1).flatten().to(device)
 
 
-def _from_table(kind: str, key: int, index: Tensor) -> Tensor:
+def _from_table(kind: str, key: int | Tensor, index: Tensor) -> Tensor:
     drawn = bits(key, index)
-    upper = _upper_quantiles(kind, index.device)[_shift_right(drawn, 64 - _TABLE_BITS)]
-    return torch.where((drawn & 1) == 1, upper, -upper)
+    # The highest 16 bits choose the quantile, the lowest bit its sign.
+    place = drawn >> (63 - _TABLE_BITS)
+    place &= (2 << _TABLE_BITS) - 2
+    place |= drawn.bitwise_and_(1)
+    return _quantiles(kind, index.device).index_select(0, place.flatten()).view(place.shape)
 
 
-def normal(key: int, index: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def normal(key: int | Int[Tensor, "..."], index: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Standard normal numbers."""
     return _from_table("normal", key, index)
 
 
-def logistic(key: int, index: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def logistic(key: int | Int[Tensor, "..."], index: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Numbers with P(value < t) = sigmoid(t): `score > logistic` is a Bernoulli draw of probability sigmoid(score)."""
     return _from_table("logistic", key, index)
 
 
-def choice(num_choices: int, key: int, index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+def choice(
+    num_choices: int | Int[Tensor, "..."], key: int | Int[Tensor, "..."], index: Int[Tensor, "..."]
+) -> Int[Tensor, "..."]:
     """Integers from 0 to num_choices - 1, uniform to one part in 2**31 / num_choices."""
     return (_shift_right(bits(key, index), 33) * num_choices) >> 31
