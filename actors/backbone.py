@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -25,14 +25,12 @@ from actors.gang_experts import Fetch, GangExperts, Resolve, cause
 from actors.messages import News
 from actors.processes import Identity, Joined
 from cluster.settings import BackboneSettings
+from metasepia.decoding.asking import AsksRows
 from metasepia.decoding.scheduling import Answer, Limits, Load
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable
 from metasepia.models import families
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
-
-if TYPE_CHECKING:
-    from metasepia.backbone import Capability
+from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk, Want
 
 logger = logging.getLogger("metasepia.gang")
 
@@ -93,10 +91,8 @@ class _Held:
         return len(self.row.token_ids) + (self.row.sampling.max_tokens if self.row.want == "tokens" else 0)
 
 
-class BackboneGroup:
+class BackboneGroup(AsksRows):
     """One frozen backbone on a tensor-parallel gang. All methods belong to the event loop that started it."""
-
-    capabilities: "frozenset[Capability]" = frozenset(("generate", "score", "hidden_states", "row_adapters"))
 
     def __init__(self, parts: GangParts, fetch: Fetch | None, resolve: Resolve | None) -> None:
         self._parts, self._settings = parts, parts.settings
@@ -226,29 +222,7 @@ class BackboneGroup:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
-        """The row's tokens as they are chosen. Closing the iterator drops the row. Raises what refused the row."""
-        async with contextlib.aclosing(self._ask(row, "tokens")) as answers:
-            async for answer in answers:
-                assert isinstance(answer, TokenChunk)
-                yield answer
-
-    async def score(self, row: Row) -> Scores:
-        """Log-probabilities of the row's own tokens."""
-        return await self._ask_once(row, "logprobs")
-
-    async def hidden_states(self, row: Row) -> HiddenStates:
-        return await self._ask_once(row, "hidden_states")
-
-    async def _ask_once(self, row: Row, want: Literal["logprobs", "hidden_states"]) -> Any:
-        async with contextlib.aclosing(self._ask(row, want)) as answers:
-            async for answer in answers:
-                return answer
-        raise AssertionError("no answer")
-
-    async def _ask(
-        self, row: Row, want: Literal["tokens", "logprobs", "hidden_states"]
-    ) -> AsyncGenerator[TokenChunk | Scores | HiddenStates]:
+    async def _ask(self, row: Row, want: Want) -> AsyncGenerator[TokenChunk | Scores | HiddenStates]:
         if self._problem is not None:
             raise self._unavailable()
         # Our own name for it: callers may use a request_id twice.

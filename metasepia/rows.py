@@ -15,6 +15,8 @@ Weight = float | tuple[float, ...]
 Adapter = tuple[tuple[str, Weight], ...]
 """Expert digests with their weights on the simplex (in each layer); empty means the base weights."""
 
+Want = Literal["tokens", "logprobs", "hidden_states"]
+
 Path = Literal["plain", "factors", "truncated", "materialised", "lora"]
 """The arithmetic a row went through: the stored weights, all run-time factors, the stored weights and their leading
 factors, one adapter's rebuilt weights, or the stored weights and a low-rank difference."""
@@ -61,7 +63,7 @@ class Row:
     priority: int = 0
     """Larger goes first; rows of equal priority in order of arrival. Below 0: background, which gives its place to
     others even after it began, and goes on later where it stopped."""
-    want: Literal["tokens", "logprobs", "hidden_states"] = "tokens"
+    want: Want = "tokens"
     score_from: int = 1
     """want = logprobs: the first position whose token is scored given those before it. In [1, number of tokens]."""
     hidden: HiddenStatesWanted = field(default_factory=HiddenStatesWanted)

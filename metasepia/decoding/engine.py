@@ -10,11 +10,11 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from metasepia.decoding.asking import AsksRows
 from metasepia.decoding.generation import RowDecoder
 from metasepia.decoding.inflight import Answer, Limits
 from metasepia.decoding.scheduling import Load, Scheduler
@@ -25,24 +25,19 @@ from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.svf import ExpertLayers, attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
-
-if TYPE_CHECKING:
-    from metasepia.backbone import Capability
+from metasepia.rows import HiddenStates, Row, Scores, TokenChunk, Want
 
 DEFAULT_LIMITS = Limits(max_rows=16, max_batch_tokens=16_384, max_queued_tokens=1 << 20, max_prefix_tokens=4096)
 RETRY_AFTER_S = 1.0
 
 
-class Engine:
+class Engine(AsksRows):
     """A `Backbone` on one model in this process. Rows may be asked for from any number of threads and event loops.
 
     A thread of its own steps while rows wait, with torch's number of threads as it was when the engine was made; the
     model is the engine's until `close`. A step that raises closes the engine: rows in flight and later ones raise
     Unavailable, whose cause is what the step raised.
     """
-
-    capabilities: "frozenset[Capability]" = frozenset(("generate", "score", "hidden_states", "row_adapters"))
 
     def __init__(
         self,
@@ -108,29 +103,7 @@ class Engine:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
-        """The row's tokens as they are chosen. Closing the iterator drops the row. Raises what refused the row."""
-        async with contextlib.aclosing(self._ask(row, "tokens")) as answers:
-            async for answer in answers:
-                assert isinstance(answer, TokenChunk)
-                yield answer
-
-    async def score(self, row: Row) -> Scores:
-        """Log-probabilities of the row's own tokens."""
-        return await self._ask_once(row, "logprobs")
-
-    async def hidden_states(self, row: Row) -> HiddenStates:
-        return await self._ask_once(row, "hidden_states")
-
-    async def _ask_once(self, row: Row, want: Literal["logprobs", "hidden_states"]) -> Any:
-        async with contextlib.aclosing(self._ask(row, want)) as answers:
-            async for answer in answers:
-                return answer
-        raise AssertionError("no answer")
-
-    async def _ask(
-        self, row: Row, want: Literal["tokens", "logprobs", "hidden_states"]
-    ) -> AsyncGenerator[TokenChunk | Scores | HiddenStates]:
+    async def _ask(self, row: Row, want: Want) -> AsyncGenerator[TokenChunk | Scores | HiddenStates]:
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Answer]()
         # Our own name for it: callers may use a request_id twice.
         key = str(next(self._keys))
