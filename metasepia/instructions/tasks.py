@@ -56,6 +56,7 @@ _FIRST_WORD = 2
 HELD_OUT = 4
 """One string in so many is held out."""
 Split = Literal["seen", "unseen"]
+SPLITS: tuple[Split, ...] = ("seen", "unseen")
 
 _SLOTS, _MAX_SEQUENCES = 16, 1 << 20
 _INVERSE = pow(sampling.GOLDEN, -1, 1 << 64)
