@@ -1,5 +1,5 @@
 """Many small decoders of one shape trained as one: every parameter is [models, ...].
 
-`decoder` holds the GPT-2 blocks and the regressor's core, `regressor` the two token layouts of regression on top,
+`decoder` is a stack of GPT-2 decoders, `block` how one layer of it is computed, `regressor` two token layouts on top,
 `training` the optimiser with its rates per model and the loop that freezes a model whose loss is no number.
 """

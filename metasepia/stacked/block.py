@@ -1,0 +1,310 @@
+"""One GPT-2 block of a stack, forward and backward, two ways with one result up to rounding.
+
+`batched_block` is plain torch, all models in each product: for accelerators, other dtypes and as the definition.
+`BlockOnCpu` goes model by model through one block with its gradient written out, so that what passes between two
+products is still in the core's cache. Its products are oneDNN's: `F.linear` and `bmm` in float32 go to MKL, which on
+processors that are not Intel's computes at half their speed. GELU (tanh) is u sigmoid(2 sqrt(2/pi) (u + 0.044715 u^3)),
+the same function by a cheaper road, and leaves its slope for the backward pass in the same sweep over memory.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+LN_EPS = 1e-5
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+_TILE = 1 << 16
+"""Numbers an elementwise sweep takes at once: four such arrays fit a second-level cache of 1 MiB."""
+
+
+class BlockWeights(NamedTuple):
+    """Of all models [models, ...] or of one; linear weights are [out, in], as nn.Linear's."""
+
+    norm_1_weight: Tensor
+    norm_1_bias: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    norm_2_weight: Tensor
+    norm_2_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+
+
+def takes_fast_path(hidden: Tensor) -> bool:
+    """Whether `BlockOnCpu` can compute these states: float32 on a CPU for which torch was built with oneDNN."""
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def block(hidden: Tensor, mask: Tensor | None, heads: int, reads: slice | None, weights: BlockWeights) -> Tensor:
+    """[models, batch, tokens, width] to the same, or to the tokens `reads` alone.
+
+    `mask` [tokens, tokens] or [batch, tokens, tokens], True where a token may attend; None is causal. A token that may
+    attend to none gets no value.
+    """
+    if takes_fast_path(hidden):
+        return BlockOnCpu.apply(hidden.contiguous(), mask, heads, reads, *weights)  # type: ignore[no-any-return]
+    return batched_block(hidden, mask, heads, reads, weights)
+
+
+def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [models, ..., in] by weight [models, out, in]: each model's own linear layer."""
+    rows, of_model = x.flatten(1, -2), weight.transpose(1, 2)
+    y = torch.bmm(rows, of_model) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, of_model)
+    return y.unflatten(1, x.shape[1:-1])
+
+
+def stacked_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last axis of [models, batch, tokens, width], gain and shift [models, width]."""
+    return torch.addcmul(bias[:, None, None], F.layer_norm(x, x.shape[-1:], eps=LN_EPS), weight[:, None, None])
+
+
+def batched_block(
+    hidden: Tensor, mask: Tensor | None, heads: int, reads: slice | None, weights: BlockWeights
+) -> Tensor:
+    """`block` in plain torch operations, whose gradient is torch's."""
+    models, batch = hidden.shape[:2]
+    w = weights
+    qkv = stacked_linear(stacked_norm(hidden, w.norm_1_weight, w.norm_1_bias), w.qkv_weight, w.qkv_bias)
+    q, k, v = qkv.flatten(0, 1).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    if reads is not None:
+        q, hidden = q[:, :, reads], hidden[:, :, reads]
+    if mask is None and reads is None:
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        may = causal(k.shape[2], k.device) if mask is None else mask
+        may = may if reads is None else may[..., reads, :]
+        may = may if may.ndim == 2 else may.unsqueeze(1).repeat(models, 1, 1, 1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+    attended = attended.transpose(1, 2).flatten(2).unflatten(0, (models, batch))
+    hidden = hidden + stacked_linear(attended, w.proj_weight, w.proj_bias)
+    up = stacked_linear(stacked_norm(hidden, w.norm_2_weight, w.norm_2_bias), w.up_weight, w.up_bias)
+    return hidden + stacked_linear(F.gelu(up, approximate="tanh"), w.down_weight, w.down_bias)
+
+
+def causal(tokens: int, device: torch.device) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
+class _Kept(NamedTuple):
+    """What one model's backward pass needs of its forward pass."""
+
+    norm_1: tuple[Tensor, Tensor, Tensor]
+    """The normalised states, the means and the inverse deviations."""
+    qkv: Tensor
+    shares: Tensor
+    """Attention weights, [heads, batch, queries, tokens]."""
+    attended: Tensor
+    between: Tensor
+    """The states after attention."""
+    norm_2: tuple[Tensor, Tensor, Tensor]
+    activated: Tensor
+    slope: Tensor
+
+
+class BlockOnCpu(torch.autograd.Function):
+    """`batched_block` for float32 on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, mask: Tensor | None, heads: int, reads: slice | None, *weights: Tensor
+    ) -> Tensor:
+        may = causal(hidden.shape[2], hidden.device) if mask is None else mask
+        may = may if reads is None else may[..., reads, :]
+        # A finite low number, not -inf: where nothing may be attended the softmax must not be 0 / 0.
+        bias = torch.zeros(may.shape).masked_fill_(~may, torch.finfo(torch.float32).min)
+        some = None if mask is None or bool(may.any(-1).all()) else may.any(-1, keepdim=True).float()
+        needs_grad = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+        out, kept = None, []
+        for model in range(len(hidden)):
+            end, kept_one = _forward(
+                hidden[model], bias, some, heads, reads, BlockWeights(*(w[model] for w in weights)), needs_grad
+            )
+            out = hidden.new_empty(len(hidden), *end.shape) if out is None else out
+            out[model].copy_(end)
+            kept.append(kept_one)
+        assert out is not None
+        if needs_grad:
+            _keep(ctx, hidden, weights, kept, heads, reads)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        hidden, weights, kept, heads, reads = _kept(ctx)
+        grad_out = grads[0].contiguous()
+        grad_hidden = torch.empty_like(hidden)
+        grad_weights = BlockWeights(*(torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights))
+        for model in range(len(hidden)):
+            of_model = BlockWeights(*(w[model] for w in weights))
+            into = BlockWeights(*(g[model] for g in grad_weights))
+            _backward(grad_out[model], hidden[model], kept[model], heads, reads, of_model, into, grad_hidden[model])
+        return grad_hidden, None, None, None, *grad_weights
+
+
+def _keep(
+    ctx: Any, hidden: Tensor, weights: Sequence[Tensor], kept: Sequence[_Kept], heads: int, reads: slice | None
+) -> None:
+    """Inputs go through autograd, which notices when they were changed in place; what is ours is kept as it is."""
+    ctx.save_for_backward(hidden, *weights)
+    ctx.of_models, ctx.heads, ctx.reads = kept, heads, reads
+
+
+def _kept(ctx: Any) -> tuple[Tensor, tuple[Tensor, ...], Sequence[_Kept], int, slice | None]:
+    hidden, *weights = ctx.saved_tensors
+    return hidden, tuple(weights), ctx.of_models, ctx.heads, ctx.reads
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, in] by weight [out, in]; both may be transposed views, which oneDNN reads as they lie."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(x, [x.shape[-1]], weight, bias, LN_EPS)
+
+
+def _forward(
+    hidden: Tensor,
+    bias: Tensor,
+    some: Tensor | None,
+    heads: int,
+    reads: slice | None,
+    w: BlockWeights,
+    needs_slope: bool,
+) -> tuple[Tensor, _Kept]:
+    """One model's states [batch, tokens, width] through the block; the end and what the way back needs."""
+    batch, tokens, width = hidden.shape
+    norm_1 = _norm(hidden.view(-1, width), w.norm_1_weight, w.norm_1_bias)
+    qkv = _linear(norm_1[0], w.qkv_weight, w.qkv_bias)
+    qkv = qkv.view(batch, tokens, 3, heads, -1).permute(2, 3, 0, 1, 4).contiguous()  # [3, heads, batch, tokens, dim]
+    q, k, v = (one.flatten(0, 1) for one in qkv.unbind(0))
+    q = q if reads is None else q[:, reads]
+    scores = torch.bmm(q, k.transpose(1, 2)).view(heads, batch, -1, tokens)
+    shares = torch.softmax(scores.mul_(1 / math.sqrt(q.shape[-1])).add_(bias), -1)
+    if some is not None:
+        shares.mul_(some)
+    attended = torch.bmm(shares.flatten(0, 1), v).view(heads, batch, -1, width // heads)
+    attended = attended.permute(1, 2, 0, 3).reshape(-1, width)
+    start = hidden if reads is None else hidden[:, reads]
+    between = _linear(attended, w.proj_weight, w.proj_bias).add_(start.reshape(-1, width))
+    norm_2 = _norm(between, w.norm_2_weight, w.norm_2_bias)
+    activated, slope = _gelu(_linear(norm_2[0], w.up_weight, w.up_bias), needs_slope)
+    end = _linear(activated, w.down_weight, w.down_bias).add_(between)
+    return end.view(batch, -1, width), _Kept(norm_1, qkv, shares, attended, between, norm_2, activated, slope)
+
+
+def _backward(
+    grad_end: Tensor,
+    hidden: Tensor,
+    kept: _Kept,
+    heads: int,
+    reads: slice | None,
+    w: BlockWeights,
+    into: BlockWeights,
+    grad_hidden: Tensor,
+) -> None:
+    """One model's gradients, weights' to `into` and the states' to `grad_hidden`."""
+    batch, _, width = hidden.shape
+    grad_end = grad_end.view(-1, width)
+    grad_up = _through_linear(grad_end, kept.activated, w.down_weight, into.down_weight, into.down_bias)
+    grad_up.mul_(kept.slope)
+    grad_norm = _through_linear(grad_up, kept.norm_2[0], w.up_weight, into.up_weight, into.up_bias)
+    grad_between = _through_norm(
+        grad_norm, kept.between, kept.norm_2, w.norm_2_weight, w.norm_2_bias, into.norm_2_weight, into.norm_2_bias
+    ).add_(grad_end)
+
+    grad = _through_linear(grad_between, kept.attended, w.proj_weight, into.proj_weight, into.proj_bias)
+    grad = grad.view(batch, -1, heads, width // heads).permute(2, 0, 1, 3).contiguous().flatten(0, 1)
+    q, k, v = (one.flatten(0, 1) for one in kept.qkv.unbind(0))
+    shares = kept.shares.flatten(0, 1)
+    grad_qkv = torch.empty_like(kept.qkv)
+    grad_q, grad_k, grad_v = (one.flatten(0, 1) for one in grad_qkv.unbind(0))
+    torch.bmm(shares.transpose(1, 2), grad, out=grad_v)
+    grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), shares, -1, torch.float32)
+    grad_scores.mul_(1 / math.sqrt(q.shape[-1]))
+    if reads is None:
+        torch.bmm(grad_scores, k, out=grad_q)
+        torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
+    else:
+        grad_q.zero_()
+        grad_q[:, reads] = torch.bmm(grad_scores, k)
+        torch.bmm(grad_scores.transpose(1, 2), q[:, reads], out=grad_k)
+    grad_qkv = grad_qkv.permute(2, 3, 0, 1, 4).reshape(-1, 3 * width)
+
+    grad_norm = _through_linear(grad_qkv, kept.norm_1[0], w.qkv_weight, into.qkv_weight, into.qkv_bias)
+    grad_start = _through_norm(
+        grad_norm,
+        hidden.view(-1, width),
+        kept.norm_1,
+        w.norm_1_weight,
+        w.norm_1_bias,
+        into.norm_1_weight,
+        into.norm_1_bias,
+    ).view_as(hidden)
+    if reads is None:
+        torch.add(grad_start, grad_between.view_as(hidden), out=grad_hidden)
+    else:
+        grad_hidden.copy_(grad_start)
+        grad_hidden[:, reads] += grad_between.view(batch, -1, width)
+
+
+def _through_linear(grad: Tensor, x: Tensor, weight: Tensor, into_weight: Tensor, into_bias: Tensor) -> Tensor:
+    """The gradient of a linear layer's input; its weight's and bias's are written."""
+    into_weight.copy_(_linear(grad.t(), x.t()))
+    torch.sum(grad, 0, out=into_bias)
+    return _linear(grad, weight.t())
+
+
+def _through_norm(
+    grad: Tensor,
+    x: Tensor,
+    made: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    into_weight: Tensor,
+    into_bias: Tensor,
+) -> Tensor:
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad, x, [x.shape[-1]], made[1], made[2], weight, bias, [True, True, True]
+    )
+    into_weight.copy_(grad_weight)
+    into_bias.copy_(grad_bias)
+    return grad_x
+
+
+def _gelu(u: Tensor, needs_slope: bool) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) of u and its derivative, the latter empty if not needed; u is used up.
+
+    With t = a + b u^2, z = u t and s = sigmoid(z), GELU is u s and its derivative s + (3 z - 2 a u) s (1 - s).
+    """
+    flat = u.view(-1)
+    slope = torch.empty_like(u) if needs_slope else u.new_empty(0)
+    size = min(_TILE, flat.numel())
+    a, z, s = u.new_tensor(_GELU_LINEAR), u.new_empty(size), u.new_empty(size)
+    activated = torch.empty_like(u)
+    for first in range(0, flat.numel(), _TILE):
+        one, out = flat[first : first + _TILE], activated.view(-1)[first : first + _TILE]
+        z_one, s_one = z[: len(one)], s[: len(one)]
+        torch.addcmul(a, one, one, value=_GELU_CUBIC, out=z_one).mul_(one)
+        torch.sigmoid(z_one, out=s_one)
+        torch.mul(one, s_one, out=out)
+        if needs_slope:
+            torch.sub(z_one, one, alpha=2 / 3 * _GELU_LINEAR, out=z_one)
+            slopes = slope.view(-1)[first : first + _TILE]
+            torch.ops.aten.sigmoid_backward.grad_input(z_one, s_one, grad_input=slopes)
+            torch.add(s_one, slopes, alpha=3, out=slopes)
+    return activated, slope
