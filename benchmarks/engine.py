@@ -299,7 +299,7 @@ def arrivals(subject: Subject, count: int) -> report.Row:
         while True:
             factor = 1.5 * STEPS_UP ** len(tried)
             tried.append((factor, serve_ours(engine, arriving(asked, factor * per_s))))
-            if tried[-1][1].p99_s > theirs.p99_s or factor > 20:
+            if tried[-1][1].p99_s > theirs.p99_s or saturated([served.tokens_per_s for _, served in tried]):
                 break
     if tried[0][1].p99_s > theirs.p99_s:
         print(f"even {tried[0][0]:.1f} times the load is too much for the engine: the ratio is below it", flush=True)
@@ -319,6 +319,11 @@ def arrivals(subject: Subject, count: int) -> report.Row:
         note,
         extra={"tried": [(factor, one.tokens_per_s, one.p99_s) for factor, one in tried], "p99_s": theirs.p99_s},
     )
+
+
+def saturated(rates: Sequence[float]) -> bool:
+    """Whether neither of the last two loads gave 3 % more than the best before them."""
+    return len(rates) > 2 and max(rates[-2:]) < 1.03 * max(rates[:-2])
 
 
 def _rate(served: Served) -> float:
@@ -385,7 +390,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=2, help="of both sides")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=100, help="of engine-arrivals")
+    parser.add_argument("--requests", type=int, default=48, help="of engine-arrivals")
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",")
     if unknown := sorted(set(chosen) - PARTS.keys()):

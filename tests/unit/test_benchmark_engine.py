@@ -75,3 +75,9 @@ def test_other_rates_keep_the_order_and_the_shape_of_arrivals(subject: engine.Su
     slow, fast = engine.arriving(asked, 1.0), engine.arriving(asked, 4.0)
     assert [one.arrives_s for one in slow] == pytest.approx([4 * one.arrives_s for one in fast])
     assert torch.tensor([one.arrives_s for one in slow]).diff().min() > 0
+
+
+def test_loads_are_raised_until_two_in_a_row_bring_no_more():
+    assert not engine.saturated([58.0, 70.0, 88.0])
+    assert not engine.saturated([100.0, 101.0, 104.0])
+    assert engine.saturated([58.0, 136.0, 120.0, 134.0])
