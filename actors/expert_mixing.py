@@ -139,18 +139,22 @@ class ExpertMixing:
         if facts is None and name is None:
             with contextlib.suppress(UnknownName):
                 return (await self._catalogue.resolve("mixture", digest, owner)).digest
-        names = {digest: name for name, digest in candidates.named}
+        names = {one: known for known, one in candidates.named}
         card: dict[str, object] = {
             "kind": "mixture",
             "backbone": backbone,
             "factors": candidates.factors,
             "adapter": [list(pair) for pair in adapter_of_rows(adapter, candidates.bases)],
-            "experts": sorted(names[digest] for digest, _ in adapter),
+            "experts": sorted(names[one] for one, _ in adapter),
             **(facts or {}),
         }
-        digest = mixture_digest(adapter)
-        blob = mixture_blob(adapter)
         await self._catalogue.put(
-            "mixture", blob, digest=digest, name=name, owner=owner, card=card, replace=name is None
+            "mixture",
+            mixture_blob(adapter),
+            digest=digest,
+            name=name,
+            owner=owner,
+            card=card,
+            replace=name is None,
         )
         return digest

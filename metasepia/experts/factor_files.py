@@ -5,6 +5,7 @@ counts once it is on disk and its name is in the journal beside it. A process th
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ class FactorFile:
             singular = min(rows, columns)
             kept = min(rank or singular, singular)
             for part, sides in (("u", [rows, kept]), ("s", [singular]), ("vh", [kept, columns])):
-                begin, end = end, end + 4 * _product(sides)
+                begin, end = end, end + 4 * math.prod(sides)
                 header[f"{name}/{part}"] = {"dtype": "F32", "shape": sides, "data_offsets": [begin, end]}
                 self._offsets[f"{name}/{part}"], self._sides[f"{name}/{part}"] = begin, sides
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -107,10 +108,3 @@ class FactorFile:
             os.fsync(file.fileno())
         self._journal.touch()
         sync_directory(self._partial.parent)
-
-
-def _product(sides: list[int]) -> int:
-    product = 1
-    for side in sides:
-        product *= side
-    return product

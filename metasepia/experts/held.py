@@ -111,13 +111,11 @@ class HeldExperts:
     def num_bytes(self) -> int:
         return sum(self._bytes.values())
 
-    def put(self, digest: str, expert: ExpertVectors | LoraAdapter) -> None:
-        """Raises CorruptArtefact when it is not the expert of this digest or does not fit this model."""
-        if digest not in self:
-            self.insert(digest, self.prepare(digest, expert))
-
     def prepare(self, digest: str, expert: ExpertVectors | LoraAdapter) -> PreparedExpert:
-        """Checks an expert and lays it out, and changes nothing: any thread may. Raises as `put` does."""
+        """Checks an expert and lays it out, and changes nothing: any thread may.
+
+        Raises CorruptArtefact when it is not the expert of this digest or does not fit this model.
+        """
         if expert.digest != digest:
             raise CorruptArtefact(f"expert {short(digest)}", f"its content has digest {short(expert.digest)}")
         return self._low_rank(expert) if isinstance(expert, LoraAdapter) else self._vectors(expert)

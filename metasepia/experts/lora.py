@@ -4,7 +4,6 @@ They are served beside expert vectors, under the same names and routes. PEFT's a
 adapter is read (`peft_files`), so nothing here has a scale. numpy only, as `vectors`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,20 +11,17 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from metasepia.digests import canonical_json, digest_of, is_digest, short
 from metasepia.errors import CorruptArtefact
 from metasepia.experts import vectors
-from metasepia.experts.vectors import ExpertVectors
+from metasepia.experts.vectors import ExpertVectors, metadata_of, tensors_of
+from metasepia.stored import StoredTensors
 
 FORMAT = "metasepia.lora.1"
 MAX_LORA_BYTES = 1 << 30
 """A blob beyond this is refused unread. Rank 16 on every layer of an 8B model takes 160 MiB."""
-
-MAX_HEADER_BYTES = 4 << 20
-"""Of a safetensors file; a 70B model's adapter on every layer has 0.2 MiB."""
 
 Shapes = Mapping[str, tuple[int, int]]
 """Linear layers by full parameter name (`model.layers.0.mlp.up_proj.weight`), each [out, in]."""
@@ -78,10 +74,7 @@ class LoraAdapter:
             raise CorruptArtefact(name, f"its metadata says format {header.get('format')!r}, not {FORMAT!r}")
         if not is_digest(str(header.get("backbone"))):
             raise CorruptArtefact(name, f"its metadata says backbone {header.get('backbone')!r}, not 64 hex digits")
-        try:
-            tensors = load(blob)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CorruptArtefact(name, f"it is not a safetensors file ({type(error).__name__}: {error})") from error
+        tensors = tensors_of(blob, name)
         layers = sorted({key.rpartition("/")[0] for key in tensors})
         for layer in layers:
             if not layer or not {f"{layer}/a", f"{layer}/b"} <= tensors.keys():
@@ -138,44 +131,19 @@ def read_adapter(blob: bytes, name: str) -> ExpertVectors | LoraAdapter:
     )
 
 
-def metadata_of(blob: bytes, name: str) -> dict[str, dict[str, object]]:
-    """The entries of a safetensors file's metadata that are JSON objects. Raises CorruptArtefact."""
-    header_len = int.from_bytes(blob[:8], "little")
-    try:
-        if len(blob) < 8 or header_len > len(blob) - 8:
-            raise ValueError("its header is longer than the file")
-        if header_len > MAX_HEADER_BYTES:
-            raise ValueError(f"its header has {header_len} bytes and at most {MAX_HEADER_BYTES} are read")
-        entries = json.loads(blob[8 : 8 + header_len]).get("__metadata__") or {}
-        found = {key: json.loads(text) for key, text in entries.items() if key in ("expert", "lora")}
-        if not all(isinstance(one, dict) for one in found.values()):
-            raise TypeError("its metadata is no JSON object")
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CorruptArtefact(name, f"it is not a safetensors file ({type(error).__name__}: {error})") from error
-    return found
-
-
 def linear_shapes(directory: Path) -> dict[str, tuple[int, int]]:
     """The linear layers of a checkpoint's blocks, from the headers of its safetensors files; no weight is read.
 
     Left out, by their names, are embeddings and the output head, which no adapter acts on.
-    Raises CorruptArtefact for a directory without such files.
+    Raises CorruptArtefact for a directory without such files, or with one whose header does not parse.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            try:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            except ValueError as error:
-                raise CorruptArtefact(path.name, "its safetensors header is not JSON") from error
-        for name, entry in header.items():
-            if name == "__metadata__" or len(entry["shape"]) != 2 or not name.endswith(".weight"):
-                continue
-            rows, columns = entry["shape"]
-            module = name.split(".")[-2] if "." in name else ""
-            if "embed" in module or module in ("wte", "wpe", "lm_head"):
-                continue
-            shapes[name] = (rows, columns)
+    for name, stored in StoredTensors.of_directory(directory).items():
+        if len(stored.shape) != 2 or not name.endswith(".weight"):
+            continue
+        module = name.split(".")[-2] if "." in name else ""
+        if "embed" not in module and module not in ("wte", "wpe", "lm_head"):
+            shapes[name] = (stored.shape[0], stored.shape[1])
     if not shapes:
         raise CorruptArtefact(str(directory), "it holds no safetensors files with linear layers")
     return shapes

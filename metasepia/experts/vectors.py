@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -21,6 +22,8 @@ from metasepia.errors import CorruptArtefact, InvalidRequest
 FORMAT = "metasepia.expert.1"
 MAX_EXPERT_BYTES = 64 << 20
 """A blob beyond this is refused unread. SmolLM2-135M's MLP experts take 0.2 MiB, those of a 70B model 8 MiB."""
+MAX_HEADER_BYTES = 4 << 20
+"""Of a safetensors file; a 70B model's adapter on every layer has 0.2 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +153,8 @@ class ExpertVectors:
         """
         if len(blob) > max_bytes:
             raise CorruptArtefact(name, f"it has {len(blob)} bytes and at most {max_bytes} are read")
-        try:
-            header_len = int.from_bytes(blob[:8], "little")
-            metadata = json.loads(blob[8 : 8 + header_len]).get("__metadata__") or {}
-            header = json.loads(metadata.get("expert", "{}"))
-            if not isinstance(header, dict):
-                raise TypeError("its metadata is no JSON object")
-            tensors = load(blob)
-        except (SafetensorError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptArtefact(name, f"it is not a safetensors file ({type(error).__name__}: {error})") from error
+        header = metadata_of(blob, name).get("expert", {})
+        tensors = tensors_of(blob, name)
         if header.get("format") != FORMAT:
             raise CorruptArtefact(name, f"its metadata says format {header.get('format')!r}, not {FORMAT!r}")
         for key in ("backbone", "factors"):
@@ -205,3 +201,31 @@ class ExpertVectors:
                 raise CorruptArtefact(
                     name, f"{layer} has {len(vector)} multipliers and the layer {index.lengths[layer]} singular values"
                 )
+
+
+def metadata_of(blob: bytes, name: str) -> dict[str, dict[str, Any]]:
+    """What a safetensors file's metadata says of the expert in it: under `expert` or `lora`, by its form.
+
+    Raises CorruptArtefact for a file whose header does not parse.
+    """
+    header_len = int.from_bytes(blob[:8], "little")
+    try:
+        if len(blob) < 8 or header_len > len(blob) - 8:
+            raise ValueError("its header is longer than the file")
+        if header_len > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {header_len} bytes and at most {MAX_HEADER_BYTES} are read")
+        entries = json.loads(blob[8 : 8 + header_len]).get("__metadata__") or {}
+        found = {key: json.loads(text) for key, text in entries.items() if key in ("expert", "lora")}
+        if not all(isinstance(one, dict) for one in found.values()):
+            raise TypeError("its metadata is no JSON object")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CorruptArtefact(name, f"it is not a safetensors file ({type(error).__name__}: {error})") from error
+    return found
+
+
+def tensors_of(blob: bytes, name: str) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file. Raises CorruptArtefact."""
+    try:
+        return load(blob)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CorruptArtefact(name, f"it is not a safetensors file ({type(error).__name__}: {error})") from error
