@@ -11,10 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metasepia.packing import can_pack
-
-_TYPICAL_ROWS = 256
-"""oneDNN chooses the layout for about so many rows; all others are right too."""
+from metasepia.packing import can_pack, reordered
 
 
 class Matrix:
@@ -102,6 +99,6 @@ class Matrix:
         if self._parameters and not all(isinstance(weight, nn.Parameter) for weight in now):
             return None
         whole = now[0].detach() if len(now) == 1 else torch.cat([weight.detach() for weight in now])
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), _TYPICAL_ROWS)
+        self._packed = reordered(whole.contiguous())
         self._packed_from = [(weight, None if weight.is_inference() else weight._version) for weight in now]
         return self._packed

@@ -17,6 +17,11 @@ _TYPICAL_ROWS = 256
 """oneDNN chooses the layout for about so many rows; all others are right too."""
 
 
+def reordered(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's blocked order, a tensor of its own without strides; of one that `can_pack` takes."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+
+
 class PackedLinear:
     """A linear layer, and a GELU after it, without gradients.
 
@@ -36,7 +41,7 @@ class PackedLinear:
             return y if self.gelu is None else F.gelu(y, approximate="tanh" if self.gelu == "tanh" else "none")
         now = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self._packed is None or self._packed_from != now:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+            self._packed = reordered(weight)
             self._packed_from = now
         after = ("none", [], "") if self.gelu is None else ("gelu", [], "tanh" if self.gelu == "tanh" else "none")
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.linear.bias, *after)
