@@ -35,17 +35,11 @@ def logits_of(model: Any, sequences: Sequence[Sequence[int]], keep: int) -> Floa
     return model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, -keep:].float()
 
 
-def answer_loss(model: Any, batch: Sequence[Answered]) -> tuple[Tensor, float]:
-    """Mean negative log-likelihood of the answer tokens, and the share of rows whose every answer token is the argmax.
+def summed_answer_loss(model: Any, batch: Sequence[Answered]) -> tuple[Tensor, int, int]:
+    """Negative log-likelihood of the answer tokens, summed; how many those are; rows whose every one is the argmax.
 
     `model` is a Hugging Face causal model.
     """
-    total, num_tokens, right = summed_answer_loss(model, batch)
-    return total / num_tokens, right / len(batch)
-
-
-def summed_answer_loss(model: Any, batch: Sequence[Answered]) -> tuple[Tensor, int, int]:
-    """Summed over tokens; how many those are; rows right."""
     longest = max(len(one.answer) for one in batch)
     # The logit at p is for the token at p + 1: the answers' logits are the last `longest` but the very last.
     logits = logits_of(model, [one.prompt + one.answer for one in batch], longest + 1)[:, :-1]

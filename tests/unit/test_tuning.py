@@ -10,7 +10,13 @@ from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings
 from metasepia.experts.factors import FactorSet, factors_of
 from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.training.teacher_forcing import Answered, answer_loss, first_logits_and_answers, last_states, left_padded
+from metasepia.training.teacher_forcing import (
+    Answered,
+    first_logits_and_answers,
+    last_states,
+    left_padded,
+    summed_answer_loss,
+)
 from metasepia.training.trainable import LowRank, SingularValues, Trainable, linear_layers, names_in_blocks, twin
 from metasepia.training.tuning import Trainer, paired_gain
 
@@ -60,8 +66,8 @@ def a_trainer(
     return Trainer(trainable, learning_rate=learning_rate, run=run, **options)
 
 
-def test_the_loss_is_the_mean_over_answer_tokens_of_each_row_alone(model: LlamaForCausalLM) -> None:
-    loss, right = answer_loss(model, BATCH)
+def test_the_loss_is_the_sum_over_answer_tokens_of_each_row_alone(model: LlamaForCausalLM) -> None:
+    loss, counted, right = summed_answer_loss(model, BATCH)
     total, num_tokens, rows_right = 0.0, 0, 0
     for one in BATCH:
         logits = model(input_ids=torch.tensor([one.prompt + one.answer])).logits[0]
@@ -70,8 +76,8 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_each_row_alone(model: LlamaF
         total += float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="sum"))
         num_tokens += len(one.answer)
         rows_right += bool((predicted.argmax(-1) == wanted).all())
-    assert float(loss) == pytest.approx(total / num_tokens, rel=1e-5)
-    assert right == pytest.approx(rows_right / len(BATCH))
+    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert (counted, right) == (num_tokens, rows_right)
 
 
 @pytest.mark.parametrize("kind", ["svf", "lora"])
@@ -123,7 +129,7 @@ def test_no_gradient_of_a_weights_size_is_ever_made(
     model: LlamaForCausalLM, factors: FactorSet, rank: int | None
 ) -> None:
     trainable = SingularValues(model, factors, list(factors.factors), rank=rank)
-    loss, _ = answer_loss(trainable.model, BATCH[:1])
+    loss, *_ = summed_answer_loss(trainable.model, BATCH[:1])
     with Made() as made:
         loss.backward()
     weights = {(INNER, HIDDEN), (HIDDEN, INNER)}
@@ -133,7 +139,7 @@ def test_no_gradient_of_a_weights_size_is_ever_made(
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     weight.requires_grad_(True)
     try:
-        loss, _ = answer_loss(model, BATCH[:1])
+        loss, *_ = summed_answer_loss(model, BATCH[:1])
         with Made() as made:
             loss.backward()
         assert weights & set(made.shapes)
