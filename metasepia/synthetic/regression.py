@@ -3,8 +3,8 @@
 The data of Raventos et al. (arXiv:2306.15063): a task is a vector w; then x ~ N(0, I), and y = w . x + eps with
 eps ~ N(0, noise_variance), or, for `logistic`, y is 1 with probability sigmoid(w . x). A pool of M tasks is the first M
 of one endless list, so pools are nested in M, where the paper draws each anew. A batch is a pure function of the pool's
-seed, the three seeds and the step, bit for bit the same on CPU and GPU (but for `target` of logistic, whose sigmoid is
-the device's own); fewer sequences, points or dims give a prefix of the larger batch.
+seed, the three seeds and the step, bit for bit the same on CPU and GPU; fewer sequences, points or dims give a prefix
+of the larger batch.
 """
 
 import dataclasses
@@ -139,6 +139,8 @@ class PooledRegression:
         stream: Stream = "evaluation",
     ) -> RegressionBatch:
         """Sequence i has task w[i], whatever the pool, and the x and noise of `batch`; on w's device."""
+        if w.shape[1] != self.pool.dims:
+            raise InvalidSettings("dims", w.shape[1], f"that of the pool, {self.pool.dims}")
         drawing = _Drawing.of((self,), (seeds,), len(w), w.device, "pretraining", stream)
         keys = drawing.keys_at([step])
         task = torch.full((1, 1, len(w)), -1, device=w.device)
@@ -178,6 +180,8 @@ def batches_of_many(
 
     One copy of keys to the device for all of them: on a GPU, ask for some tens of steps at a time.
     """
+    if not steps:
+        raise InvalidSettings("steps", [], "at least one")
     drawing = _Drawing.of(tuple(problems), tuple(seeds), num_sequences, torch.device(device), of, stream)
     keys = drawing.keys_at(steps)
     w, task = drawing.tasks(keys)
@@ -219,10 +223,6 @@ class _Drawing:
             if len(values) > 1:
                 raise InvalidSettings(name, sorted(values), "the same for all problems of a stack")
         require_whole("num_sequences", num_sequences, 1, 1 << 40)
-        if of not in ("pretraining", "new"):
-            raise InvalidSettings("of", of, "pretraining or new")
-        if stream not in ("training", "evaluation"):
-            raise InvalidSettings("stream", stream, "training or evaluation")
         self._kind, self._device = problems[0].kind, device
         self._prefix = "" if stream == "training" else "evaluation/"
 
@@ -308,7 +308,13 @@ class _Drawing:
         if self._kind == "linear":
             return RegressionBatch(x=x, y=scores + self._noise * drawn, w=w, task=task, target=scores)
         y = (scores > drawn).to(torch.float32)
-        return RegressionBatch(x=x, y=y, w=w, task=task, target=torch.sigmoid(scores))
+        return RegressionBatch(x=x, y=y, w=w, task=task, target=_probability(scores))
+
+
+def _probability(scores: Tensor) -> Tensor:
+    # By way of float64: the vector and scalar sigmoids of float32 differ in their last bit, so that a number would
+    # depend on its place in the batch.
+    return torch.sigmoid(scores.to(torch.float64)).to(torch.float32)
 
 
 def scores_of(
