@@ -145,7 +145,7 @@ def discrete_predictive_sums(
     chunk: int = 4096,
 ) -> PosteriorSums:
     """Tasks first .. last - 1's part of `discrete_predictive`."""
-    require_labels(y)
+    _require_labels(y)
 
     def weigh(log_weights: Tensor, scores: Tensor, labels: Tensor) -> None:
         scores *= 2 * labels - 1
@@ -175,6 +175,8 @@ def _summed(
     dims = pool.dims if isinstance(pool, TaskPool) else pool.shape[1]
     if dims != x.shape[2]:
         raise InvalidSettings("dims", dims, f"that of x, {x.shape[2]}")
+    if isinstance(pool, Tensor):
+        _require_finite("pool", pool)
     last = num_tasks if last is None else last
     if not 0 <= first < last <= num_tasks:
         raise InvalidSettings("tasks", (first, last), f"a range of at least one within 0 .. {num_tasks}")
@@ -227,14 +229,19 @@ def _tile_numbers(device: torch.device) -> int:
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64. Raises InvalidSettings for what is not finite."""
-    for name, values in (("x", x), ("y", y)):
-        if not bool(values.isfinite().all()):
-            raise InvalidSettings(name, f"{int((~values.isfinite()).sum())} values that are not finite", "finite")
+    """Both in float64."""
+    _require_finite("x", x)
+    _require_finite("y", y)
     return x.to(torch.float64), y.to(torch.float64)
 
 
-def require_labels(y: Tensor) -> None:
+def _require_finite(name: str, values: Tensor) -> None:
+    finite = values.isfinite()
+    if not bool(finite.all()):
+        raise InvalidSettings(name, f"{int((~finite).sum())} values that are not finite", "finite numbers")
+
+
+def _require_labels(y: Tensor) -> None:
     if not bool(((y == 0) | (y == 1)).all()):
         raise InvalidSettings("y", "values other than 0 and 1", "0 or 1 at each point")
 
@@ -256,7 +263,7 @@ def gaussian_predictive(
     `oracles.bayes_optimal` samples each anew. `standard_error` is measured on two independent halves of the particles:
     about 0.01 at 4 dims, scale 3 and 8 points. A function of the data and `seed`; the first point is 1/2 exactly.
     """
-    require_labels(y)
+    _require_labels(y)
     _checked(x, y)
     if not (scale > 0 and math.isfinite(scale)):
         raise InvalidSettings("scale", scale, "a finite number above 0")
