@@ -251,7 +251,8 @@ def test_the_predictive_of_the_true_prior_is_a_function_of_the_data_and_its_seed
 
 
 def test_each_ideal_of_logistic_regression_is_best_on_its_own_tasks():
-    for of, sign in (("pretraining", 1), ("new", -1)):
+    signs: dict[Of, int] = {"pretraining": 1, "new": -1}
+    for of, sign in signs.items():
         pool, batch = logistic(16, num_sequences=256, of=of)
         pooled = discrete_predictive(batch.x, batch.y, pool)
         general = gaussian_predictive(batch.x, batch.y, 3.0, particles=128).probabilities
