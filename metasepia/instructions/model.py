@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from metasepia.instructions.tasks import INSTRUCTION_END, NUM_POSITIONS
-from metasepia.stacked.decoder import DecoderShape, Edit, StackedDecoder
-from metasepia.synthetic import sampling
+from metasepia.stacked.decoder import DecoderShape, Edit, StackedDecoder, StackOfModels
 
 MaskKind = Literal["causal", "bottleneck"]
+_LAST = slice(-1, None)
 MASKS: tuple[MaskKind, ...] = ("causal", "bottleneck")
 
 
@@ -26,15 +26,18 @@ def bottleneck(tokens: int = NUM_POSITIONS, closing: int = INSTRUCTION_END) -> B
     return (column <= row) & ~((row > closing) & (column < closing))
 
 
-class InstructionModel(nn.Module):
+class InstructionModel(StackOfModels):
     """Answers instruction tasks; model i's initial weights are a function of its shape and seed alone."""
 
     mask: Tensor | None
 
     def __init__(self, shape: DecoderShape, num_words: int, seeds: Sequence[int], mask: MaskKind = "causal") -> None:
+        """Words begin at N(0, 0.02), as GPT-2's, and the rest as `StackedDecoder`'s."""
         super().__init__()
         self.decoder = StackedDecoder(shape, seeds)
-        self.table = nn.Parameter(torch.stack([_table(num_words, shape.width, seed) for seed in seeds]))
+        self.shape, self.seeds = shape, self.decoder.seeds
+        self.table = nn.Parameter(torch.zeros(len(seeds), num_words, shape.width))
+        self._draw("words", self.table, 0.02)
         self.register_buffer("mask", bottleneck(shape.tokens) if mask == "bottleneck" else None, persistent=False)
 
     @overload
@@ -55,21 +58,14 @@ class InstructionModel(nn.Module):
         """
         hidden = self.embed(tokens)
         if keep:
-            final, states = self.decoder(hidden, mask=self.mask, edit=edit, keep=True)
+            final, states = self.decoder(hidden, mask=self.mask, edit=edit, reads=_LAST, keep=True)
             return self.read(final), states
-        return self.read(self.decoder(hidden, mask=self.mask, edit=edit))
+        return self.read(self.decoder(hidden, mask=self.mask, edit=edit, reads=_LAST))
 
     def embed(self, tokens: Int[Tensor, "models batch tokens"]) -> Float[Tensor, "models batch tokens width"]:
-        models, words, width = self.table.shape
-        offset = words * torch.arange(models, device=tokens.device)[:, None, None]
-        return nn.functional.embedding(tokens + offset, self.table.view(models * words, width))
+        # As a product: its gradient is a sum in one order, which scattering on a GPU is not.
+        chosen = nn.functional.one_hot(tokens.flatten(1), self.table.shape[1]).to(self.table.dtype)
+        return (chosen @ self.table).unflatten(1, tokens.shape[1:])
 
-    def read(self, final: Float[Tensor, "models batch tokens width"]) -> Float[Tensor, "models batch words"]:
+    def read(self, final: Float[Tensor, "models batch one width"]) -> Float[Tensor, "models batch words"]:
         return final[:, :, -1] @ self.table.transpose(1, 2)
-
-
-def _table(num_words: int, width: int, seed: int) -> Float[Tensor, "words width"]:
-    """N(0, 0.02), as GPT-2's."""
-    return 0.02 * sampling.normal(
-        sampling.key_of("instruction words", seed, 0), torch.arange(num_words * width).view(num_words, width)
-    )

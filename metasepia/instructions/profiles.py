@@ -37,6 +37,7 @@ class Profile:
     """Fields of InstructionTrial that are no axes."""
     pack: int
     """Models trained as one, at most."""
+    workers: int = 2
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -101,7 +102,7 @@ def plan_of(
     size = chosen.pack if pack_size is None else pack_size
     if isinstance(size, bool) or not size >= 1:
         raise InvalidSettings("pack", size, "1 or more models")
-    base = {name: (axes or {}).get(name, chosen.base[name]) for name in AXES}
+    base = {name: axes.get(name, chosen.base[name]) for name in AXES}
     points = grid(base)
     if not axes:
         for name, values in chosen.varied.items():
@@ -109,13 +110,33 @@ def plan_of(
             points += grid({**around, name: values})
     trials = [InstructionTrial.from_json({**chosen.fixed, **(fixed or {}), **point}).to_json() for point in points]
     distinct = list({canonical_json(trial): trial for trial in trials}.values())
-    settings = {"profile": profile, "axes": {name: list(values) for name, values in axes.items()}, "pack": size}
+    settings = {
+        "profile": profile,
+        "axes": {name: list(values) for name, values in axes.items()},
+        "fixed": dict(fixed or {}),
+        "pack": size,
+    }
     return SweepPlan(
         kind=KIND,
         settings=settings,
         trials=tuple(distinct),
         packs=pack(distinct, same=SHARED_IN_PACK, size=size),
     )
+
+
+def values_of(axis: str, text: str) -> tuple[Any, ...]:
+    """An axis's values from their spelling, as "4,8,16". Raises InvalidSettings for an unknown or empty axis."""
+    if axis not in AXES:
+        raise InvalidSettings("axis", axis, f"one of {', '.join(AXES)}")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InvalidSettings(f"axis {axis}", text, f"one or more values with commas between ({AXES[axis]})")
+    if axis == "mask":
+        return tuple(parts)
+    try:
+        return tuple(int(part) for part in parts)
+    except ValueError:
+        raise InvalidSettings(f"axis {axis}", text, f"whole numbers with commas between ({AXES[axis]})") from None
 
 
 def trials_of(plan: SweepPlan) -> tuple[InstructionTrial, ...]:

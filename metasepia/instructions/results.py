@@ -56,8 +56,10 @@ class Summary:
 class Table:
     """The rows of a sweep, by trial."""
 
-    def __init__(self, table: pa.Table, trials: Sequence[InstructionTrial]) -> None:
+    def __init__(self, table: pa.Table, trials: Sequence[InstructionTrial], ended: Sequence[int] | None = None) -> None:
+        """`ended`: the trials that are whole, None for all; nothing is asked of the others."""
         self.trials = tuple(trials)
+        self.ended = tuple(range(len(trials)) if ended is None else sorted(ended))
         self._values: dict[tuple[int, str, int, str], dict[int, float]] = {}
         self.diverged: dict[int, int] = {}
         """Trial to the step at which its loss was no number."""
@@ -118,11 +120,11 @@ class Table:
         return float(spearmanr(list(accuracy.values()), highest).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def kinds(trials: Sequence[InstructionTrial]) -> dict[InstructionTrial, list[int]]:
-    """Trials that differ in their seed alone, by the settings that they share (seed 0 in the key), in order."""
+def kinds(table: Table) -> dict[InstructionTrial, list[int]]:
+    """Ended trials that differ in their seed alone, by the settings that they share (seed 0 in the key), in order."""
     found: dict[InstructionTrial, list[int]] = {}
-    for index, trial in enumerate(trials):
-        found.setdefault(dataclasses.replace(trial, seed=0), []).append(index)
+    for index in table.ended:
+        found.setdefault(dataclasses.replace(table.trials[index], seed=0), []).append(index)
     return found
 
 

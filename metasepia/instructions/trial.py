@@ -96,10 +96,15 @@ class InstructionTrial:
         return tuple(sorted(first | {round(quarter + 3 * quarter * i / late) for i in range(late + 1)}))
 
     @property
-    def patched_stops(self) -> tuple[int, ...]:
-        """Steps at which states are patched, and kept to be drawn: the start, two on the way, the end."""
+    def kept_stops(self) -> tuple[int, ...]:
+        """Steps whose states are kept to be drawn: the start, two on the way, the end."""
         stops = self.stops
         return tuple(sorted({stops[0], stops[len(stops) // 4], stops[len(stops) // 2], stops[-1]}))
+
+    @property
+    def patched_stops(self) -> tuple[int, ...]:
+        """Steps at which states are patched: those of `kept_stops` at which something was learnt."""
+        return self.kept_stops[1:]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

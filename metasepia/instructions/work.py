@@ -81,7 +81,6 @@ class InstructionPack:
         unseen, seen = self.evaluation.look(self.model, "unseen"), self.evaluation.look(self.model, "seen")
         patched: list[list[Figure]] = [[] for _ in self.trials]
         if self.step in self.trials[0].patched_stops:
-            self._keep(unseen)
             patched = self.evaluation.patched(self.model, seen)
         rows: list[tuple[Any, ...]] = []
         for trial, of_patches in enumerate(patched):
@@ -100,16 +99,10 @@ class InstructionPack:
         yield from self.evaluation.answered(unseen.logits, "unseen", trial)
         yield from self.evaluation.clustered(unseen, trial)
 
-    def _keep(self, unseen: Seen) -> None:
-        self._kept[self.step] = unseen.states[:, 0, :DRAWN_POINTS].cpu().contiguous()
-
-    def kept(self) -> dict[int, Tensor]:
-        """By step, the first trial's states [layers, points, positions, width] that were kept up to now."""
-        return dict(sorted(self._kept.items()))
-
     def state(self) -> dict[str, Tensor]:
-        if self.step in self.trials[0].patched_stops and self.step not in self._kept:
-            self._keep(self.evaluation.look(self.model, "unseen"))
+        if self.step in self.trials[0].kept_stops and self.step not in self._kept:
+            states = self.evaluation.look(self.model, "unseen").states
+            self._kept[self.step] = states[:, 0, :DRAWN_POINTS].cpu().contiguous()
         return {**self._training.state(), **{f"{_KEPT}{step}": states for step, states in self._kept.items()}}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
