@@ -13,12 +13,11 @@ import numpy as np
 
 from jobs.tasks import Example, Task
 from jobs.training import LORA_LAYERS, TrainingRun, train
-from jobs.workbench import EXPERT_LAYERS, Workbench, evaluate
+from jobs.workbench import EXPERT_LAYERS, HELD_OUT_SEED, Workbench, evaluate
 from metasepia.digests import digest_of
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.vectors import ExpertVectors
 
-HELD_OUT_SEED = 1_000_003
 RESAMPLES = 10_000
 KINDS: Mapping[str, tuple[str, ...]] = {
     "mlp": EXPERT_LAYERS,

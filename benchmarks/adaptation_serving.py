@@ -16,13 +16,15 @@ from benchmarks import report
 from benchmarks.adaptation_runs import HELD_OUT_SEED, Made, Outcome, Plan, Runs, gain_over
 from jobs.tasks import make
 from jobs.tasks.dispatch import DISPATCH
-from jobs.transfer_expert import SHIPPED, read_source
+from jobs.transfer_expert import read_source
 from jobs.workbench import EXPERT_LAYERS, evaluate
 from metasepia.decoding.engine import Engine
 from metasepia.digests import digest_of
 from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
 from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.experts.mixing import ExpertMixer, base_of
+from metasepia.experts.shipped import CARD, EXPERTS
+from metasepia.experts.shipped import names as shipped_names
 from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
@@ -44,7 +46,7 @@ RESAMPLES = 10_000
 
 def shipped() -> dict[str, ExpertVectors]:
     """The shipped experts by name, but for the one that dispatches."""
-    sources = {path.parent.name: read_source(path.parent.name) for path in sorted(SHIPPED.glob("*/card.json"))}
+    sources = {name: read_source(name) for name in shipped_names()}
     return {name: one.expert for name, one in sources.items() if "dispatcher" not in one.card}
 
 
@@ -224,7 +226,7 @@ def messages_to_route(data: Path) -> list[tuple[str, str | None]]:
 
 def cards() -> dict[str, object]:
     """What routing depends on, for the name of its file."""
-    return {"cards": {p.parent.name: text_digest(p) for p in sorted(SHIPPED.glob("*/card.json"))}}
+    return {"cards": {name: text_digest(EXPERTS / name / CARD) for name in shipped_names()}}
 
 
 def text_digest(path: Path) -> str:

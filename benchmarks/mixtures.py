@@ -11,7 +11,6 @@ held-out messages, half of them for no expert, through each stage of `auto` and 
 
 import asyncio
 import dataclasses
-import json
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,6 +33,7 @@ from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
 from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.experts.factors import FactorSet, factors_of
 from metasepia.experts.mixing import ExpertMixer, adapter_of, base_of
+from metasepia.experts.shipped import CARD, EXPERTS, FILE, card_of
 from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
@@ -43,7 +43,6 @@ from metasepia.search.fewshot import Asked, Scoring, Shot, common_prefix
 from serve.prompts import Prompts
 
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-ASSETS = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
 TASKS = (DESK, SENTIMENT, SUPPORT)
 NUM_CANDIDATES, NUM_SHOTS, SHOT_LEN = 32, 8, 60
 TOLERANCE = 1e-4
@@ -77,7 +76,7 @@ class Subject:
         factors = factors_of(plain, LAYERS, prepared.digest, settings.home, progress=False)
         model = checkpoints.load(prepared, torch.float32, "cpu")
         layers = attach(model, factors)
-        shipped = [ExpertVectors.from_bytes((ASSETS / task.name / "expert.safetensors").read_bytes()) for task in TASKS]
+        shipped = [ExpertVectors.from_bytes((EXPERTS / task.name / FILE).read_bytes()) for task in TASKS]
         engine = Engine(model, prepared, experts=layers, limits=LIMITS)
         for expert in shipped:
             engine.put_expert(expert)
@@ -126,7 +125,7 @@ class Subject:
 
     def stages(self) -> dict[str, Choose]:
         """The stages of `auto` over the shipped experts, each by itself."""
-        cards = {name: json.loads((ASSETS / name / "card.json").read_text()) for name in SHIPPED}
+        cards = {name: card_of(EXPERTS / name) for name in SHIPPED}
         digests = {name: one.digest for name, one in zip(SHIPPED, self.experts.values(), strict=False)}
         centroids = {digests[name]: TaskCentroid.of_card(card, name) for name, card in cards.items()}
         table = CentroidTable(self.prepared.digest, {d: one for d, one in centroids.items() if one is not None})
@@ -146,11 +145,11 @@ class Subject:
             return await route_by_prompt(self.engine, text, described, self.prompts, stop_token_ids=ends)
 
         found: dict[str, Choose] = {"centroid": centroid, "prompt": prompt}
-        path = ASSETS / "dispatch"
-        if (path / "card.json").is_file():
-            router = ExpertVectors.from_bytes((path / "expert.safetensors").read_bytes())
+        path = EXPERTS / "dispatch"
+        if (path / CARD).is_file():
+            router = ExpertVectors.from_bytes((path / FILE).read_bytes())
             self.engine.put_expert(router)
-            dispatcher = Dispatcher.of_card(json.loads((path / "card.json").read_text()), router.digest, "dispatch")
+            dispatcher = Dispatcher.of_card(card_of(path), router.digest, "dispatch")
             assert dispatcher is not None
 
             async def classifier(text: str) -> Dispatched:

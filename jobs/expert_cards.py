@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 def card_json(card: dict[str, Any]) -> str:
     """card.json: a line a field, each list of numbers on one line."""
     return re.sub(r"\[[-+.eE\d\s,]+\]", lambda m: " ".join(m[0].split()), json.dumps(card, indent=1)) + "\n"
+
+
+def command_of(job: str, given: Sequence[str]) -> str:
+    """The command that was given, with DIR and HOME for paths of this machine."""
+    words = list(given)
+    for index, word in enumerate(words[:-1]):
+        if word in ("--out", "--home"):
+            words[index + 1] = word[2:].upper() if word == "--home" else "DIR"
+    return " ".join([f"python -m jobs.{job}", *map(shlex.quote, words)])
 
 
 def draw(

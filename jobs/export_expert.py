@@ -26,6 +26,7 @@ from metasepia.errors import CorruptArtefact, InvalidSettings, MetasepiaError, U
 from metasepia.experts.lora import LoraAdapter, facts_of, linear_shapes, read_adapter
 from metasepia.experts.mixing import ExpertMixer, read_mixture, weight_in
 from metasepia.experts.peft_files import CONFIG, WEIGHTS, read_peft, target_modules, write_peft
+from metasepia.experts.shipped import CARD, EXPERTS, FILE, card_of, names
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import LOCAL, read_blob, read_entry
@@ -33,8 +34,7 @@ from metasepia.registry import LOCAL, read_blob, read_entry
 if TYPE_CHECKING:
     from metasepia.experts.factors import FactorSet
 
-FILE, CARD, README = "expert.safetensors", "card.json", "README.md"
-SHIPPED = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
+README = "README.md"
 MIXTURE = "mix@"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What its --max-lora-rank may be."""
@@ -62,8 +62,7 @@ def read_given(given: str, home: Path) -> Given:
     if path.is_dir() and (path / FILE).is_file():
         path = path / FILE
     if path.is_file():
-        card = path.parent / CARD
-        known = json.loads(card.read_text()) if card.is_file() else {}
+        known = card_of(path.parent)
         name = str(known.get("name") or (path.parent.name if path.name == FILE else path.stem))
         return Given(name, ((1.0, read_adapter(path.read_bytes(), given)),), known)
     root, name = home / "registry", given.rpartition(":")[2]
@@ -80,10 +79,9 @@ def read_given(given: str, home: Path) -> Given:
     try:
         entry = read_entry(root, "expert", name, LOCAL)
     except UnknownName as error:
-        if (SHIPPED / name / FILE).is_file():
-            return read_given(str(SHIPPED / name), home)
-        shipped = sorted(one.parent.name for one in SHIPPED.glob(f"*/{FILE}"))
-        raise UnknownName("expert or file", given, tuple(dict.fromkeys((*error.known, *shipped)))) from None
+        if name in (known := names()):
+            return read_given(str(EXPERTS / name), home)
+        raise UnknownName("expert or file", given, tuple(dict.fromkeys((*error.known, *known)))) from None
     return Given(entry.name, ((1.0, read_adapter(read_blob(root, entry.digest), name)),), entry.card)
 
 

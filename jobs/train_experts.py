@@ -17,12 +17,12 @@ import torch
 from rich.progress import Progress
 
 from cluster import settings
-from jobs.expert_cards import card_json, draw, model_card
+from jobs.expert_cards import card_json, command_of, draw, model_card
 from jobs.tasks import Example, Task, make, names
 from jobs.tasks.general import CALIBRATION
 from jobs.tasks.general import HELD_OUT as GENERAL_HELD_OUT
 from jobs.training import Trained, TrainingRun, train
-from jobs.workbench import Workbench, evaluate
+from jobs.workbench import HELD_OUT_SEED, Workbench, evaluate
 from metasepia.dispatch.centroid import CentroidTable, TaskCentroid
 from metasepia.errors import MetasepiaError
 from metasepia.experts.lora import LoraAdapter
@@ -32,7 +32,6 @@ from metasepia.training.policy import Baseline, KlForm
 from metasepia.training.trainable import Form, LowRank
 from metasepia.training.tuning import Schedule, paired_gain
 
-HELD_OUT_SEED = 1_000_003
 PARITY = {
     "temperature": 0.0,
     "samples": 1,
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trained = train(run, bench, rollouts=rollouts)
     else:
         trained = train(run, bench)
-    write_papers(run, trained, bench, options, _command(given))
+    write_papers(run, trained, bench, options, command_of("train_experts", given))
 
 
 def write_papers(
@@ -199,15 +198,6 @@ def _policy_card(run: TrainingRun) -> dict[str, object]:
 def _backbone_id(source: str) -> str:
     """What the laptop profile calls this backbone."""
     return next((one.id for one in settings.read("laptop", {}).backbones if one.source == source), "BACKBONE")
-
-
-def _command(given: Sequence[str]) -> str:
-    """The command that was given, with DIR and HOME for paths of this machine."""
-    words = list(given)
-    for index, word in enumerate(words[:-1]):
-        if word in ("--out", "--home"):
-            words[index + 1] = word[2:].upper() if word == "--home" else "DIR"
-    return " ".join(["python -m jobs.train_experts", *words])
 
 
 def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingRun]:

@@ -10,8 +10,6 @@ transferred and with a control whose vectors are shuffled within themselves.
 """
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,19 +18,17 @@ from typing import Any
 
 import torch
 
-from jobs.expert_cards import card_json
+from jobs.expert_cards import card_json, command_of
 from jobs.tasks import Task, make, names
-from jobs.workbench import Workbench, evaluate
+from jobs.workbench import HELD_OUT_SEED, Workbench, evaluate
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, InvalidSettings, MetasepiaError, UnknownName
+from metasepia.experts import shipped
 from metasepia.experts.factors import expert_layers_of
 from metasepia.experts.transfer import MODES, Mode, kind_of, transferred, unequal_layers
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.models import checkpoints, loading
 from metasepia.training.tuning import paired_gain
-
-SHIPPED = Path(__file__).parents[1] / "metasepia" / "assets" / "experts"
-HELD_OUT_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,13 @@ class Source:
         return tuple(sorted({kind_of(name)[1].removesuffix(".weight") for name in self.expert.z}))
 
 
-def read_source(given: str, shipped: Path = SHIPPED) -> Source:
+def read_source(given: str) -> Source:
     """From a directory or a shipped name. Raises UnknownName, CorruptArtefact."""
-    folder = Path(given) if Path(given).is_dir() else shipped / given
-    path = folder / "expert.safetensors"
-    if not path.is_file():
-        known = tuple(sorted(one.parent.name for one in shipped.glob("*/expert.safetensors")))
-        raise UnknownName("expert", given, (*known, "a directory with expert.safetensors"))
-    card = folder / "card.json"
-    return Source(
-        ExpertVectors.from_bytes(path.read_bytes(), given), json.loads(card.read_text()) if card.is_file() else {}
-    )
+    folder = Path(given) if Path(given).is_dir() else shipped.EXPERTS / given
+    if not (folder / shipped.FILE).is_file():
+        raise UnknownName("expert", given, (*shipped.names(), f"a directory with {shipped.FILE}"))
+    expert = ExpertVectors.from_bytes((folder / shipped.FILE).read_bytes(), given)
+    return Source(expert, shipped.card_of(folder))
 
 
 def source_index(source: Source, backbone: str | None, home: Path) -> FactorIndex:
@@ -146,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "parameters": sum(len(vector) for vector in expert.z.values()),
         "trained_layers": len(expert.z),
         "method": "transfer",
-        "command": _command(given),
+        "command": command_of("transfer_expert", given),
         "transferred": {
             "mode": mode,
             **({"seed": options.seed} if mode == "shuffled" else {}),
@@ -158,13 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "held_out": effect,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "expert.safetensors").write_bytes(expert.to_bytes())
-    (options.out / "card.json").write_text(card_json(card))
+    (options.out / shipped.FILE).write_bytes(expert.to_bytes())
+    (options.out / shipped.CARD).write_text(card_json(card))
     (options.out / "README.md").write_text(readme(card))
     for name in asked:
         one = effect[name]
         print(f"{name}: {one['accuracy']:.3f} {one['accuracy_95']}, gain {one['gain']:+.3f} {one['gain_95']}")
-    print(f"{card['name']}: {options.out / 'expert.safetensors'} has digest {expert.digest}")
+    print(f"{card['name']}: {options.out / shipped.FILE} has digest {expert.digest}")
 
 
 def readme(card: dict[str, Any]) -> str:
@@ -197,15 +189,6 @@ each vector permuted within itself. Intervals of 95 %, by a bootstrap over group
 
 `{card["command"]}`
 """
-
-
-def _command(given: Sequence[str]) -> str:
-    """The command that was given, with DIR and HOME for paths of this machine."""
-    words = list(given)
-    for index, word in enumerate(words[:-1]):
-        if word in ("--out", "--home"):
-            words[index + 1] = word[2:].upper() if word == "--home" else "DIR"
-    return " ".join(["python -m jobs.transfer_expert", *map(shlex.quote, words)])
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:

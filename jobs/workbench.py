@@ -22,6 +22,8 @@ from metasepia.training.teacher_forcing import Answered, first_logits_and_answer
 from metasepia.training.trainable import twin
 
 BATCH_OF_EVALUATION = 16
+HELD_OUT_SEED = 1_000_003
+"""Of the held-out questions that experts are measured on, here and in benchmarks."""
 EXPERT_LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 Right = dict[str, list[bool]]

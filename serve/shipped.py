@@ -10,6 +10,7 @@ from actors.messages import Artefact
 from actors.registry import RegistryClient
 from metasepia.errors import CorruptArtefact, UnknownName
 from metasepia.experts.lora import facts_of, read_adapter
+from metasepia.experts.shipped import CARD, EXPERTS, FILE
 from metasepia.registry import SHARED
 
 ASSETS = Path(__file__).parents[1] / "metasepia" / "assets"
@@ -44,16 +45,16 @@ async def import_all(registry: RegistryClient) -> None:
     await import_modules(registry)
 
 
-async def import_experts(registry: RegistryClient, folder: Path = ASSETS / "experts") -> list[Artefact]:
+async def import_experts(registry: RegistryClient, folder: Path = EXPERTS) -> list[Artefact]:
     """Puts the shipped experts into the registry under their names, owner `shared`. Again: nothing changes.
 
     An expert is a folder of `expert.safetensors` and `card.json`. Raises CorruptArtefact.
     """
     imported: list[Artefact] = []
-    for path in sorted(folder.glob("*/expert.safetensors")):
+    for path in sorted(folder.glob(f"*/{FILE}")):
         blob, name = path.read_bytes(), path.parent.name
         expert = read_adapter(blob, name)
-        card = json.loads((path.parent / "card.json").read_text()) | facts_of(expert)
+        card = json.loads((path.parent / CARD).read_text()) | facts_of(expert)
         imported.append(await registry.put("expert", blob, digest=expert.digest, name=name, owner=SHARED, card=card))
     return imported
 

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.expert_cards import model_card
 from jobs.tasks import make
-from jobs.train_experts import HELD_OUT_SEED
+from jobs.workbench import HELD_OUT_SEED
 from metasepia.dispatch.centroid import CentroidTable, TaskCentroid
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
 
