@@ -63,6 +63,9 @@ def block(hidden: Tensor, mask: Tensor | None, heads: int, reads: slice | None, 
 
 def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [models, ..., in] by weight [models, out, in]: each model's own linear layer."""
+    if takes_fast_path(x):
+        made: Tensor = LinearOnCpu.apply(x.flatten(1, -2), weight, bias)  # type: ignore[assignment]
+        return made.unflatten(1, x.shape[1:-1])
     rows, of_model = x.flatten(1, -2), weight.transpose(1, 2)
     y = torch.bmm(rows, of_model) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, of_model)
     return y.unflatten(1, x.shape[1:-1])
@@ -70,6 +73,8 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def stacked_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """LayerNorm over the last axis of [models, batch, tokens, width], gain and shift [models, width]."""
+    if takes_fast_path(x):
+        return NormOnCpu.apply(x.contiguous(), weight, bias)  # type: ignore[no-any-return]
     return torch.addcmul(bias[:, None, None], F.layer_norm(x, x.shape[-1:], eps=LN_EPS), weight[:, None, None])
 
 
@@ -98,6 +103,51 @@ def batched_block(
 
 def causal(tokens: int, device: torch.device) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
+class LinearOnCpu(torch.autograd.Function):
+    """`stacked_linear` of [models, rows, in], model by model: a model's bits do not hang on how many there are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        biases = [None] * len(x) if bias is None else bias.unbind(0)
+        return torch.stack([_linear(*of_model) for of_model in zip(x, weight, biases, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.stack([_linear(g, w.t()) for g, w in zip(grad, weight, strict=True)])
+        grad_weight = torch.stack([_linear(g.t(), one.t()) for g, one in zip(grad, x, strict=True)])
+        return (
+            grad_x,
+            grad_weight,
+            torch.stack([g.sum(0) for g in grad]) if ctx.needs_input_grad[2] else None,
+        )
+
+
+class NormOnCpu(torch.autograd.Function):
+    """`stacked_norm`, model by model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out, means, deviations = zip(*(_norm(*of_model) for of_model in zip(x, weight, bias, strict=True)), strict=True)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.of_models = list(zip(means, deviations, strict=True))
+        return torch.stack(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        grad, into = grads[0].contiguous(), tuple(torch.empty_like(one) for one in (x, weight, bias))
+        for model, made in enumerate(ctx.of_models):
+            into[0][model], into[1][model], into[2][model] = torch.ops.aten.native_layer_norm_backward(
+                grad[model], x[model], [x.shape[-1]], *made, weight[model], bias[model], [True, True, True]
+            )
+        return into
 
 
 class _Kept(NamedTuple):

@@ -76,28 +76,36 @@ class StackedAdam:
             for part, parameter in zip(flat.split(sizes, dim=1), self._parameters, strict=True)
         ]
 
-    @torch.no_grad()
     def update(self, factor: float, frozen: Bool[Tensor, " models"]) -> None:
         """One step from the parameters' gradients, which are taken away; rates are times `factor`.
 
         Frozen models stay as they are, whatever their gradients.
         """
+        self.gather()
+        if self._weights.device.type == "cpu":
+            self._update_each(factor, frozen)
+        else:
+            self._update_all(factor, frozen)
+
+    def gather(self) -> None:
+        """Takes the parameters' gradients into the buffer."""
         for parameter, view in zip(self._parameters, self._gradient_views, strict=True):
             if parameter.grad is None:
                 view.zero_()
             else:
                 view.copy_(parameter.grad)
                 parameter.grad = None
-        self.step += 1
-        if self._weights.device.type == "cpu":
-            for model, is_frozen in enumerate(frozen.tolist()):
-                if not is_frozen:
-                    self._update_one(model, factor)
-        else:
-            self._update_all(factor, frozen)
 
     def _corrections(self) -> tuple[float, float]:
         return 1 - self.betas[0] ** self.step, math.sqrt(1 - self.betas[1] ** self.step)
+
+    @torch.no_grad()
+    def _update_each(self, factor: float, frozen: Tensor) -> None:
+        """Model by model, in pieces that stay in the core's cache."""
+        self.step += 1
+        for model, is_frozen in enumerate(frozen.tolist()):
+            if not is_frozen:
+                self._update_one(model, factor)
 
     def _update_one(self, model: int, factor: float) -> None:
         rate, clip = self.learning_rate[model] * factor, self.clip_norm[model]
@@ -117,8 +125,10 @@ class StackedAdam:
             roots = torch.sqrt(second, out=spread[: len(second)]).div_(of_second).add_(self.eps)
             weights.addcdiv_(first, roots, value=-rate / of_first)
 
+    @torch.no_grad()
     def _update_all(self, factor: float, frozen: Tensor) -> None:
-        """The same without asking the device anything."""
+        """The same for all at once, without asking the device anything."""
+        self.step += 1
         rates, decays, clips = (
             torch.tensor(each, dtype=self._weights.dtype).to(self._weights.device, non_blocking=True)[:, None]
             for each in (self.learning_rate, self.weight_decay, self.clip_norm)
