@@ -65,7 +65,7 @@ def gradients_of(model: StackedRegressor, step: int) -> dict[str, Tensor]:
 
 
 def updated(frozen: Tensor, *, at_once: bool) -> StackedRegressor:
-    """A stack after six updates from drawn gradients; from the third on, some models are frozen, their gradients NaN."""
+    """A stack after six updates from drawn gradients; from the third on, those of frozen models are NaN."""
     run = training()
     assert isinstance(run.model, StackedRegressor)
     for step in range(6):
