@@ -133,8 +133,3 @@ def _write_locally(path: Path, content: bytes, *, if_absent: bool) -> None:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename too survives a loss of power
-    finally:
-        os.close(folder)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 from torch import Tensor
@@ -21,6 +21,7 @@ from metasepia.errors import CorruptArtefact, InvalidSettings
 MAX_TRIALS = 1_000_000
 
 
+@runtime_checkable
 class PackWork(Protocol):
     """One pack of trials in one process: a deterministic function of its trials and of nothing else.
 

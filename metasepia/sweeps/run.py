@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from metasepia.errors import InvalidSettings
 from metasepia.sweeps.plan import PackWork
 from metasepia.sweeps.store import SweepStore
@@ -32,16 +34,17 @@ def run_pack(
     work_factory: WorkFactory,
     store: SweepStore,
     pack_index: int,
-    on_stop: Callable[[int], None] | None = None,
+    on_stop: Callable[[int, pa.Table | None], None] | None = None,
     *,
     device: str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> int:
     """Runs one pack to its end and returns the step that it began from, 0 where nothing was stored.
 
-    It may be killed anywhere and run again, here or elsewhere: the stored bytes are the same. `on_stop(step)` is called
-    when a stop's rows and state are kept; `on_step(step, last)` at the start and about every TICK_S seconds. What the
-    work raises comes out; InvalidSettings for stops that do not ascend from 0 or above.
+    It may be killed anywhere and run again, here or elsewhere: the stored bytes are the same. `on_stop(step, rows)` is
+    called when a stop's rows and state are kept, rows being what `measure` gave, None where they were kept before;
+    `on_step(step, last)` at the start and about every TICK_S seconds. What the work raises comes out; InvalidSettings
+    for stops that do not ascend from 0 or above.
     """
     work = work_factory(store.plan.trials_of(pack_index), device)
     stops = tuple(int(stop) for stop in work.stops)
@@ -63,10 +66,11 @@ def run_pack(
         again = found is not None and stop == began
         if not again:
             store.put_state(pack_index, stop, work.state())  # first: rows without a state would be measured twice
-        if not (again and store.has_rows(pack_index, stop)):
-            store.put_rows(pack_index, stop, work.measure())
+        rows = None if again and store.has_rows(pack_index, stop) else work.measure()
+        if rows is not None:
+            store.put_rows(pack_index, stop, rows)
         if on_stop is not None:
-            on_stop(stop)
+            on_stop(stop, rows)
     store.finish(pack_index, stops)
     return began
 

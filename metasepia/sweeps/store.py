@@ -74,8 +74,8 @@ class SweepStore:
         """The sweep `plan` at `uri`: begun if there is nothing, else gone on with.
 
         `uri`: a local path, file:///..., s3://bucket/..., or what else `pyarrow.fs` knows; with `filesystem`, a path in
-        it. Raises InvalidSettings where another sweep is stored, naming both digests, and CorruptArtefact for a manifest
-        that is torn.
+        it. Raises InvalidSettings where another sweep is stored, naming both digests, and CorruptArtefact for a torn
+        manifest.
         """
         files = Files.at(uri, filesystem)
         store = cls(files, plan)
@@ -114,11 +114,9 @@ class SweepStore:
         Raises InvalidSettings for other columns than ROWS', a trial that the pack has not, a row of another step or a
         second row of one key; CorruptArtefact where the same step was kept with other figures.
         """
-        if not table.schema.equals(ROWS):
-            table = _cast(table)
-        members = self.plan.packs[pack]
         if any(column.null_count for column in table.columns):
             raise InvalidSettings("measure()", "null", "without nulls; a figure that is none is NaN with a status")
+        table, members = _cast(table), self.plan.packs[pack]
         places = table["trial"].to_numpy()
         if len(places) and not (places.min() >= 0 and places.max() < len(members)):
             raise InvalidSettings("measure().trial", f"up to {places.max()}", f"a place in the pack of {len(members)}")
@@ -322,7 +320,8 @@ def _cast(table: pa.Table) -> pa.Table:
     try:
         return table.select(ROWS.names).replace_schema_metadata(None).cast(ROWS)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise InvalidSettings("measure()", str(table.schema).replace("\n", ", "), f"{ROWS} ({error})") from error
+        allowed = f"of the types {', '.join(f'{one.name} {one.type}' for one in ROWS)} ({error})"
+        raise InvalidSettings("measure()", [str(one) for one in table.schema.types], allowed) from error
 
 
 def _sorted(table: pa.Table) -> pa.Table:
