@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster import tables
+from metasepia.centroids import CentroidLimits
 from metasepia.errors import InvalidSettings
 from metasepia.modalities.media import Modality
 
@@ -84,6 +85,10 @@ class HttpSettings:
     """Examples of a context whose answers are explained: each costs a compiling of the context. From 16 to 100000."""
     max_inputs: int = 2048
     """Texts to classify or embed in one request. From 300 to 100000."""
+    max_states_mib: float = 256.0
+    """Hidden states of one answer, in float32, as an Arrow stream. From 0.01 to 10**6."""
+    max_json_states_mib: float = 8.0
+    """The same as JSON, whose text is several times longer and is made at once. From 0.01 to 1024."""
 
     def __post_init__(self) -> None:
         _between("http", "port", self.port, 1, 65535)
@@ -100,6 +105,8 @@ class HttpSettings:
         _between("http", "max_explained", self.max_explained, 256, 10**7)
         _between("http", "max_explained_examples", self.max_explained_examples, 16, 100_000)
         _between("http", "max_inputs", self.max_inputs, 300, 100_000)
+        _between("http", "max_states_mib", self.max_states_mib, 0.01, 10**6)
+        _between("http", "max_json_states_mib", self.max_json_states_mib, 0.01, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +331,45 @@ class DispatchMargins:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CentroidSettings:
+    """Running centroids of hidden states, by task: where its prompts lie, and whether they move."""
+
+    max_tasks: int = 64
+    """Tasks that are kept; a request that names another is refused. From 1 to 10**4."""
+    max_centroids: int = 512
+    """Centroids of all tasks, experts, layers and poolings together, and so the series of each gauge; each takes 24
+    bytes for each number of the hidden size. From 1 to 10**5."""
+    reference_count: int = 64
+    """First states of a task, by which its drift is measured. From 2 to 10**6."""
+    window: int = 64
+    """States that the recent mean is worth: older ones fade. From 2 to 10**6."""
+    min_count: int = 64
+    """States of a task before `auto` may use its centroid. From 2 to 10**6."""
+    used_by_auto: bool = False
+    """The stage `centroid` also chooses by what requests brought under tasks named after experts. Whoever may send
+    requests then moves other people's routing."""
+    save_every_s: float = 30.0
+    """A kill loses what came since. From 0.1 to 86400."""
+
+    @property
+    def limits(self) -> CentroidLimits:
+        return CentroidLimits(
+            max_tasks=self.max_tasks,
+            max_centroids=self.max_centroids,
+            reference_count=self.reference_count,
+            window=self.window,
+        )
+
+    def __post_init__(self) -> None:
+        _between("centroids", "max_tasks", self.max_tasks, 1, 10**4)
+        _between("centroids", "max_centroids", self.max_centroids, 1, 10**5)
+        _between("centroids", "reference_count", self.reference_count, 2, 10**6)
+        _between("centroids", "window", self.window, 2, 10**6)
+        _between("centroids", "min_count", self.min_count, 2, 10**6)
+        _between("centroids", "save_every_s", self.save_every_s, 0.1, 86400)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that a deployment may differ in."""
 
@@ -340,6 +386,7 @@ class Settings:
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     mixing: MixingSettings = field(default_factory=MixingSettings)
+    centroids: CentroidSettings = field(default_factory=CentroidSettings)
 
     def __post_init__(self) -> None:
         if not self.backbones:

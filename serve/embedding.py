@@ -86,7 +86,7 @@ class Embedding:
         prepared, prompts = backbone.prepared, self._prompts[backbone.id]
         request_id = f"embd-{uuid.uuid4().hex}"
         num_chars = sum(len(item) for item in items)
-        sequences = await away(num_chars, lambda: _sequences(items, fields, prepared, prompts))
+        sequences = await away(num_chars, lambda: sequences_of(items, fields, prepared, prompts))
         rows = [
             Row(
                 request_id=f"{request_id}-{index}",
@@ -127,7 +127,7 @@ def _message(info: EncoderInfo, items: Sequence[Item], fields: Sequence[str], de
     return Media(encoder=info.digest, items=tuple(files), deadline_unix_s=deadline.unix_s)
 
 
-def _sequences(
+def sequences_of(
     items: Sequence[Item], fields: Sequence[str], prepared: PreparedBackbone, prompts: Prompts
 ) -> list[tuple[int, ...]]:
     """Token ids of each text. Raises WindowExceeded and InvalidRequest naming the field."""

@@ -79,6 +79,7 @@ _PARAM_OF_KIND = {
     "registered expert": "name",
     "registered mixture": "digest",
     "reasoning module": "module",
+    "task": "task",
 }
 """The field that held the name; `model` otherwise. Plain `expert` is one that a mixture names."""
 

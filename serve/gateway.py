@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cluster.settings import DispatchMargins, HttpSettings
+from cluster.settings import CentroidSettings, DispatchMargins, HttpSettings
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
@@ -32,9 +32,12 @@ from serve.contexts import Contexts, number_of
 from serve.embedding import Embedding, embeddings_json
 from serve.experts import Experts
 from serve.health import Health, probe_backbone
+from serve.hidden_states import HiddenStatesRoute
 from serve.metrics import CONTENT_TYPE, Measured, Metrics
 from serve.mixtures import Mixtures
 from serve.names import AUTO, MIXTURE, OWNER, Names
+from serve.observed_tasks import ObservedTasks
+from serve.observing import Centroids, Observer, ServedCentroids
 from serve.parts import (
     Backbone,
     Catalogue,
@@ -78,11 +81,14 @@ class Door:
         dispatch: Sequence[str],
         margins: DispatchMargins,
         fits: Mapping[str, Fits],
+        centroids: Centroids,
+        observing: CentroidSettings,
     ) -> None:
         self._http, self._mixing, self._reasoning = http, mixing, reasoning
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         first = backbones[0]
-        self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id])
+        self._centroids, observer = centroids, Observer(centroids, observing)
+        self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id], observer)
         self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding
@@ -93,6 +99,10 @@ class Door:
         self.mixtures = Mixtures(http, self.names.backbones, catalogue)
         self.searching = Searching(http, self.names.backbones, self.prompts, searches)
         self.metrics = Metrics()
+        self.hidden_states = HiddenStatesRoute(
+            http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens
+        )
+        self.tasks = ObservedTasks(http, self.names.backbones, centroids)
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
         self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check})
@@ -222,7 +232,7 @@ class Door:
         return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
 
     async def prometheus(self, request: Request) -> Response:
-        text = await self.metrics.text(list(self.names.backbones.values()), self._reasoning)
+        text = await self.metrics.text(list(self.names.backbones.values()), self._reasoning, self._centroids)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def version(self, request: Request) -> Response:
@@ -245,6 +255,7 @@ class Gateway:
         dispatch: Sequence[str],
         margins: DispatchMargins,
         fits: Mapping[str, Fits],
+        centroids: CentroidSettings,
     ) -> None:
         self._door = Door(
             http,
@@ -257,6 +268,8 @@ class Gateway:
             dispatch,
             margins,
             fits,
+            ServedCentroids(mixing),
+            centroids,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -276,6 +289,10 @@ def create_app(door: Door) -> ASGIApp:
         ("POST", "/v1/chat/completions", door.chat),
         ("POST", "/v1/completions", door.complete),
         ("POST", "/v1/embeddings", door.embeddings),
+        ("POST", "/v1/hidden_states", door.hidden_states.post),
+        ("GET", "/v1/hidden_states/tasks", door.tasks.list),
+        ("GET", "/v1/hidden_states/tasks/{task}", door.tasks.get),
+        ("DELETE", "/v1/hidden_states/tasks/{task}", door.tasks.delete),
         ("POST", "/v1/experts", door.experts.add),
         ("GET", "/v1/experts", door.experts.list),
         ("GET", "/v1/experts/{name}", door.experts.get),

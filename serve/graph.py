@@ -3,7 +3,7 @@
     gateway --+-- backbone <id>: a replica that owns one gang, in a placement group of its own
               +-- encoder <id>
               +-- reasoning pool
-              +-- expert mixing: mixtures, and few-shot searches over the backbones
+              +-- expert mixing: mixtures, few-shot searches over the backbones, online centroids
               +-- registry: a detached actor beside Serve, since it outlives deployments
 
 Every class here is plain; only these lines make them remote. Queues are bounded where the work is (tokens, texts,
@@ -87,7 +87,7 @@ def build(
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.mixing.cpus},
-    ).bind(settings.mixing, str(settings.home), registry, backbones, dict(prepared))
+    ).bind(settings.mixing, str(settings.home), registry, backbones, dict(prepared), settings.centroids)
     return GatewayDeployment.options(
         name="gateway",
         max_ongoing_requests=inside,
@@ -106,4 +106,5 @@ def build(
         settings.dispatch,
         settings.dispatch_margins,
         {one.id: Fits.of(one, prepared[one.id], settings.home) for one in settings.backbones},
+        settings.centroids,
     )

@@ -2,11 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from metasepia.centroids import CentroidFacts
+from metasepia.digests import short
+from metasepia.experts.mixing import BASE
+from serve.observing import Centroids
 from serve.parts import Backbone, Reasoning
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,6 +46,23 @@ class Metrics:
             registry=self._registry,
         )
 
+        labels = ("backbone", "task", "expert", "layer", "pooling")
+        self._drift = Gauge(
+            "metasepia_centroid_drift",
+            "Distance of a task's recent hidden states from its reference, in spreads of the reference.",
+            labels,
+            registry=self._registry,
+        )
+        self._centroid_states = Gauge(
+            "metasepia_centroid_states", "Hidden states in a task's centroid.", labels, registry=self._registry
+        )
+        self._quality = Gauge(
+            "metasepia_cluster_quality",
+            "Mean separation of the tasks by a layer: 1 - (spread of a task / distance to the nearest other one).",
+            ("backbone", "source", "expert", "layer", "pooling"),
+            registry=self._registry,
+        )
+
     def begin(self) -> None:
         self._running.inc()
 
@@ -54,23 +75,45 @@ class Metrics:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("answer").inc(answer)
 
-    async def text(self, backbones: Sequence[Backbone], reasoning: Reasoning) -> bytes:
+    async def text(self, backbones: Sequence[Backbone], reasoning: Reasoning, centroids: Centroids) -> bytes:
         """Prometheus text. A part that does not answer within a second keeps no gauges."""
-        self._queue.clear()
-        self._reasoning.clear()
+        for gauge in (self._queue, self._reasoning, self._drift, self._centroid_states, self._quality):
+            gauge.clear()
+        about_tasks = asyncio.create_task(asyncio.wait_for(centroids.facts(), _SCRAPE_TIMEOUT_S))
         statistics, *loads = await asyncio.gather(
             asyncio.wait_for(reasoning.statistics(), _SCRAPE_TIMEOUT_S),
             *(asyncio.wait_for(one.load(), _SCRAPE_TIMEOUT_S) for one in backbones),
             return_exceptions=True,
         )
+        (facts,) = await asyncio.gather(about_tasks, return_exceptions=True)
         if not isinstance(statistics, BaseException):
             for what, value in statistics.items():
                 self._reasoning.labels(what).set(value)
+        if not isinstance(facts, BaseException):
+            self._tell_centroids(facts, {one.prepared.digest: one.id for one in backbones})
         for backbone, load in zip(backbones, loads, strict=True):
             if not isinstance(load, BaseException):
                 for what, value in load.items():
                     self._queue.labels(backbone.id, what).set(value)
         return generate_latest(self._registry)
+
+    def _tell_centroids(self, facts: Sequence[CentroidFacts], ids: Mapping[str, str]) -> None:
+        """Of backbones that are served; as many series as there are centroids, which the settings bound."""
+        separations: dict[tuple[str, ...], list[float]] = {}
+        for one in facts:
+            key = one.key
+            if key.backbone not in ids:
+                continue
+            rest = (short(key.adapter) or BASE, str(key.layer), key.pooling)
+            labels = (ids[key.backbone], key.task, *rest)
+            self._centroid_states.labels(*labels).set(one.count)
+            if one.drift is not None:
+                self._drift.labels(*labels).set(one.drift)
+            if one.separation is not None:
+                source = "auto" if key.is_routed else "requests"
+                separations.setdefault((ids[key.backbone], source, *rest), []).append(one.separation)
+        for labels, each in separations.items():
+            self._quality.labels(*labels).set(sum(each) / len(each))
 
 
 class Measured:

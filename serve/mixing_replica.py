@@ -12,11 +12,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from actors.centroids import Centroids, Seen
 from actors.expert_mixing import Candidates, ExpertMixing
 from actors.messages import SearchAsked
 from actors.mixture_searches import Searched, Searches
 from actors.registry import RegistryClient
-from cluster.settings import MixingSettings
+from cluster.settings import CentroidSettings, MixingSettings
+from metasepia.centroids import CentroidFacts, CentroidKey, KnownMean
 from metasepia.errors import InvalidRequest, Unavailable, UnknownName
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.mixing import BASE
@@ -175,7 +177,8 @@ class _Reached:
 
 
 class MixingReplica(ExpertMixingPart):
-    """What Serve runs; it goes on with the searches that its predecessor left."""
+    """What Serve runs; it goes on with the searches that its predecessor left, and has the graph's online centroids
+    (`actors.centroids` says why here)."""
 
     async def __init__(
         self,
@@ -184,12 +187,34 @@ class MixingReplica(ExpertMixingPart):
         registry: RegistryClient,
         backbones: Mapping[str, DeploymentHandle[Any]],
         prepared: Mapping[str, PreparedBackbone],
+        centroids: CentroidSettings,
     ) -> None:
         served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
         super().__init__(registry, served, settings, Path(home))
+        self._centroids = Centroids(centroids, Path(home) / "centroids")
         await self.searches.recover()
+
+    async def centroids_check_room(self, keys: Sequence[CentroidKey]) -> None:
+        await self._centroids.check_room(keys)
+
+    async def centroids_absorb(self, seen: Seen) -> tuple[CentroidFacts, ...]:
+        return await self._centroids.absorb(seen)
+
+    async def centroids_compare(self, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]:
+        return await self._centroids.compare(seen)
+
+    async def centroids_facts(self) -> tuple[CentroidFacts, ...]:
+        return await self._centroids.facts()
+
+    async def centroids_forget(self, task: str) -> int:
+        return await self._centroids.forget(task)
+
+    async def centroids_known_means(self, backbone: str) -> tuple[KnownMean, ...]:
+        return await self._centroids.known_means(backbone)
 
     async def __del__(self) -> None:
         # Serve awaits this when it takes the replica down.
+        if hasattr(self, "_centroids"):
+            await self._centroids.stop()
         if hasattr(self, "searches"):
             await self.searches.stop()

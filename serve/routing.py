@@ -7,6 +7,9 @@
 A stage that cannot tell abstains and the next one is asked; one that finds the request to be for no expert ends the
 chain. `classifier` and `prompt` read the text of a chat's last message by its user, and abstain for anything else.
 `auto` is listed while some stage of the settings has something to choose from.
+
+The state by which `centroid` chose is told to the graph's online centroids, as the task `auto:<expert>`. With the
+setting `centroids.used_by_auto` the stage also chooses by what /v1/hidden_states was sent under experts' names.
 """
 
 import asyncio
@@ -15,14 +18,20 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float
+
 from cluster.settings import DispatchMargins
+from metasepia.centroids import ROUTED, CentroidKey, KnownMean
 from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
 from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
+from metasepia.dispatch.observed import routable
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, UnknownName
 from metasepia.registry import Artefact
 from metasepia.rows import Row, Scores, TokenChunk
 from serve.deadlines import Deadline
 from serve.names import AUTO, OWNER, Chosen
+from serve.observing import Observer
 from serve.parts import Backbone, Catalogue
 from serve.prompts import Prompts
 from serve.shelf import Shelf
@@ -68,6 +77,8 @@ class _Table:
     """The experts that stand now."""
 
     centroids: CentroidTable
+    cards: Mapping[str, TaskCentroid]
+    """By expert's name: what the cards say, whatever was observed since."""
     names: Mapping[str, str]
     """By digest."""
     targets: Mapping[str, str]
@@ -92,13 +103,14 @@ class Routing:
         stages: Sequence[str],
         margins: DispatchMargins | None = None,
         prompts: Prompts | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """`prompts` None: the stages that read text abstain."""
-        self.backbone, self.stages = backbone, tuple(stages)
+        """`prompts` None: the stages that read text abstain; `observer` None: nobody is told of states."""
+        self.backbone, self.stages, self._observer = backbone, tuple(stages), observer
         self._margins, self._prompts = margins or DispatchMargins(), prompts
         self._experts: Shelf[_Known] = Shelf(catalogue, "expert", OWNER, _known)
-        self._read: Mapping[str, _Known] | None = None
-        self._table = _Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, (), None)
+        self._read: tuple[Mapping[str, _Known] | None, tuple[KnownMean, ...]] = (None, ())
+        self._table = _Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, {}, (), None)
 
     async def is_served(self) -> bool:
         table = await self._known() if self.stages else self._table
@@ -136,7 +148,7 @@ class Routing:
         self, stage: str, table: _Table, token_ids: tuple[int, ...], text: str | None, deadline: Deadline
     ) -> Dispatched:
         if stage == "centroid":
-            return await self._by_centroid(table.centroids, token_ids, deadline)
+            return await self._by_centroid(table, token_ids, deadline)
         if text is None or not text.strip() or self._prompts is None:
             return Dispatched(expert=None, margin=0.0, stage=stage)
         prepared, rows = self.backbone.prepared, _Rows(self.backbone)
@@ -155,8 +167,8 @@ class Routing:
             rows, text, table.dispatcher, table.targets, self._prompts, min_margin=least, **about
         )
 
-    async def _by_centroid(self, table: CentroidTable, token_ids: tuple[int, ...], deadline: Deadline) -> Dispatched:
-        wanted = table.wanted
+    async def _by_centroid(self, table: _Table, token_ids: tuple[int, ...], deadline: Deadline) -> Dispatched:
+        wanted = table.centroids.wanted
         rows = [
             Row(
                 request_id=f"route-{uuid.uuid4().hex}",
@@ -169,31 +181,52 @@ class Routing:
             for one in wanted
         ]
         answers = await asyncio.gather(*(self.backbone.hidden_states([row]) for row in rows))
-        found = table.choose({one: states[0].states for one, states in zip(wanted, answers, strict=True)})
-        if found.expert is not None and found.margin < self._margins.centroid:
+        states = {one: answer[0].states for one, answer in zip(wanted, answers, strict=True)}
+        found = table.centroids.choose(states)
+        if found.expert is None or found.margin < self._margins.centroid:
             return Dispatched(expert=None, margin=found.margin)
+        if self._observer is not None:
+            name = table.names[found.expert]
+            used, card = table.centroids[found.expert], table.cards.get(name)
+            one = next(one for one in wanted if one.pooling == used.pooling and used.layer in one.layers)
+            state = states[one][one.layers.index(used.layer)]
+            self._observer.routed(self._key(ROUTED + name, used), state, None if card is None else card.mean)
         return found
+
+    def _key(self, task: str, centroid: TaskCentroid) -> CentroidKey:
+        layer = centroid.layer % (self.backbone.prepared.num_layers + 1)
+        return CentroidKey(backbone=centroid.backbone, task=task, adapter="", layer=layer, pooling=centroid.pooling)
+
+    async def registered(self, name: str) -> tuple[CentroidKey, Float[np.ndarray, " hidden"]] | None:
+        """Where the card of the expert of this name says that its prompts lie; None without one."""
+        card = (await self._known()).cards.get(name)
+        return None if card is None else (self._key(name, card), card.mean)
 
     async def _known(self) -> _Table:
         """The experts that stand now; made anew only after a change."""
+        digest = self.backbone.prepared.digest
+        means = () if self._observer is None else self._observer.known_means(digest)
         experts = await self._experts.all()
-        if experts is not self._read:
-            own = {n: one for n, one in experts.items() if one.backbone == self.backbone.prepared.digest}
+        if experts is not self._read[0] or means is not self._read[1]:
+            own = {n: one for n, one in experts.items() if one.backbone == digest}
             targets = {name: one for name, one in own.items() if one.dispatcher is None}
-            centroids = {one.digest: one.centroid for one in targets.values() if one.centroid is not None}
+            found = {name: one.centroid for name, one in targets.items()}
+            cards = {name: one for name, one in found.items() if one is not None and one.backbone == digest}
+            learnt = routable(means, {name: cards.get(name) for name in targets})
             described = [
                 Described(digest=one.digest, name=name, about=one.about)
                 for name, one in targets.items()
                 if one.about is not None
             ]
             self._table = _Table(
-                centroids=CentroidTable(self.backbone.prepared.digest, centroids),
+                centroids=CentroidTable(digest, {targets[n].digest: one for n, one in (cards | learnt).items()}),
+                cards=cards,
                 names={one.digest: name for name, one in reversed(targets.items())},
                 targets={name: one.digest for name, one in targets.items()},
                 described=tuple(described[:MAX_DESCRIBED]),
                 dispatcher=next((one.dispatcher for one in own.values() if one.dispatcher is not None), None),
             )
-            self._read = experts
+            self._read = experts, means
         return self._table
 
 

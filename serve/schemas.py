@@ -14,11 +14,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from cluster.settings import DispatchStage, HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Protocol
+from metasepia.registry import check_name
 from serve.inputs import check_number, read_file
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_SEED = 2**63 - 1
+MAX_LAYERS = 4096
 DEFAULT_ANSWER_LEN = 256
 """Tokens of an answer whose request names no limit, where the window leaves as many."""
 
@@ -270,7 +272,27 @@ class EmbeddingsRequest(_Body):
         return all(type(item) is int for item in self.input)
 
 
-MAX_LAYERS = 4096
+class HiddenStatesRequest(EmbeddingsRequest):
+    """POST /v1/hidden_states"""
+
+    layers: list[int] = Field(default=[-1], min_length=1, max_length=MAX_LAYERS)
+    """0 the embedding, n the output of block n; negative ones count from the end."""
+    pooling: Literal["last", "mean", "none"] = "last"
+    """`last`: the last token's state; `mean`: over the tokens; `none`: every token's."""
+    task: str | None = None
+    """Under which the graph keeps a running centroid of these states."""
+    observe: bool = True
+    """false: the states are compared with the task's centroid, which stays as it is."""
+
+    def check(self, http: HttpSettings) -> None:
+        super().check(http)
+        if self.task is None:
+            if not self.observe:
+                raise InvalidRequest("observe", "is about a task's centroid; name the task, or leave it out")
+            return
+        check_name(self.task, "task")
+        if self.pooling == "none":
+            raise InvalidRequest("pooling", "a task's centroid is of one state a text; use last or mean")
 
 
 def _mixture_weight(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from actors.centroids import Centroids
 from actors.encoder import Encoder
 from actors.messages import (
     Build,
@@ -24,7 +25,7 @@ from actors.messages import (
     Texts,
 )
 from actors.reasoning_pool import labelled_vectors
-from cluster.settings import DispatchMargins, EncoderSettings, HttpSettings, MixingSettings
+from cluster.settings import CentroidSettings, DispatchMargins, EncoderSettings, HttpSettings, MixingSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path
 from metasepia.models.prepared import PreparedBackbone
@@ -62,6 +63,7 @@ class FakeBackbone:
         self.error_after = 0
         self.hang = False
         self.likes: tuple[str, float] = (EXPERT, 0.75)
+        self.state_of: Callable[[Sequence[int]], np.ndarray] = lambda tokens: np.full(4, len(tokens), np.float32)
 
     def _executed(self, row: Row) -> Executed:
         return Executed(backbone=DIGEST, factors=None, adapter=row.adapter, path="plain", dtype="float32", tp_size=1)
@@ -100,9 +102,20 @@ class FakeBackbone:
         return 1 + abs(float(np.mean(weight)) - self.likes[1])
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
+        """Pooled by `last` or `mean`: `state_of` of the tokens; every token's: its id and layer."""
         self.rows += rows
-        states = [np.full((1, 4), float(len(row.token_ids)), np.float32) for row in rows]
+        if self.error is not None:
+            raise self.error
+        if self.hang:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                self.num_closed += 1
+        states = [np.stack([self.state_of(row.token_ids)] * len(row.hidden.layers)) for row in rows]
         for at, row in enumerate(rows):
+            if row.hidden.pooling == "none":
+                every = [[[token, layer, 0, 0] for token in row.token_ids] for layer in row.hidden.layers]
+                states[at] = np.array(every, np.float32)
             if row.hidden.pooling == "spans":  # the mean token, and how many tokens stand before the span
                 means = [[np.mean(row.token_ids[begin:end]), begin, 1, 0] for begin, end in row.hidden.spans]
                 states[at] = np.array([means], np.float32)
@@ -327,7 +340,15 @@ class FakeCatalogue:
 class Bench:
     """A door over fakes, and a client that calls it without a network."""
 
-    def __init__(self, directory: Path, http: HttpSettings = HTTP, media: Sequence[NearEncoder] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        http: HttpSettings = HTTP,
+        media: Sequence[NearEncoder] = (),
+        observing: CentroidSettings | None = None,
+    ) -> None:
+        self.observing = observing or CentroidSettings()
+        self.centroids = Centroids(self.observing, directory / "centroids")
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
         self._open(http, media, FakeMixing(), self.catalogue, NoSearches())
@@ -352,6 +373,8 @@ class Bench:
             dispatch,
             DispatchMargins(),
             {"tiny": Fits(id="tiny", prepared=self.backbone.prepared, shapes=SHAPES, index=INDEX, s=SINGULAR)},
+            self.centroids,
+            self.observing,
         )
         self.app = create_app(self.door)
 

@@ -61,6 +61,11 @@ class TaskCentroid:
             threshold=round(threshold, 6),
         )
 
+    @property
+    def mean(self) -> Float[np.ndarray, " hidden"]:
+        """Mean state of the task's training prompts, not centred."""
+        return self.centre + self.centroid
+
     def cosine(self, state: Float[np.ndarray, " hidden"]) -> float:
         return float(_cosines((state - self.centre)[None], self.centroid)[0])
 
@@ -129,6 +134,10 @@ class CentroidTable:
 
     def __len__(self) -> int:
         return len(self._centroids)
+
+    def __getitem__(self, expert: str) -> TaskCentroid:
+        """By the expert's digest."""
+        return self._centroids[expert]
 
     @property
     def wanted(self) -> tuple[HiddenStatesWanted, ...]:

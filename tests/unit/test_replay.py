@@ -10,9 +10,17 @@ import httpx
 import numpy as np
 import pytest
 
+from actors.centroids import Centroids
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained
 from actors.reasoning_pool import ReasoningPool
-from cluster.settings import BackboneSettings, DispatchMargins, EncoderSettings, ReasoningSettings, Settings
+from cluster.settings import (
+    BackboneSettings,
+    CentroidSettings,
+    DispatchMargins,
+    EncoderSettings,
+    ReasoningSettings,
+    Settings,
+)
 from jobs.replay import __main__ as program
 from jobs.replay import completions, files
 from jobs.replay.parts import Parts
@@ -177,6 +185,8 @@ class World:
             (),
             DispatchMargins(),
             {},
+            Centroids(CentroidSettings(), home / "centroids"),
+            CentroidSettings(),
         )
         self.bench.app = create_app(door)
 
