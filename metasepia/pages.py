@@ -8,7 +8,6 @@ import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from metasepia.errors import InvalidSettings
 
@@ -52,22 +51,22 @@ class Page:
         self.title = title
         self._parts: list[str] = []
 
-    def section(self, title: str) -> Self:
+    def section(self, title: str) -> "Page":
         return self._add(f"<h2>{html.escape(title)}</h2>")
 
-    def text(self, *paragraphs: str) -> Self:
+    def text(self, *paragraphs: str) -> "Page":
         """Each argument is a paragraph of plain text."""
         return self._add(*(f"<p>{html.escape(one)}</p>" for one in paragraphs))
 
-    def items(self, items: Sequence[str]) -> Self:
+    def items(self, items: Sequence[str]) -> "Page":
         """A list with bullets."""
         return self._add("<ul>", *(f"<li>{html.escape(one)}</li>" for one in items), "</ul>")
 
-    def code(self, text: str) -> Self:
+    def code(self, text: str) -> "Page":
         """A command or file, as it is."""
         return self._add(f"<pre>{html.escape(text)}</pre>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Self:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> "Page":
         """Numbers stand to the right, floats with four significant digits; None is an empty cell.
 
         Raises InvalidSettings for a row that is not as long as the header.
@@ -81,7 +80,7 @@ class Page:
         start = '<div class="table"><table>'
         return self._add(start, *title, f"<thead><tr>{head}</tr></thead>", "<tbody>", *body, "</tbody></table></div>")
 
-    def figure(self, png: bytes, caption: str, alt: str) -> Self:
+    def figure(self, png: bytes, caption: str, alt: str) -> "Page":
         """A picture; `alt` says what it shows to those who do not see it. Raises InvalidSettings for no PNG."""
         if not png.startswith(_PNG):
             raise InvalidSettings("png", png[:8], "the bytes of a PNG file")
@@ -110,7 +109,7 @@ class Page:
             scratch.unlink(missing_ok=True)
         return path
 
-    def _add(self, *parts: str) -> Self:
+    def _add(self, *parts: str) -> "Page":
         self._parts += parts
         return self
 

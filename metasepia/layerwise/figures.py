@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from metasepia.clustering import ROUNDING
 from metasepia.layerwise.measures import Scored
 
-COLOURS = ("#3b6fb6", "#d1602c", "#3a8f5c", "#8a5aa8", "#b8962e", "#4aa3b5", "#c04f7c", "#6b6f76")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6b6f76")
+"""Okabe and Ito's, which colour-blind readers tell apart, but for the last two."""
 PANELS = {"ari": "ARI of k-means with tasks", "accuracy": "nearest-mean accuracy", "silhouette": "silhouette of tasks"}
 CONTROLS = {"embedding": ("mean embedding", "--", "#444444"), "words": ("bag of words", ":", "#444444")}
 
@@ -35,6 +37,7 @@ def by_layer(layers: Sequence[Scored], controls: Sequence[Scored]) -> bytes:
             axis.axhline(by_chance, color="#b0b0b0", linewidth=1.2, label="shuffled tasks")
             axis.set_ylim(min(-0.05, axis.get_ylim()[0]), 1.03)
         axis.set(title=title, xlabel="layer (0: embedding)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
@@ -46,11 +49,11 @@ def projections(
 ) -> bytes:
     """Each title's (fitting, held-out) states on the two main axes of the fitting ones; held-out texts are rings."""
     plt = _pyplot()
-    columns = min(2, len(states))
+    columns = 2 if len(states) in (2, 4) else len(states)
     rows = -(-len(states) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.9 * rows), layout="constrained", squeeze=False)
     names = sorted({*map(str, fit_tasks), *map(str, held_tasks)})
-    for axis, (title, (fit, held)) in zip(axes.flat, states.items(), strict=False):
+    for axis, (title, (fit, held)) in zip(axes.flat, states.items(), strict=True):
         shown, rest, shares = principal(fit, held)
         for i, name in enumerate(names):
             colour = _colour(i, len(names))
@@ -60,8 +63,6 @@ def projections(
         axis.set(title=title, xticks=[], yticks=[])
         axis.set_xlabel(f"first axis, {shares[0]:.0%} of variance")
         axis.set_ylabel(f"second axis, {shares[1]:.0%}")
-    for axis in axes.flat[len(states) :]:
-        axis.set_visible(False)
     if len(names) <= 16:
         handles, texts = axes.flat[0].get_legend_handles_labels()
         figure.legend(
@@ -73,13 +74,15 @@ def projections(
 def principal(fit: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
     """Both on the two axes along which the fitting states vary most, and the shares of variance of these.
 
-    Signs are fixed: each axis points to where its largest component is positive. Constant states lie at the origin.
+    Signs are fixed: each axis points to where its largest component is positive. States on a line have no second axis,
+    constant ones none.
     """
     mean = fit.mean(0)
     centred = fit - mean
     _, s, vh = np.linalg.svd(centred, full_matrices=False)
     axes = np.zeros((2, fit.shape[1]))
-    axes[: min(2, len(vh))] = vh[:2]
+    alive = min(2, int((s > ROUNDING * s[0]).sum()))
+    axes[:alive] = vh[:alive]
     axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1) < 0, -1, 1)
     total = float(np.square(s).sum())
     first, second = (*(np.square(s[:2]) / total if total else np.zeros(2)), 0.0)[:2]

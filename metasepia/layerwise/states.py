@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -69,6 +69,7 @@ class ReadSettings:
         return tuple(sorted({layer % (num_layers + 1) for layer in self.layers} or range(num_layers + 1)))
 
 
+@runtime_checkable
 class States(Protocol):
     """States in the order of the texts, one layer at a time in memory."""
 
