@@ -145,8 +145,8 @@ def _whole(store: SweepStore) -> bool:
 
 def describe(plan: SweepPlan) -> str:
     """What will be run, in one line."""
-    axes = {name: values for name, values in plan.settings["axes"].items() if len(values) > 1}
-    told = "; ".join(f"{name} {', '.join(spelled(name, value) for value in values)}" for name, values in axes.items())
+    axes = {axis: values for axis in AXES if len(values := plan.settings["axes"].get(axis, ())) > 1}
+    told = "; ".join(f"{axis} {', '.join(spelled(axis, value) for value in values)}" for axis, values in axes.items())
     steps = sum(trial["num_steps"] for trial in plan.trials)
     return (
         f"sweep {short(plan.digest)}: {len(plan.trials)} models in {len(plan.packs)} packs, {steps:,} steps of "
@@ -159,8 +159,9 @@ def command_of(plan: SweepPlan) -> str:
     settings = plan.settings
     profile = PROFILES[settings["profile"]]
     words = ["python", "-m", "jobs.sweep_tasks", "--profile", settings["profile"]]
-    for axis, values in settings["axes"].items():
-        if list(profile.axes.get(axis, ())) != values:
+    for axis in AXES:
+        values = settings["axes"].get(axis)
+        if values is not None and list(profile.axes.get(axis, ())) != values:
             words += [option_of(axis), ",".join("inf" if value is None else str(value) for value in values)]
     if settings["pack"] != profile.pack:
         words += ["--pack", str(settings["pack"])]

@@ -160,8 +160,13 @@ class Move:
         doubt = "" if clear else "; the interval contains no move"
         return (
             f"{direction} by {abs(self.log2_difference):.2f} doublings of M "
-            f"(95 % interval {self.low:+.2f} to {self.high:+.2f}{doubt})"
+            f"(95 % interval {_signed(self.low)} to {_signed(self.high)}{doubt})"
         )
+
+
+def _signed(doublings: float) -> str:
+    """An end of an interval; infinite where one of the two was not crossed in that draw."""
+    return f"{doublings:+.2f}" if math.isfinite(doublings) else "unbounded"
 
 
 def move_between(first: Crossing, second: Crossing) -> Move:

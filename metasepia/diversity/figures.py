@@ -70,6 +70,21 @@ def _figure(columns: int, rows: int = 1, *, height: float = 3.3) -> tuple["Figur
     return figure, axes
 
 
+def _log_scale(axes: "Axes") -> None:
+    axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Of a log axis: 1, 2 and 5 in each decade, written out; short ranges would otherwise have none or too many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _png(figure: "Figure") -> bytes:
     held = io.BytesIO()
     figure.savefig(held, dpi=110, metadata={"Software": None})
@@ -90,7 +105,7 @@ def _over_tasks(findings: Findings, g: int) -> Picture:
             _lines(bottom, group, sizes, split, [(f"delta_{name}", f"to {NAMES[name]}", style)])
         top.set(title=SPLIT_WORDS[split], ylabel=error_words(group), ylim=(0, None))
         bottom.set(ylabel="squared distance of the model" + (" / D" if group.problem == "linear" else ""))
-        bottom.set_yscale("log")
+        _log_scale(bottom)
         crossing = findings.crossings[g, split]
         if crossing is not None and crossing.found:
             _mark(bottom, crossing)
@@ -116,8 +131,13 @@ def _lines(
     axes: "Axes", group: Group, sizes: Sequence[int | None], split: str, metrics: Iterable[Any], *, seeds: bool = True
 ) -> None:
     places = _places(sizes)
+    finite = [i for i, m in enumerate(sizes) if m is not None]
     for metric, label, style in metrics:
-        axes.plot(places, [group.mean(metric, split, m) for m in sizes], label=label, **style)
+        means = [group.mean(metric, split, m) for m in sizes]
+        axes.plot([places[i] for i in finite], [means[i] for i in finite], label=label, **style)
+        # Infinity lies on no line: a line to it would show figures between.
+        beyond = [i for i in range(len(sizes)) if i not in finite]
+        axes.plot([places[i] for i in beyond], [means[i] for i in beyond], **{**style, "linestyle": "none"})
         if seeds:
             for place, m in zip(places, sizes, strict=True):
                 values = group.seed_values(metric, split, m)
@@ -172,8 +192,9 @@ def _training(group: Group, g: int) -> Picture:
                 turned.append(f"M = {tasks_spelled(m)} (nearest at step {steps[least]})")
         one.set(title=f"to {NAMES[name]}, new tasks", xlabel="training step", ylabel="squared distance of the model")
         one.set_xscale("log")
-        one.set_yscale("log")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        _plain_ticks(one.xaxis)
+        _log_scale(one)
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
     prior = NAMES[group.estimators[1]]
     return Picture(
         f"training-{g}",
@@ -218,6 +239,7 @@ def _positions(findings: Findings, g: int) -> Picture:
                 one.plot([k + 1 for k in points], values, label=label, **style)
             one.set(title=f"M = {_power(m)}, {SPLIT_WORDS[split]}", xlabel="point k", ylabel=error_words(group))
             one.set_ylim(0, None)
+            one.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8)
     last = group.first.points - 1
     told = [
@@ -335,7 +357,7 @@ def _budgets(findings: Findings) -> list[Picture]:
         if found.crossing.found:
             _mark(one, found.crossing)
         one.set(title=found.rest or "new tasks", ylabel="squared distance to ridge")
-        one.set_yscale("log")
+        _log_scale(one)
         one.legend(fontsize=8)
     caption = "Below the crossing more training leads away from ridge on new tasks, above it towards ridge."
     told = "; ".join(f"{words_of(found.axis)}: {found.crossing.text}" for found in findings.by_budget)

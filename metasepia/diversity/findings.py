@@ -169,11 +169,15 @@ class Findings:
         return made
 
     def beaten(self, group: Group) -> int | None:
-        """The smallest finite M at which the model errs less on new tasks than the estimator of its own pool."""
-        of_pool, _ = group.estimators
-        for num_tasks in group.finite:
-            if group.mean("error", "new", num_tasks) < group.mean(f"{of_pool}_error", "new", num_tasks):
-                return num_tasks
+        """The smallest finite M whose models are nearer the prior's estimator on new tasks and err less than the pool's.
+
+        Raventos et al.'s sign that what was learned is not the Bayesian answer for the pretraining tasks.
+        """
+        of_pool, of_prior = group.estimators
+        for m in group.finite:
+            nearer = group.mean(f"delta_{of_prior}", "new", m) < group.mean(f"delta_{of_pool}", "new", m)
+            if nearer and group.mean("error", "new", m) < group.mean(f"{of_pool}_error", "new", m):
+                return m
         return None
 
 

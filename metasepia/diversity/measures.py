@@ -16,15 +16,17 @@ from torch import Tensor
 
 from metasepia.diversity.trial import DiversityTrial
 from metasepia.synthetic import estimators, sampling
-from metasepia.synthetic.regression import path_between
+from metasepia.synthetic.oracles import Predictive
+from metasepia.synthetic.regression import RegressionBatch, path_between
 
 Split = Literal["pretraining", "new"]
 SPLITS: tuple[Split, ...] = ("pretraining", "new")
 ESTIMATORS: Mapping[str, tuple[str, str]] = {"linear": ("dmmse", "ridge"), "logistic": ("discrete", "gaussian")}
 """By problem: the estimator that knows the pool, and the one that knows the prior alone."""
 PATH_ALPHAS = tuple(i / 8 for i in range(9))
-MAX_PATHS = 256
-"""Pairs of tasks between which models are asked, at most; also at most a quarter of the evaluation sequences."""
+MAX_PATHS: Mapping[str, int] = {"linear": 256, "logistic": 64}
+"""Pairs of tasks between which models are asked, at most, also at most a quarter of the evaluation sequences. The
+Gaussian posterior of logistic labels is sampled, which costs more than all else that is measured."""
 
 
 @dataclass(frozen=True)
@@ -45,45 +47,63 @@ class Problem:
     y: Float[Tensor, "batch points"]
     target: Float[Tensor, "batch points"]
     answers: Mapping[str, Float[Tensor, "batch points"]]
+    standard_error: float
+    """Of the prior's estimator where it is Monte Carlo, else 0."""
+
+
+Shared = dict[int, tuple[RegressionBatch, Predictive]]
+"""By seed: sequences of fresh tasks, and the prior's answers, which are the same for every M."""
 
 
 class Evaluation:
     """The evaluation sequences of one model, made once; `rows` measures its answers to them."""
 
-    def __init__(self, trial: DiversityTrial, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, trial: DiversityTrial, device: torch.device | str = "cpu", *, shared: "Shared | None" = None
+    ) -> None:
+        """`shared` is filled with what trials of a pack that have the same seed have in common, and read from."""
         self.trial, self.device = trial, torch.device(device)
+        self._shared: Shared = {} if shared is None else shared
         self.problems: dict[str, Problem] = {split: self._problem(split) for split in SPLITS}
 
     def _problem(self, split: Split) -> Problem:
         trial = self.trial
-        batch = trial.tasks.batch(
-            trial.measured_seeds,
-            0,
-            num_sequences=trial.measured_sequences,
-            device=self.device,
-            of=split,
-            stream="evaluation",
-        )
-        return self._answered(batch.x, batch.y, batch.target)
+        fresh = split == "new" or trial.num_tasks is None
+        batch, prior = self._shared.get(trial.seed, (None, None)) if fresh else (None, None)
+        if batch is None or prior is None:
+            batch = trial.tasks.batch(
+                trial.measured_seeds,
+                0,
+                num_sequences=trial.measured_sequences,
+                device=self.device,
+                of=split,
+                stream="evaluation",
+            )
+            prior = self._prior(batch)
+            if fresh:
+                self._shared[trial.seed] = batch, prior
+        return self._answered(batch, prior)
 
-    def _answered(self, x: Tensor, y: Tensor, target: Tensor) -> Problem:
+    def _answered(self, batch: RegressionBatch, prior: Predictive) -> Problem:
         of_pool, of_prior = ESTIMATORS[self.trial.problem]
-        prior = self._prior(x, y)
         # With a fresh task in every sequence the pool is the prior, and the two estimators are one.
-        pool = prior if self.trial.num_tasks is None else self._pool(x, y)
-        return Problem(x, y, target.double(), {of_pool: pool, of_prior: prior})
+        pool = prior.probabilities if self.trial.num_tasks is None else self._pool(batch)
+        answers = {of_pool: pool, of_prior: prior.probabilities}
+        return Problem(batch.x, batch.y, batch.target.double(), answers, prior.standard_error)
 
-    def _prior(self, x: Tensor, y: Tensor) -> Tensor:
+    def _prior(self, batch: RegressionBatch) -> Predictive:
+        """What the prior's estimator answers; ridge has no error of its own."""
         trial = self.trial
         if trial.problem == "logistic":
-            return estimators.gaussian_predictive(x, y, trial.scale).probabilities.double()
-        return estimators.ridge(x, y, trial.noise_variance, trial.scale**2)
+            found = estimators.gaussian_predictive(batch.x, batch.y, trial.scale)
+            return Predictive(found.probabilities.double(), found.standard_error)
+        return Predictive(estimators.ridge(batch.x, batch.y, trial.noise_variance, trial.scale**2), 0.0)
 
-    def _pool(self, x: Tensor, y: Tensor) -> Tensor:
+    def _pool(self, batch: RegressionBatch) -> Tensor:
         pool = self.trial.tasks.pool
         if self.trial.problem == "logistic":
-            return estimators.discrete_predictive(x, y, pool)
-        return estimators.discrete_mmse(x, y, pool, self.trial.noise_variance)
+            return estimators.discrete_predictive(batch.x, batch.y, pool)
+        return estimators.discrete_mmse(batch.x, batch.y, pool, self.trial.noise_variance)
 
     def paths(self) -> dict[float, Problem]:
         """Sequences of tasks on the way between two of the pool, by alpha (`regression.path_between`).
@@ -93,12 +113,12 @@ class Evaluation:
         trial = self.trial
         if trial.num_tasks == 1:
             return {}
-        first, second = self._path_ends(max(1, min(MAX_PATHS, trial.measured_sequences // 4)))
+        first, second = self._path_ends(max(1, min(MAX_PATHS[trial.problem], trial.measured_sequences // 4)))
         made: dict[float, Problem] = {}
         alphas = torch.tensor(PATH_ALPHAS, dtype=first.dtype, device=self.device)
         for alpha, w in zip(PATH_ALPHAS, path_between(first, second, alphas), strict=True):
             batch = trial.tasks.batch_of_tasks(w, trial.measured_seeds, 1, stream="evaluation")
-            made[alpha] = self._answered(batch.x, batch.y, batch.target)
+            made[alpha] = self._answered(batch, self._prior(batch))
         return made
 
     def _path_ends(self, num_pairs: int) -> tuple[Tensor, Tensor]:
@@ -125,6 +145,8 @@ class Evaluation:
                 if last:
                     blocks = values.reshape(self.trial.measured_blocks, -1).mean(1).tolist()
                     rows.extend(Row(block_metric(metric, b), split, -1, value) for b, value in enumerate(blocks))
+            if self.trial.problem == "logistic":
+                rows.append(Row("gaussian_standard_error", split, -1, self.problems[split].standard_error))
         return rows
 
     def path_rows(self, outputs: Mapping[float, Tensor], paths: Mapping[float, Problem]) -> list[Row]:

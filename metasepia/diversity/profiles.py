@@ -2,7 +2,8 @@
 
 An axis is a field of `DiversityTrial` with several values, or `model`, the paper's three sizes. Where `points` or
 `noise_variance` are not given they follow the dimension as in the paper: K = 2 D and sigma^2 = D / 32, which keeps the
-signal-to-noise ratio (D = 8: 16 and 0.25).
+signal-to-noise ratio (D = 8: 16 and 0.25). A logistic label says less than a number: there K = 4 D, and the scale is
+that of the reasoning module.
 """
 
 import dataclasses
@@ -42,6 +43,8 @@ AXES: Mapping[str, str] = {
     "num_tasks": "M, from 1 to 1048576; inf for a fresh task in every sequence",
 }
 """In the order of the grid: the last turns fastest."""
+LOGISTIC_SCALE = 10.0
+"""What the reasoning module is trained with (TART, arXiv:2306.07536): nearly separable classes."""
 _TEXTS, _DECIMALS = ("problem", "model"), ("noise_variance", "scale", "learning_rate", "warmup_share", "weight_decay")
 
 
@@ -62,14 +65,14 @@ class Profile:
     """Bound on the error of the infinite pool on new tasks over ridge's (`claims`)."""
 
 
-_LAPTOP_MODEL = {"layers": (2,), "width": (64,), "heads": (2,), "learning_rate": (2e-3,), "batch_size": (64,)}
+_LAPTOP_MODEL = {"layers": (3,), "width": (64,), "heads": (2,), "learning_rate": (2e-3,), "batch_size": (64,)}
 PROFILES: Mapping[str, Profile] = {
     "laptop": Profile(
         about="one dimension, eight M, three seeds: 25 minutes on two cores; both regimes and the crossing",
         axes={
             **_LAPTOP_MODEL,
             "dims": (4,),
-            "num_steps": (5000,),
+            "num_steps": (8000,),
             "seed": (0, 1, 2),
             "num_tasks": (4, 16, 32, 64, 128, 256, 1024, None),
         },
@@ -153,8 +156,11 @@ def trial_of(point: Mapping[str, Any], fixed: Mapping[str, Any]) -> DiversityTri
     if model is not None:
         values |= MODELS[model]
     dims = values.get("dims", 8)
-    values.setdefault("points", 2 * dims)
-    values.setdefault("noise_variance", 0.0 if values.get("problem") == "logistic" else dims / 32)
+    if values.get("problem") == "logistic":
+        follows = {"points": 4 * dims, "noise_variance": 0.0, "scale": LOGISTIC_SCALE}
+    else:
+        follows = {"points": 2 * dims, "noise_variance": dims / 32}
+    values = {**follows, **values}
     return DiversityTrial.from_json(values)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metasepia.diversity.measures import SPLITS, Evaluation, Problem, Row
+from metasepia.diversity.measures import SPLITS, Evaluation, Problem, Row, Shared
 from metasepia.diversity.trial import SHARED_IN_PACK, DiversityTrial
 from metasepia.errors import InvalidSettings
 from metasepia.stacked.regressor import StackedRegressor
@@ -116,7 +116,8 @@ class DiversityPack:
 
     def _evaluated(self) -> list[Evaluation]:
         if self._evaluations is None:
-            self._evaluations = [Evaluation(trial, self.device) for trial in self.trials]
+            shared: Shared = {}
+            self._evaluations = [Evaluation(trial, self.device, shared=shared) for trial in self.trials]
         return self._evaluations
 
     @torch.no_grad()
