@@ -179,15 +179,12 @@ class BlockOnCpu(torch.autograd.Function):
         bias = torch.zeros(may.shape).masked_fill_(~may, torch.finfo(torch.float32).min)
         some = None if mask is None or bool(may.any(-1).all()) else may.any(-1, keepdim=True).float()
         needs_grad = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        out, kept = None, []
-        for model in range(len(hidden)):
-            end, kept_one = _forward(
-                hidden[model], bias, some, heads, reads, BlockWeights(*(w[model] for w in weights)), needs_grad
-            )
-            out = hidden.new_empty(len(hidden), *end.shape) if out is None else out
-            out[model].copy_(end)
-            kept.append(kept_one)
-        assert out is not None
+        out = hidden if reads is None else hidden[:, :, reads]
+        out = torch.empty(out.shape)
+        kept = [
+            _forward(one, BlockWeights(*of_model), into, bias, some, heads, reads, needs_grad)
+            for one, into, *of_model in zip(hidden, out, *(w.unbind(0) for w in weights), strict=True)
+        ]
         if needs_grad:
             _keep(ctx, hidden, weights, kept, heads, reads)
         return out
@@ -197,12 +194,11 @@ class BlockOnCpu(torch.autograd.Function):
         hidden, weights, kept, heads, reads = _kept(ctx)
         grad_out = grads[0].contiguous()
         grad_hidden = torch.empty_like(hidden)
-        grad_weights = BlockWeights(*(torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights))
-        for model in range(len(hidden)):
-            of_model = BlockWeights(*(w[model] for w in weights))
-            into = BlockWeights(*(g[model] for g in grad_weights))
-            _backward(grad_out[model], hidden[model], kept[model], heads, reads, of_model, into, grad_hidden[model])
-        return grad_hidden, None, None, None, *grad_weights
+        of_models = [BlockWeights(*of_model) for of_model in zip(*(w.unbind(0) for w in weights), strict=True)]
+        made = [
+            _backward(*each, heads, reads) for each in zip(grad_out, hidden, kept, of_models, grad_hidden, strict=True)
+        ]
+        return grad_hidden, None, None, None, *(torch.stack(of_field) for of_field in zip(*made, strict=True))
 
 
 def _keep(
@@ -229,14 +225,15 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _forward(
     hidden: Tensor,
+    w: BlockWeights,
+    into: Tensor,
     bias: Tensor,
     some: Tensor | None,
     heads: int,
     reads: slice | None,
-    w: BlockWeights,
     needs_slope: bool,
-) -> tuple[Tensor, _Kept]:
-    """One model's states [batch, tokens, width] through the block; the end and what the way back needs."""
+) -> _Kept:
+    """One model's states [batch, tokens, width] through the block, written to `into`; what the way back needs."""
     batch, tokens, width = hidden.shape
     norm_1 = _norm(hidden.view(-1, width), w.norm_1_weight, w.norm_1_bias)
     qkv = _linear(norm_1[0], w.qkv_weight, w.qkv_bias)
@@ -253,31 +250,28 @@ def _forward(
     between = _linear(attended, w.proj_weight, w.proj_bias).add_(start.reshape(-1, width))
     norm_2 = _norm(between, w.norm_2_weight, w.norm_2_bias)
     activated, slope = _gelu(_linear(norm_2[0], w.up_weight, w.up_bias), needs_slope)
-    end = _linear(activated, w.down_weight, w.down_bias).add_(between)
-    return end.view(batch, -1, width), _Kept(norm_1, qkv, shares, attended, between, norm_2, activated, slope)
+    torch.add(_linear(activated, w.down_weight, w.down_bias), between, out=into.view(-1, width))
+    return _Kept(norm_1, qkv, shares, attended, between, norm_2, activated, slope)
 
 
 def _backward(
     grad_end: Tensor,
     hidden: Tensor,
     kept: _Kept,
+    w: BlockWeights,
+    grad_hidden: Tensor,
     heads: int,
     reads: slice | None,
-    w: BlockWeights,
-    into: BlockWeights,
-    grad_hidden: Tensor,
-) -> None:
-    """One model's gradients, weights' to `into` and the states' to `grad_hidden`."""
+) -> BlockWeights:
+    """One model's gradients: the states' are written to `grad_hidden`, the weights' returned."""
     batch, _, width = hidden.shape
     grad_end = grad_end.view(-1, width)
-    grad_up = _through_linear(grad_end, kept.activated, w.down_weight, into.down_weight, into.down_bias)
-    grad_up.mul_(kept.slope)
-    grad_norm = _through_linear(grad_up, kept.norm_2[0], w.up_weight, into.up_weight, into.up_bias)
-    grad_between = _through_norm(
-        grad_norm, kept.between, kept.norm_2, w.norm_2_weight, w.norm_2_bias, into.norm_2_weight, into.norm_2_bias
-    ).add_(grad_end)
+    grad_up, *of_down = _through_linear(grad_end, kept.activated, w.down_weight)
+    grad_norm, *of_up = _through_linear(grad_up.mul_(kept.slope), kept.norm_2[0], w.up_weight)
+    grad_between, *of_norm_2 = _through_norm(grad_norm, kept.between, kept.norm_2, w.norm_2_weight, w.norm_2_bias)
+    grad_between.add_(grad_end)
 
-    grad = _through_linear(grad_between, kept.attended, w.proj_weight, into.proj_weight, into.proj_bias)
+    grad, *of_proj = _through_linear(grad_between, kept.attended, w.proj_weight)
     grad = grad.view(batch, -1, heads, width // heads).permute(2, 0, 1, 3).contiguous().flatten(0, 1)
     q, k, v = (one.flatten(0, 1) for one in kept.qkv.unbind(0))
     shares = kept.shares.flatten(0, 1)
@@ -295,45 +289,32 @@ def _backward(
         torch.bmm(grad_scores.transpose(1, 2), q[:, reads], out=grad_k)
     grad_qkv = grad_qkv.permute(2, 3, 0, 1, 4).reshape(-1, 3 * width)
 
-    grad_norm = _through_linear(grad_qkv, kept.norm_1[0], w.qkv_weight, into.qkv_weight, into.qkv_bias)
-    grad_start = _through_norm(
-        grad_norm,
-        hidden.view(-1, width),
-        kept.norm_1,
-        w.norm_1_weight,
-        w.norm_1_bias,
-        into.norm_1_weight,
-        into.norm_1_bias,
-    ).view_as(hidden)
+    grad_norm, *of_qkv = _through_linear(grad_qkv, kept.norm_1[0], w.qkv_weight)
+    grad_start, *of_norm_1 = _through_norm(
+        grad_norm, hidden.view(-1, width), kept.norm_1, w.norm_1_weight, w.norm_1_bias
+    )
     if reads is None:
-        torch.add(grad_start, grad_between.view_as(hidden), out=grad_hidden)
+        torch.add(grad_start, grad_between, out=grad_hidden.view(-1, width))
     else:
-        grad_hidden.copy_(grad_start)
+        grad_hidden.copy_(grad_start.view_as(hidden))
         grad_hidden[:, reads] += grad_between.view(batch, -1, width)
+    return BlockWeights(*of_norm_1, *of_qkv, *of_proj, *of_norm_2, *of_up, *of_down)
 
 
-def _through_linear(grad: Tensor, x: Tensor, weight: Tensor, into_weight: Tensor, into_bias: Tensor) -> Tensor:
-    """The gradient of a linear layer's input; its weight's and bias's are written."""
-    into_weight.copy_(_linear(grad.t(), x.t()))
-    torch.sum(grad, 0, out=into_bias)
-    return _linear(grad, weight.t())
+def _through_linear(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a linear layer's input, weight and bias."""
+    # oneDNN reads the second operand as it lies and has the first laid out in rows: better the smaller one.
+    of_weight = _linear(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else _linear(x.t(), grad.t()).t()
+    return _linear(grad, weight.t()), of_weight, grad.sum(0)
 
 
 def _through_norm(
-    grad: Tensor,
-    x: Tensor,
-    made: tuple[Tensor, Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    into_weight: Tensor,
-    into_bias: Tensor,
-) -> Tensor:
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+    grad: Tensor, x: Tensor, made: tuple[Tensor, Tensor, Tensor], weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a LayerNorm's input, gain and shift."""
+    return torch.ops.aten.native_layer_norm_backward(
         grad, x, [x.shape[-1]], made[1], made[2], weight, bias, [True, True, True]
     )
-    into_weight.copy_(grad_weight)
-    into_bias.copy_(grad_bias)
-    return grad_x
 
 
 def _gelu(u: Tensor, needs_slope: bool) -> tuple[Tensor, Tensor]:

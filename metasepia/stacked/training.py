@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metasepia.errors import CorruptArtefact, InvalidSettings
 from metasepia.stacked.decoder import StackOfModels
+from metasepia.stacked.memory import keep_freed_memory
 
 Losses = Callable[[int], Float[Tensor, " models"]]
 """Of the step's number: each model's loss on this step's batch, with its graph."""
@@ -186,6 +187,8 @@ class StackedTraining:
         self.model, self.adam, self.step = model, adam, 0
         self._loss_of, self._schedule = loss_of, schedule
         device = next(model.parameters()).device
+        if device.type == "cpu":
+            keep_freed_memory()
         self._diverged = torch.full((model.num_models,), -1, dtype=torch.int64, device=device)
         self.losses = torch.full((model.num_models,), math.nan, device=device)
         """Of the last step."""
