@@ -135,18 +135,14 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     add("--data", type=Path, required=True, help="directory with the sets as Parquet files")
     add("--runs", type=Path, default=Path("runs/adaptation"), help="where finished runs are kept")
     add("--home", type=Path, default=Path(".metasepia"), help="where prepared weights and factors are kept")
-    add("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    report.add_parts(parser, PARTS)
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=24)
     add("--batch", type=int, default=12, help="texts a step")
     add("--first-block", type=int, default=18, help="transformer block from which on layers are trained; 18 of 30")
     add("--held-out", type=int, default=200, help="texts")
     add("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    options.parts = [part.strip() for part in options.parts.split(",")]
-    if unknown := sorted(set(options.parts) - set(PARTS)):
-        parser.error(f"no part named {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

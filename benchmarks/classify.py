@@ -47,7 +47,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory of Parquet files")
-    parser.add_argument("--parts", default=",".join(PARTS), help="all without")
+    report.add_parts(parser, PARTS)
     parser.add_argument("--dev", action="store_true", help="train splits alone, halved")
     parser.add_argument("--k", type=numbers, default="16,32,64,128,256", help="numbers of examples, two classes")
     parser.add_argument("--each", type=numbers, default="5,10", help="numbers of examples a class, many classes")
@@ -64,9 +64,6 @@ def main() -> None:
     parser.add_argument("--module", default="default", help="a shipped name or a folder")
     parser.add_argument("--beside", default="tart-paper", help="modules shown beside it, with commas; may be empty")
     arguments = parser.parse_args()
-    arguments.parts = arguments.parts.split(",")
-    if unknown := sorted(set(arguments.parts) - PARTS.keys()):
-        parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     torch.set_grad_enabled(False)
     disable_progress_bar()  # transformers' own, of loading weights
     started_on, began = report.machine(), time.perf_counter()
@@ -80,7 +77,7 @@ def main() -> None:
     others = [other for other in beside if other.digest != module.digest]
     with Progress(console=Console(stderr=True)) as progress:
         run = parts.Run(arguments=arguments, sets=sets, module=module, others=others, progress=progress)
-        for part in dict.fromkeys(PARTS[name] for name in PARTS if name in arguments.parts):
+        for part in dict.fromkeys(PARTS[name] for name in arguments.parts):
             if rows := part(run):  # published at once: a run that is stopped leaves the parts that it finished
                 report.publish("classify", rows, json_file=arguments.json, started_on=started_on)
     print(f"{module.name}: {len(sets)} sets, {arguments.seeds} seeds, {time.perf_counter() - began:.0f} s")

@@ -387,24 +387,16 @@ PARTS: Mapping[str, Callable[[Namespace], Sequence[report.Row]]] = {
 
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    report.add_parts(parser, PARTS)
     parser.add_argument("--threads", type=int, default=2, help="of both sides")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=48, help="of engine-arrivals")
     arguments = parser.parse_args()
-    chosen = arguments.parts.split(",")
-    if unknown := sorted(set(chosen) - PARTS.keys()):
-        parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     if min(arguments.threads, arguments.rounds, arguments.requests) < 1:
         parser.error("--threads, --rounds and --requests are at least 1")
     torch.set_num_threads(arguments.threads)
     started_on = report.machine()
-    rows: list[report.Row] = []
-    for part in (part for part in PARTS if part in chosen):
-        began = time.perf_counter()
-        rows += [dataclasses.replace(row, part=part) for row in PARTS[part](arguments)]
-        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-    report.publish("engine", rows, json_file=arguments.json, started_on=started_on)
+    report.publish("engine", report.rows_of(PARTS, arguments), json_file=arguments.json, started_on=started_on)
 
 
 if __name__ == "__main__":

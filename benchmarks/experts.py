@@ -39,7 +39,6 @@ NOISE = 0.1
 PROMPT_LEN = 32
 COUNTS = (1, 4, 16, 64, 256, 1024)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-PARTS = ("mixed", "count", "peft", "switch", "cost")
 
 
 @dataclass
@@ -429,24 +428,23 @@ def cost(subject: Subject, arguments: Namespace, note: str) -> list[report.Row]:
     return rows
 
 
+PARTS = {"mixed": mixed, "count": expert_count, "peft": mixed_peft, "switch": switch, "cost": cost}
+
+
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    report.add_parts(parser, PARTS)
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=48, help="decoding steps of a round")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    wanted = arguments.parts.split(",")
-    if unknown := set(wanted) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(PARTS)}")
     started_on = report.machine()
     torch.set_num_threads(arguments.threads)
     subject = Subject.of(arguments.dtype)
     note = f"{arguments.dtype}, {arguments.threads} threads"
     print(subject.check(arguments.dtype))
-    parts = {"mixed": mixed, "count": expert_count, "peft": mixed_peft, "switch": switch, "cost": cost}
-    rows = [row for part in PARTS if part in wanted for row in parts[part](subject, arguments, note)]
+    rows = [row for part in arguments.parts for row in PARTS[part](subject, arguments, note)]
     report.publish("experts", rows, json_file=arguments.json, started_on=started_on)
 
 

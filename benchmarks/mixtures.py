@@ -52,7 +52,6 @@ LIMITS = Limits(
 """Nobody streams here, so steps may be as long as a candidate's shots take."""
 SHIPPED = tuple(task.name for task in TASKS)
 ANSWER_LEN = 64
-PARTS = ("search", "dispatch")
 Choose = Callable[[str], Awaitable[Dispatched]]
 
 
@@ -243,9 +242,12 @@ def _timed(work: Callable[[], list[float]]) -> tuple[list[float], float]:
     return found, time.perf_counter() - begin
 
 
+PARTS = {"search": search, "dispatch": dispatch}
+
+
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    report.add_parts(parser, PARTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--messages", type=int, default=24, help="that `dispatch` sends through each stage")
@@ -254,10 +256,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     started_on = report.machine()
     subject = Subject.of()
-    parts = {"search": search, "dispatch": dispatch}
-    rows: list[report.Row] = []
-    for part in options.parts.split(","):
-        rows += parts[part](subject, options)
+    rows = [row for part in options.parts for row in PARTS[part](subject, options)]
     subject.engine.close()
     report.publish("mixtures", rows, json_file=options.json, started_on=started_on)
 

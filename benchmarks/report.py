@@ -11,7 +11,8 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,31 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, help="write the rows to this file")
     return made
+
+
+def add_parts(parser: argparse.ArgumentParser, parts: Iterable[str]) -> None:
+    """`--parts a,b`: some of a benchmark's parts, as a list in the benchmark's own order; all without."""
+    known = list(parts)
+
+    def chosen(text: str) -> list[str]:
+        asked = {part.strip() for part in text.split(",")}
+        if unknown := sorted(asked.difference(known)):
+            raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; parts: {', '.join(known)}")
+        return [part for part in known if part in asked]
+
+    parser.add_argument("--parts", type=chosen, default=known, help=f"of {', '.join(known)}")
+
+
+def rows_of(
+    parts: Mapping[str, Callable[[argparse.Namespace], Sequence[Row]]], arguments: argparse.Namespace
+) -> list[Row]:
+    """The rows of the parts that were asked for, under their names; says how long each took."""
+    rows: list[Row] = []
+    for part in arguments.parts:
+        began = time.perf_counter()
+        rows += [dataclasses.replace(row, part=part) for row in parts[part](arguments)]
+        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    return rows
 
 
 def publish(benchmark: str, rows: Sequence[Row], *, json_file: Path | None, started_on: dict[str, object]) -> None:

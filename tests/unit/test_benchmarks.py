@@ -216,6 +216,18 @@ def test_a_part_replaces_its_own_rows_and_leaves_the_others(tmp_path: Path, monk
     assert rendered.index("classify second") < rendered.index("| one |") < rendered.index("classify first")
 
 
+def test_parts_run_in_the_benchmarks_own_order_under_their_names(capsys):
+    parts = {name: lambda _, name=name: [report.figure(f"{name}-x", "", 1.0, "s")] for name in ("one", "two", "three")}
+    parser = report.parser(None)
+    report.add_parts(parser, parts)
+    assert parser.parse_args([]).parts == ["one", "two", "three"]
+    rows = report.rows_of(parts, parser.parse_args(["--parts", "three, one"]))
+    assert [(row.id, row.part) for row in rows] == [("one-x", "one"), ("three-x", "three")]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--parts", "one,four"])
+    assert "no part four; parts: one, two, three" in capsys.readouterr().err
+
+
 def test_details_stay_out_of_the_readme(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["classify"])
     rows = [report.rate(id, id, 1.0, 1.0, "accuracy", detail=id == "fine") for id in ("coarse", "fine")]
