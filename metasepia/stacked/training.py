@@ -24,13 +24,18 @@ _TILE = 1 << 15
 
 
 def triangle(num_steps: int, warmup: float = 0.5) -> Schedule:
-    """A factor of the peak rate: up from near 0 over the share `warmup` of the steps, then down (Raventos et al.)."""
-    if not 0 <= warmup < 1:
-        raise InvalidSettings("warmup", warmup, "at least 0 and below 1")
+    """A factor of the peak rate: up from near 0 over the share `warmup` of the steps, then down (Raventos et al.).
+
+    No step within `num_steps` has the rate 0; those beyond have.
+    """
+    if not 0 <= warmup <= 1:
+        raise InvalidSettings("warmup", warmup, "from 0 to 1")
     rise = round(num_steps * warmup)
 
     def factor(step: int) -> float:
-        return (step + 1) / rise if step < rise else max(0.0, (num_steps - step) / (num_steps - rise))
+        if step >= num_steps:
+            return 0.0
+        return (step + 1) / rise if step < rise else (num_steps - step) / (num_steps - rise)
 
     return factor
 

@@ -184,6 +184,7 @@ def test_a_triangle_rises_and_falls_in_its_shares_and_never_stands_still_at_zero
     factor = triangle(100, warmup=0.25)
     assert [factor(step) for step in (0, 24, 25, 99)] == pytest.approx([0.04, 1.0, 1.0, 1 / 75])
     assert triangle(10, warmup=0.0)(0) == 1.0
+    assert [triangle(10, warmup=1.0)(step) for step in (0, 9, 10)] == pytest.approx([0.1, 1.0, 0.0])
 
 
 @pytest.mark.parametrize(
