@@ -124,7 +124,7 @@ class StackedAdam:
                 arrays[1].mul_(clip / norm)
         if shrink != 1:
             arrays[0][: self._num_decayed].mul_(shrink)
-        spread = torch.empty(min(_TILE, len(arrays[0])))
+        spread = arrays[0].new_empty(min(_TILE, len(arrays[0])))
         for weights, gradients, first, second in zip(*(array.split(_TILE) for array in arrays), strict=True):
             first.lerp_(gradients, 1 - self.betas[0])
             second.mul_(self.betas[1]).addcmul_(gradients, gradients, value=1 - self.betas[1])
@@ -206,14 +206,18 @@ class StackedTraining:
     def advance(self, until_step: int) -> None:
         """Trains up to, not including, this step; nothing to do is fine."""
         while self.step < until_step:
-            losses = self._loss_of(self.step)
-            # Each model's gradient is of its own loss alone: no number in one leaves the others'.
-            losses.sum().backward()
-            self.losses = losses.detach()
+            self.losses = self._backward()
             failed = ~torch.isfinite(self.losses) & (self._diverged < 0)
             self._diverged = torch.where(failed, self.step, self._diverged)
             self.adam.update(self._schedule(self.step), self._diverged >= 0)
             self.step += 1
+
+    def _backward(self) -> Tensor:
+        """This step's losses; the graph ends here, so that its memory is free for the next one's."""
+        losses = self._loss_of(self.step)
+        # Each model's gradient is of its own loss alone: what is no number in one stays out of the others'.
+        losses.sum().backward()
+        return losses.detach()
 
     def state(self) -> dict[str, Tensor]:
         """All that a later run needs to go on to the same bytes."""

@@ -23,10 +23,13 @@ def batch_of(seed: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def training(
-    models: tuple[int, ...] = (0, 1, 2), rates: tuple[float, ...] = RATES, poisoned: tuple[int, int] | None = None
+    models: tuple[int, ...] = (0, 1, 2),
+    rates: tuple[float, ...] = RATES,
+    poisoned: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> StackedTraining:
     """`poisoned`: from this step on, this model's loss is no number."""
-    stack = StackedRegressor(SHAPE, 3, [seed + 10 for seed in models], "separate")
+    stack = StackedRegressor(SHAPE, 3, [seed + 10 for seed in models], "separate").to(dtype)
     adam = StackedAdam(
         stack,
         learning_rate=[rates[i] for i in models],
@@ -35,7 +38,7 @@ def training(
     )
 
     def losses(step: int) -> Tensor:
-        x, y = (torch.stack(one) for one in zip(*(batch_of(seed, step) for seed in models), strict=True))
+        x, y = (torch.stack(one).to(dtype) for one in zip(*(batch_of(seed, step) for seed in models), strict=True))
         each = ((stack(x, y) - y) ** 2).mean((1, 2))
         if poisoned and step >= poisoned[0]:
             each = each * torch.where(torch.arange(len(models)) == poisoned[1], math.nan, 1.0)
@@ -57,6 +60,14 @@ def test_a_model_trained_in_a_stack_is_bit_for_bit_the_model_trained_alone():
         assert together.losses[i].equal(alone.losses[0])
         for name, tensor in of_model(alone, 0).items():
             assert of_model(together, i)[name].equal(tensor), name
+
+
+def test_the_way_of_accelerators_and_the_way_of_cpus_train_the_same_models():
+    """In double precision a stack takes the batched products that an accelerator takes."""
+    single, double = training(), training(dtype=torch.float64)
+    for run in (single, double):
+        run.advance(10)
+    torch.testing.assert_close(single.losses.double(), double.losses, rtol=1e-4, atol=0)
 
 
 def gradients_of(model: StackedRegressor, step: int) -> dict[str, Tensor]:
