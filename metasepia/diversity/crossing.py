@@ -81,8 +81,8 @@ def crossing_of(
     with fewer than two M. One seed alone gives an interval over sequences only.
     """
     log2 = np.log2(np.asarray(num_tasks, dtype=float))
-    present = np.isfinite(over).all(-1) & np.isfinite(under).all(-1)  # [tasks, seeds]
-    kept = present.any(-1)
+    present = np.isfinite(over + under).all(axis=-1)  # [tasks, seeds]
+    kept = present.any(axis=-1)
     if kept.sum() < 2:
         return None
     over, under, present, log2 = over[kept], under[kept], present[kept], log2[kept]

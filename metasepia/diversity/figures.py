@@ -85,6 +85,12 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
 def _png(figure: "Figure") -> bytes:
     held = io.BytesIO()
     figure.savefig(held, dpi=110, metadata={"Software": None})
@@ -185,7 +191,7 @@ def _training(group: Group, g: int) -> Picture:
             curves = [group.results.curve(i, f"delta_{name}", "new") for i in group.by_tasks[m]]
             steps = curves[0][0]
             values = np.mean([curve[1] for curve in curves], axis=0)
-            style = {"linestyle": "--", "linewidth": 2.2} if m is None else {"linewidth": 1.6}
+            style: dict[str, Any] = {"linestyle": "--", "linewidth": 2.2} if m is None else {"linewidth": 1.6}
             one.plot(steps, values, color=colour, marker=".", label=f"M = {_power(m)}", **style)
             least = int(np.nanargmin(values)) if np.isfinite(values).any() else 0
             if column == 0 and m is not None and least < len(steps) - 1 and values[-1] > 1.1 * values[least]:
@@ -239,7 +245,7 @@ def _positions(findings: Findings, g: int) -> Picture:
                 one.plot([k + 1 for k in points], values, label=label, **style)
             one.set(title=f"M = {_power(m)}, {SPLIT_WORDS[split]}", xlabel="point k", ylabel=error_words(group))
             one.set_ylim(0, None)
-            one.xaxis.get_major_locator().set_params(integer=True)
+            one.xaxis.set_major_locator(_whole_numbers())
     axes[0].legend(fontsize=8)
     last = group.first.points - 1
     told = [

@@ -169,7 +169,7 @@ class Findings:
         return made
 
     def beaten(self, group: Group) -> int | None:
-        """The smallest finite M whose models are nearer the prior's estimator on new tasks and err less than the pool's.
+        """The smallest M whose models are, on new tasks, nearer the prior's estimator and err less than the pool's.
 
         Raventos et al.'s sign that what was learned is not the Bayesian answer for the pretraining tasks.
         """

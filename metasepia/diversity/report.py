@@ -77,7 +77,7 @@ def summary_of(findings: Findings) -> list[str]:
     if beaten is not None:
         paragraphs.append(
             f"With {tasks_spelled(beaten)} tasks models are nearer {of_prior} and err less on new tasks than the "
-            f"{of_pool} estimator of their own pool: what they learned is not the Bayesian answer for their pretraining."
+            f"{of_pool} estimator of their own pool: what they learned is not the Bayesian answer for it."
         )
     if results.diverged:
         named = ", ".join(
@@ -198,8 +198,8 @@ def _ratios(group: Group) -> list[str]:
         kept = ratio(group, f"delta_{of_prior}", f"delta_{of_pool}", *where)
         each = seed_ratios(group, f"delta_{of_prior}", f"delta_{of_pool}", *where)
         told.append(
-            f"With {MEMORISED} tasks, on pretraining tasks, the distance to {NAMES[of_prior]} is {kept:.3g} times that to "
-            f"{NAMES[of_pool]}{_by_seed(each)}."
+            f"With {MEMORISED} tasks, on pretraining tasks, the distance to {NAMES[of_prior]} is {kept:.3g} times that "
+            f"to {NAMES[of_pool]}{_by_seed(each)}."
         )
         where = ("new", MEMORISED)
         lost = ratio(group, "error", f"{of_prior}_error", *where)
