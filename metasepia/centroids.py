@@ -328,8 +328,11 @@ class OnlineCentroids:
     def facts(self, keys: Iterable[CentroidKey] | None = None) -> tuple[CentroidFacts, ...]:
         """Of these keys, or of all; in order."""
         wanted = set(self._kept) if keys is None else {key for key in keys if key in self._kept}
-        groups = {group_of(key) for key in wanted}
-        separations = {key: one for group in groups for key, one in self._separations(group).items()}
+        groups: dict[Group, dict[CentroidKey, Cloud]] = {group_of(key): {} for key in wanted}
+        for key, kept in self:
+            if (members := groups.get(group_of(key))) is not None:
+                members[key] = kept.total
+        separations = {key: one for members in groups.values() for key, one in separation_of(members).items()}
         return tuple(
             CentroidFacts(
                 key=key,
@@ -342,22 +345,6 @@ class OnlineCentroids:
             for key, kept in self
             if key in wanted
         )
-
-    def _separations(self, group: Group) -> dict[CentroidKey, float]:
-        """Empty for fewer than two tasks."""
-        members = {key: kept.total for key, kept in self if group_of(key) == group}
-        if len(members) < 2:
-            return {}
-        means = np.stack([one.mean for one in members.values()])
-        means -= means.mean(0)  # a common offset many times the differences would cost digits
-        norms = (means**2).sum(1)
-        between = np.maximum(norms[:, None] + norms[None] - 2 * means @ means.T, 0.0)
-        np.fill_diagonal(between, np.inf)
-        found: dict[CentroidKey, float] = {}
-        for (key, one), nearest in zip(members.items(), between.min(1), strict=True):
-            own = one.scatter / one.count
-            found[key] = 1 - math.sqrt(own / (own + nearest)) if nearest > 0 else 0.0
-        return found
 
     def known_means(self, backbone: str, min_count: int) -> tuple[KnownMean, ...]:
         """Of what clients named, with the base weights: what `auto` could route by."""
@@ -409,6 +396,22 @@ class OnlineCentroids:
                 raise
             raise CorruptArtefact(path, f"it does not hold centroids ({error!r})") from error
         return kept
+
+
+def separation_of(members: Mapping[CentroidKey, Cloud]) -> dict[CentroidKey, float]:
+    """Of each task from the nearest other one, in [0, 1); empty for fewer than two."""
+    if len(members) < 2:
+        return {}
+    means = np.stack([one.mean for one in members.values()])
+    means -= means.mean(0)  # a common offset many times the differences would cost digits
+    norms = (means**2).sum(1)
+    between = np.maximum(norms[:, None] + norms[None] - 2 * means @ means.T, 0.0)
+    np.fill_diagonal(between, np.inf)
+    found: dict[CentroidKey, float] = {}
+    for (key, one), nearest in zip(members.items(), between.min(1), strict=True):
+        own = one.scatter / one.count
+        found[key] = 1 - math.sqrt(own / (own + nearest)) if nearest > 0 else 0.0
+    return found
 
 
 _NAMES = ("total", "reference", "recent", "registered")

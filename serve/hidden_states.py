@@ -12,10 +12,10 @@ import json
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from starlette.requests import Request
@@ -40,6 +40,8 @@ from serve.prompts import Prompts, away
 from serve.receipts import receipt_json
 from serve.routing import Routing
 from serve.schemas import HiddenStatesRequest
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 4 << 20
 """Of states, asked for in one call; a single text may bring more."""
@@ -205,7 +207,7 @@ class HiddenStatesRoute:
             return
         keys = [key for key, _ in _keys(plan, None)]
         try:
-            await asyncio.wait_for(self._observer.part.check_room(keys), TIMEOUT_S)
+            await _soon(plan, self._observer.part.check_room(keys))
         except Exception as error:
             if isinstance(failures.unwrap(error), InvalidRequest):
                 raise
@@ -215,8 +217,10 @@ class HiddenStatesRoute:
         """The centroid on the card of the expert that the task is named after."""
         if plan.body.task is None or plan.chosen.backbone is not self._routing.backbone:
             return {}
-        async with plan.deadline.limit("resolving the task"):
-            found = await self._routing.registered(plan.body.task)
+        try:
+            found = await _soon(plan, self._routing.registered(plan.body.task))
+        except Exception:
+            return {}  # the registry is away, and drift is counted from what was known before
         return {} if found is None else {found[0]: found[1]}
 
     async def _told(self, plan: Plan, seen: OnlineCentroids) -> dict[str, Any] | None:
@@ -230,13 +234,13 @@ class HiddenStatesRoute:
         try:
             part = self._observer.part
             if plan.body.observe:
-                facts = await asyncio.wait_for(part.absorb(tuple(seen)), TIMEOUT_S)
+                facts = await _soon(plan, part.absorb(tuple(seen)))
                 told["centroids"] = [facts_json(one) for one in facts]
                 told["observed"] = len(facts) == len(seen)
                 if not told["observed"]:
                     told["reason"] = "there is no room for another task or centroid any more"
             else:
-                compared = await asyncio.wait_for(part.compare(tuple(seen)), TIMEOUT_S)
+                compared = await _soon(plan, part.compare(tuple(seen)))
                 told["centroids"] = [facts_json(one) | {"distance": distance} for one, distance in compared]
         except Exception as error:
             told["reason"] = f"the part that keeps centroids did not answer ({type(failures.unwrap(error)).__name__})"
@@ -350,6 +354,11 @@ def _keys(plan: Plan, executed: Executed | None) -> list[tuple[CentroidKey, int]
         )
         for place, layer in enumerate(plan.layers)
     ]
+
+
+async def _soon(plan: Plan, answer: Coroutine[Any, Any, T]) -> T:
+    """What another part says of tasks, within the deadline too. Raises TimeoutError."""
+    return await asyncio.wait_for(answer, min(TIMEOUT_S, max(0.0, plan.deadline.unix_s - time.time())))
 
 
 def _receipt(plan: Plan, executed: Executed) -> dict[str, Any]:

@@ -10,6 +10,8 @@ QUESTION: list[Any] = [{"role": "user", "content": "Name the capital of France."
 CHAT = {"model": BACKBONE, "messages": QUESTION, "max_tokens": 8, "temperature": 0}
 STORY = CHAT | {"messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 2000}
 CLASSIFY: dict[str, Any] = {"examples": EXAMPLES, "inputs": INPUTS}
+HIDDEN = {"model": BACKBONE, "input": "one body"}
+ALL_STATES: dict[str, Any] = {"input": "word " * 500, "layers": list(range(31)), "pooling": "none"}
 
 BAD_BODIES: list[tuple[str, str, Any, int, str | None]] = [
     ("malformed JSON", "/v1/classify", b'{"examples": [', 400, "body"),
@@ -60,6 +62,13 @@ BAD_BODIES: list[tuple[str, str, Any, int, str | None]] = [
     ("an empty text to embed", "/v1/embeddings", {"model": ENCODER, "input": ["x", ""]}, 400, "input[1]"),
     ("a long text to embed", "/v1/embeddings", {"model": ENCODER, "input": "word " * 400}, 400, "input"),
     ("a token id beyond the vocabulary", "/v1/embeddings", {"model": BACKBONE, "input": [49_152]}, 400, "input"),
+    ("a layer that is not there", "/v1/hidden_states", HIDDEN | {"layers": [31]}, 400, "layers[0]"),
+    ("an unknown pooling", "/v1/hidden_states", HIDDEN | {"pooling": "max"}, 400, "pooling"),
+    ("hidden states of nothing", "/v1/hidden_states", HIDDEN | {"input": []}, 400, "input"),
+    ("hidden states of a long text", "/v1/hidden_states", HIDDEN | {"input": "word " * 9000}, 400, "input"),
+    ("more states than an answer holds", "/v1/hidden_states", HIDDEN | ALL_STATES, 400, "input"),
+    ("hidden states of an unknown expert", "/v1/hidden_states", HIDDEN | {"model": f"{BACKBONE}:x"}, 404, "model"),
+    ("a task's name out of its form", "/v1/hidden_states", HIDDEN | {"task": "a/b"}, 400, "task"),
     ("temperature 2.1", "/v1/chat/completions", CHAT | {"temperature": 2.1}, 400, "temperature"),
     ("temperature -1", "/v1/chat/completions", CHAT | {"temperature": -1}, 400, "temperature"),
     ("temperature as text", "/v1/chat/completions", CHAT | {"temperature": "1"}, 400, "temperature"),

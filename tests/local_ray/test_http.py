@@ -1,6 +1,7 @@
 """The whole laptop graph over HTTP, as `make serve` starts it: real SmolLM2, MiniLM and reasoning module."""
 
 import asyncio
+import io
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import pyarrow as pa
 import pytest
 
 from cluster import settings as settings_of
@@ -50,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     noise = np.random.default_rng(0)
     _put_expert(home, "ones", np.ones)
     _put_expert(home, "noisy", lambda length: noise.uniform(0.2, 1.8, length))
-    graph = Served(home)
+    graph = Served(home, METASEPIA_CENTROIDS__SAVE_EVERY_S="0.5", METASEPIA_CENTROIDS__REFERENCE_COUNT="6")
     yield graph
     graph.stop()
 
@@ -125,6 +127,66 @@ def test_embeddings_agree_in_both_formats_and_have_unit_norm(client: openai.Open
     np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=1e-5)
     assert a[0] @ a[1] > a[0] @ a[2]
     assert floats.usage.prompt_tokens > 0
+
+
+def _hidden(served: Served, **fields: Any) -> dict[str, Any]:
+    response = served.post("/v1/hidden_states", {"model": BACKBONE, "input": [text for text, _ in REVIEWS], **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_hidden_states_agree_with_each_other_and_with_the_embedding(served: Served, client: openai.OpenAI):
+    every, last, mean = (_hidden(served, pooling=pooling, layers=[12, -1]) for pooling in ("none", "last", "mean"))
+    for tokens, end, middle in zip(every["data"], last["data"], mean["data"], strict=True):
+        states = np.array(tokens["states"])
+        assert states.shape == (len(tokens["token_ids"]), 576)
+        np.testing.assert_allclose(states[-1], end["states"], atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(states.mean(0), middle["states"], atol=2e-3, rtol=1e-3)
+    vectors = np.array([one["states"] for one in mean["data"] if one["layer"] == 30])
+    embedded = client.embeddings.create(model=BACKBONE, input=[text for text, _ in REVIEWS])
+    np.testing.assert_allclose(
+        vectors / np.linalg.norm(vectors, axis=1, keepdims=True), [one.embedding for one in embedded.data], atol=1e-4
+    )
+
+
+def test_an_experts_states_are_its_own_and_come_as_an_arrow_stream_too(served: Served):
+    base, ones, noisy = (_hidden(served, model=BACKBONE + name, layers=[20]) for name in ("", ":ones", ":noisy"))
+    states = [np.array([one["states"] for one in got["data"]]) for got in (base, ones, noisy)]
+    assert np.abs(states[1] - states[0]).max() < 0.02 * np.abs(states[0]).max()
+    assert np.abs(states[2] - states[0]).max() > 0.1 * np.abs(states[0]).max()
+    assert [got["receipt"]["path"] for got in (base, ones, noisy)] == ["plain", "factors", "factors"]
+    body = {"model": f"{BACKBONE}:noisy", "input": [text for text, _ in REVIEWS], "layers": [20]}
+    response = served.post("/v1/hidden_states", body, headers={"accept": "application/vnd.apache.arrow.stream"})
+    reader = pa.ipc.open_stream(io.BytesIO(response.content))
+    assert json.loads(reader.schema.metadata[b"metasepia"])["receipt"]["adapter"] == noisy["receipt"]["adapter"]
+    np.testing.assert_allclose(reader.read_all()["state"].to_pylist(), states[2], atol=2e-3, rtol=1e-3)
+
+
+def test_texts_of_another_kind_move_a_tasks_drift_and_a_kill_of_the_part_forgets_nothing_saved(served: Served):
+    def drift() -> float:
+        line = re.search(r'^metasepia_centroid_drift\{.*task="reviews".*\} (.+)$', served.get("/metrics").text, re.M)
+        return float(line[1]) if line else -1.0
+
+    own = [_hidden(served, task="reviews", layers=[20])["task"]["centroids"][0] for _ in range(3)][-1]
+    assert own["count"] == 18 and drift() == pytest.approx(own["drift"])
+    code = [f"def f{i}(x):\n    return x ** {i} + {i}" for i in range(40)]
+    moved = _hidden(served, task="reviews", layers=[20], input=code)["task"]["centroids"][0]
+    assert drift() == pytest.approx(moved["drift"])
+    assert moved["drift"] > 3 * own["drift"] + 0.5, (own, moved)
+    file, give_up = served.home / "centroids" / "online.safetensors", time.monotonic() + 20
+    told = time.time()
+    while not file.exists() or file.stat().st_mtime < told:
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    (part,) = [one for one in served.living() if "ServeReplica:metasepia:expert-mixing" in " ".join(one.cmdline())]
+    part.kill()
+    give_up = time.monotonic() + 90
+    while (
+        response := served.get("/v1/hidden_states/tasks/reviews")
+    ).status_code != 200 and response.status_code >= 500:
+        assert time.monotonic() < give_up
+        time.sleep(0.3)
+    assert response.json()["centroids"] == [{"backbone": BACKBONE} | moved]
 
 
 def test_errors_reach_the_openai_client_as_its_own(client: openai.OpenAI):
@@ -254,6 +316,18 @@ def test_auto_leaves_a_request_of_no_task_to_the_base(client: openai.OpenAI):
     assert answer == _greedy(client, BACKBONE)[0]
     assert (receipt["adapter"], receipt["path"], receipt["dispatch"]) == ([], "plain", "abstained")
     assert receipt["margin"] < 0
+
+
+def test_what_auto_routed_above_is_counted_in_its_experts_centroids(served: Served):
+    give_up = time.monotonic() + 10
+    while not (counted := [one for one in _tasks(served) if one["id"].startswith("auto:")]):
+        assert time.monotonic() < give_up
+        time.sleep(0.2)
+    assert {one["expert"] for task in counted for one in task["centroids"]} == {None}
+
+
+def _tasks(served: Served) -> list[dict[str, Any]]:
+    return served.get("/v1/hidden_states/tasks").json()["data"]
 
 
 @pytest.mark.parametrize(
