@@ -172,7 +172,7 @@ def check() -> float:
             loss = F.mse_loss(model(x[step, i], y[step, i]), y[step, i])
             loss.backward()
             adam.step()
-            worst = max(worst, abs(float(training.losses[i]) / float(loss) - 1))
+            worst = max(worst, abs(training.losses[i].item() / loss.item() - 1))
     if not worst <= TOLERANCE:
         raise SystemExit(f"a stack's losses differ from the plain module's by {worst:.2g}; more than {TOLERANCE:g}")
     return worst
