@@ -203,7 +203,8 @@ class StoredParts:
         return tuple(i for i in range(len(self.plan.batches)) if not self._is_whole(i))
 
     def put(self, batch: int, tensors: dict[str, np.ndarray]) -> None:
-        _write_whole(self.path(batch), save(tensors, metadata={"plan": self.plan.digest, "batch": str(batch)}))
+        # one field: safetensors writes several in any order, and the bytes are to be the same each time
+        _write_whole(self.path(batch), save(tensors, metadata={"plan": self.plan.digest}))
 
     def layer(self, pooling: Pooling, layer: int) -> Float32[np.ndarray, "texts hidden"]:
         place = self.plan.layers.index(layer)
