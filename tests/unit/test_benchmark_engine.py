@@ -9,24 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import engine
 from metasepia.experts.svf import attach
-from metasepia.models.prepared import PreparedBackbone
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def subject(tiny_checkpoint: Callable[[str], Path]) -> engine.Subject:
-    prepared = PreparedBackbone(
-        digest="b" * 64,
-        path="",
-        tokenizer_dir="",
-        source="tiny",
-        window=tiny.WINDOW,
-        eos_token_ids=(258,),
-        vocab_size=tiny.VOCAB_SIZE,
-        hidden_size=48,
-        num_layers=2,
-        model_type="llama",
-    )
+    prepared = tiny.prepared()
     plain, mine = (
         AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval().requires_grad_(False) for _ in range(2)
     )

@@ -27,23 +27,11 @@ from metasepia.errors import (
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.svf import attach, factors_of
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row, Sampling, TokenChunk
 from tests import tiny
 
 DIGEST = "b" * 64
-PREPARED = PreparedBackbone(
-    digest=DIGEST,
-    path="",
-    tokenizer_dir="",
-    source="tiny",
-    window=tiny.WINDOW,
-    eos_token_ids=(258,),
-    vocab_size=tiny.VOCAB_SIZE,
-    hidden_size=48,
-    num_layers=2,
-    model_type="llama",
-)
+PREPARED = tiny.prepared(DIGEST)
 LIMITS = Limits(max_rows=3, max_batch_tokens=1024, max_queued_tokens=10_000)
 
 

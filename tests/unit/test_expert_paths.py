@@ -1,6 +1,6 @@
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, NotSupported, UnknownName
 from metasepia.experts.fused_mlp import FusedMLP
@@ -16,26 +16,13 @@ from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.svf import ExpertLayers, ExpertVectors, FactorSet, LayerShard, attach, factors_of
 from metasepia.matrices import Matrix
 from metasepia.rows import Adapter
+from tests.tiny import SMALLER, llama, summed_over
 
 BACKBONE = "b" * 64
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 RANK = 8
-SHAPE: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.2,
-}
 TOKENS = torch.randint(0, 96, (6, 7), generator=torch.Generator().manual_seed(1))
 Weights = dict[str, Tensor]
-
-
-def llama(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, **changes)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -352,9 +339,9 @@ def test_factors_cut_to_their_leading_values_serve_truncated_experts_and_refuse_
 )
 def test_other_gated_families_are_fused_too(tmp_path: Path, config: type, model_class: type) -> None:
     torch.manual_seed(0)
-    plain = model_class(config(**SHAPE)).eval().requires_grad_(False)
+    plain = model_class(config(**SMALLER)).eval().requires_grad_(False)
     torch.manual_seed(0)
-    model = model_class(config(**SHAPE)).eval().requires_grad_(False)
+    model = model_class(config(**SMALLER)).eval().requires_grad_(False)
     factors = factors_of(plain, MLP, BACKBONE, tmp_path, progress=False)
     one = expert(factors, 1)
     layers = attach(model, factors)
@@ -406,29 +393,11 @@ def test_weights_that_change_or_are_replaced_for_one_call_are_used_as_they_are(f
     assert_same_logits(logits(model, TOKENS), logits(plain, TOKENS, weights))
 
 
-def summed_over(num_ranks: int) -> Callable[[int], Callable[[Tensor], Tensor]]:
-    """An all-reduce between threads that stand for ranks."""
-    barrier, parts = threading.Barrier(num_ranks, timeout=20), [torch.empty(0)] * num_ranks
-
-    def of_rank(rank: int) -> Callable[[Tensor], Tensor]:
-        def reduce(x: Tensor) -> Tensor:
-            assert x.is_contiguous()
-            parts[rank] = x
-            barrier.wait()
-            total = torch.stack(parts).sum(0)
-            barrier.wait()
-            return total
-
-        return reduce
-
-    return of_rank
-
-
 @pytest.mark.parametrize("sizes", [(25, 15), (20, 12, 8), (40,)])
 def test_cut_blocks_give_rows_of_every_path_their_weights_with_one_reduce_a_block(
     tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
-    plain = llama(mlp_bias=True)
+    plain: Any = llama(mlp_bias=True)
     for name, parameter in plain.named_parameters():
         if name.endswith("bias"):
             parameter.copy_(torch.linspace(-0.5, 0.5, len(parameter)))
@@ -458,7 +427,7 @@ def test_cut_blocks_give_rows_of_every_path_their_weights_with_one_reduce_a_bloc
     reduces, num_reduces, answers = summed_over(len(sizes)), [0] * len(sizes), [x] * len(sizes)
 
     def run(rank: int) -> None:
-        model = llama(mlp_bias=True)
+        model: Any = llama(mlp_bias=True)
         model.load_state_dict(plain.state_dict())
         shards: dict[str, LayerShard] = {}
         for block, mlp in enumerate([layer.mlp for layer in model.model.layers]):

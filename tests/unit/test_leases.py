@@ -12,14 +12,11 @@ from metasepia.decoding.leases import Leases, Moves
 from metasepia.decoding.scheduling import Answer, Limits, Scheduler
 from metasepia.decoding.steps import Chosen, NewRow, StepPlan, StepResult
 from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Executed, Row, Sampling, TokenChunk
+from tests import tiny
 
 DIGEST = "b" * 64
-PREPARED = PreparedBackbone(
-    digest=DIGEST, path="", tokenizer_dir="", source="", window=256, eos_token_ids=(),
-    vocab_size=288, hidden_size=48, num_layers=2, model_type="llama",
-)  # fmt: skip
+PREPARED = tiny.prepared(DIGEST)
 LIMITS = Limits(max_rows=4, max_batch_tokens=2048, max_queued_tokens=10**6)
 EXECUTED = Executed(backbone=DIGEST, factors=None, adapter=(), path="plain", dtype="float32", tp_size=1)
 

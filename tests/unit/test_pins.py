@@ -10,16 +10,13 @@ import pytest
 
 from cluster import settings as settings_of
 from metasepia.errors import InvalidSettings
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry import Artefact, Registry
 from serve.main import check_pins
 from serve.names import OWNER
+from tests import tiny
 
 DIGEST = sha256(b"z").hexdigest()
-PREPARED = PreparedBackbone(
-    digest="b" * 64, path="", tokenizer_dir="", source="", window=256, eos_token_ids=(),
-    vocab_size=288, hidden_size=48, num_layers=2, model_type="llama",
-)  # fmt: skip
+PREPARED = tiny.prepared()
 
 
 class Catalogue:

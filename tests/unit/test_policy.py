@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from metasepia.errors import InvalidSettings
 from metasepia.experts.factors import FactorSet, factors_of
@@ -28,6 +28,7 @@ from metasepia.training.policy import (
 from metasepia.training.teacher_forcing import logits_of
 from metasepia.training.trainable import SingularValues
 from metasepia.training.tuning import Trainer
+from tests import tiny
 
 ENDS = (1, 2)
 PROMPT: tuple[int, ...] = (5, 9, 3)
@@ -35,17 +36,7 @@ PROMPT: tuple[int, ...] = (5, 9, 3)
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=12,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny.llama(vocab_size=12, hidden_size=16, intermediate_size=24, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")

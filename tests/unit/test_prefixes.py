@@ -16,15 +16,11 @@ from metasepia.decoding.prefixes import PATIENCE_S
 from metasepia.decoding.scheduling import Answer, Limits, Scheduler
 from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.errors import InvalidRequest, UnknownName
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, HiddenStatesWanted, Row, Sampling, Scores, TokenChunk
 from tests import tiny
 
 DIGEST = "b" * 64
-PREPARED = PreparedBackbone(
-    digest=DIGEST, path="", tokenizer_dir="", source="", window=tiny.WINDOW, eos_token_ids=(),
-    vocab_size=tiny.VOCAB_SIZE, hidden_size=48, num_layers=2, model_type="",
-)  # fmt: skip
+PREPARED = tiny.prepared(DIGEST)
 Checkpoint = Callable[[str], Path]
 
 

@@ -24,22 +24,11 @@ from metasepia.errors import (
     UnknownName,
     WindowExceeded,
 )
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStatesWanted, Row, Sampling, Scores, TokenChunk
+from tests import tiny
 
 DIGEST = "b" * 64
-PREPARED = PreparedBackbone(
-    digest=DIGEST,
-    path="",
-    tokenizer_dir="",
-    source="",
-    window=256,
-    eos_token_ids=(),
-    vocab_size=288,
-    hidden_size=48,
-    num_layers=2,
-    model_type="llama",
-)
+PREPARED = tiny.prepared(DIGEST)
 LIMITS = Limits(max_rows=4, max_batch_tokens=2048, max_queued_tokens=1000)
 EXECUTED = Executed(backbone=DIGEST, factors=None, adapter=(), path="plain", dtype="float32", tp_size=1)
 

@@ -1,33 +1,19 @@
 import threading
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, UnknownName
 from metasepia.experts.svf import ExpertVectors, FactorSet, LayerShard, SingularFactors, attach, factors_of
+from tests.tiny import llama, summed_over
 
 BACKBONE = "b" * 64
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -194,24 +180,6 @@ class Ffn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)))
-
-
-def summed_over(num_ranks: int) -> Callable[[int], Callable[[Tensor], Tensor]]:
-    """An all-reduce between threads that stand for ranks."""
-    barrier, parts = threading.Barrier(num_ranks, timeout=20), [torch.empty(0)] * num_ranks
-
-    def of_rank(rank: int) -> Callable[[Tensor], Tensor]:
-        def reduce(x: Tensor) -> Tensor:
-            assert x.is_contiguous()
-            parts[rank] = x
-            barrier.wait()
-            total = torch.stack(parts).sum(0)
-            barrier.wait()
-            return total
-
-        return reduce
-
-    return of_rank
 
 
 @pytest.mark.parametrize("sizes", [(6, 3), (5, 4), (9,)])

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings
 from metasepia.experts.factors import FactorSet, factors_of
@@ -19,6 +19,7 @@ from metasepia.training.teacher_forcing import (
 )
 from metasepia.training.trainable import LowRank, SingularValues, Trainable, linear_layers, names_in_blocks, twin
 from metasepia.training.tuning import Trainer, paired_gain
+from tests import tiny
 
 BATCH = [Answered((5, 9, 3), (7, 1)), Answered((4, 2, 8, 6, 5), (11, 12, 1)), Answered((9,), (7, 1))]
 MLP = ("mlp.up_proj", "mlp.down_proj")
@@ -33,17 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """Training may not change it, so all tests share it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny.llama(vocab_size=40, hidden_size=HIDDEN, intermediate_size=INNER, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
