@@ -82,8 +82,8 @@ def crossing_of(
     """
     log2 = np.log2(np.asarray(num_tasks, dtype=float))
     present = np.isfinite(over + under).all(axis=-1)  # [tasks, seeds]
-    kept = present.any(axis=-1)
-    if kept.sum() < 2:
+    kept = np.flatnonzero(present.sum(axis=1))  # M with a seed at least
+    if len(kept) < 2:
         return None
     over, under, present, log2 = over[kept], under[kept], present[kept], log2[kept]
     _, num_seeds, num_blocks = over.shape

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MODEL: dict[str, Any] = {"color": "#0072B2", "marker": "o", "markersize": 5, "linewidth": 2.0}
 _POOL: dict[str, Any] = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.6, "marker": "s", "markersize": 4}
 _PRIOR: dict[str, Any] = {"color": "#00835D", "linestyle": "-.", "linewidth": 1.6, "marker": "^", "markersize": 4}
-NAMES = {"dmmse": "dMMSE", "ridge": "ridge", "discrete": "posterior over the pool", "gaussian": "Gaussian posterior"}
+NAMES = {"dmmse": "dMMSE", "ridge": "ridge", "discrete": "the pool's posterior", "gaussian": "the Gaussian posterior"}
 
 
 @dataclass(frozen=True)
@@ -362,10 +362,10 @@ def _budgets(findings: Findings) -> list[Picture]:
                     _tasks_axis(one, sizes)
         if found.crossing.found:
             _mark(one, found.crossing)
-        one.set(title=found.rest or "new tasks", ylabel="squared distance to ridge")
+        one.set(title=found.rest or "new tasks", ylabel=f"squared distance to {NAMES[results.groups[0].estimators[1]]}")
         _log_scale(one)
         one.legend(fontsize=8)
-    caption = "Below the crossing more training leads away from ridge on new tasks, above it towards ridge."
+    caption = "On new tasks: below the crossing more training leads away from the prior's estimator, above it nearer."
     told = "; ".join(f"{words_of(found.axis)}: {found.crossing.text}" for found in findings.by_budget)
     return [Picture("budget", "By the paper's criterion", _png(figure), caption, told + ".")]
 

@@ -138,8 +138,10 @@ class Findings:
         learnt = ratio(group, "error", "ridge_error", "new", None)
         crossing = self.crossings[0, "new"]
         made = [
-            _claim("kept", f"M = {MEMORISED}, pretraining tasks: Delta to ridge over Delta to dMMSE", kept, at_least=5),
-            _claim("lost", f"M = {MEMORISED}, new tasks: error over ridge's", lost, at_least=2),
+            _claim(
+                "kept", f"M = {MEMORISED}, pretraining tasks: Delta to ridge over Delta to dMMSE", kept, at_least=5.0
+            ),
+            _claim("lost", f"M = {MEMORISED}, new tasks: error over ridge's", lost, at_least=2.0),
             _claim("learnt", "infinite M, new tasks: error over ridge's", learnt, at_most=excess),
         ]
         if crossing is not None:

@@ -72,7 +72,7 @@ PROFILES: Mapping[str, Profile] = {
         axes={
             **_LAPTOP_MODEL,
             "dims": (4,),
-            "num_steps": (8000,),
+            "num_steps": (6000,),
             "seed": (0, 1, 2),
             "num_tasks": (4, 16, 32, 64, 128, 256, 1024, None),
         },

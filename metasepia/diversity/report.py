@@ -61,7 +61,7 @@ def summary_of(findings: Findings) -> list[str]:
     of_pool, of_prior = (NAMES[name] for name in group.estimators)
     paragraphs = [
         f"Each model learned in context from sequences of {group.first.points} pairs whose task came from a pool of M. "
-        f"Two ideal learners stand beside it: the {of_pool} estimator, which knows the pool, and {of_prior}, which "
+        f"Two ideal learners stand beside it: {of_pool}, which knows the pool, and {of_prior}, which "
         "knows only how tasks are distributed. With few tasks a model does as the first; with many it leaves it for "
         "the second, which does better on tasks that it never saw (Raventos et al., arXiv:2306.15063)."
     ]
@@ -76,8 +76,8 @@ def summary_of(findings: Findings) -> list[str]:
     beaten = findings.beaten(group)
     if beaten is not None:
         paragraphs.append(
-            f"With {tasks_spelled(beaten)} tasks models are nearer {of_prior} and err less on new tasks than the "
-            f"{of_pool} estimator of their own pool: what they learned is not the Bayesian answer for it."
+            f"With {tasks_spelled(beaten)} tasks models are nearer {of_prior} and err less on new tasks than "
+            f"{of_pool} of their own pool: what they learned is not the Bayesian answer for it."
         )
     if results.diverged:
         named = ", ".join(
