@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from benchmarks.sweep_fits import plan_of
 from metasepia.errors import CorruptArtefact, InvalidSettings
 from metasepia.sweeps.plan import SweepPlan, grid, pack
-from tests.sweep_work import plan_of
 
 
 def test_a_grid_turns_the_last_axis_fastest():

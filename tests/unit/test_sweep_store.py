@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks.sweep_fits import Fits, plan_of
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported
 from metasepia.sweeps import files
 from metasepia.sweeps.failures import StorageFailed
 from metasepia.sweeps.plan import SweepPlan
 from metasepia.sweeps.run import find_work, run_pack
 from metasepia.sweeps.store import KEY, ROWS, SweepStore
-from tests.sweep_work import Fits, plan_of
 
 PLAN = plan_of()
 
@@ -404,7 +404,7 @@ def test_a_read_only_folder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # -- the loop
 
 
-@pytest.mark.parametrize("name", ["Fits", "tests.sweep_work:Nothing", "no.such:Thing", ":"])
+@pytest.mark.parametrize("name", ["Fits", "benchmarks.sweep_fits:Nothing", "no.such:Thing", ":"])
 def test_a_work_that_cannot_be_found_is_refused(name: str):
     with pytest.raises(InvalidSettings, match="module:Class"):
         find_work(name)

@@ -1,4 +1,4 @@
-"""A small real PackWork for the tests of sweeps: linear fits by gradient descent, several as one."""
+"""A small real PackWork, for `benchmarks.sweeps` and for tests: linear fits by gradient descent, several as one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
