@@ -31,7 +31,6 @@ SCALINGS: tuple[Scaling, ...] = ("standard", "unit", "raw")
 FEWEST_GROUPS = 12
 """Fewer held-out templates are too few to resample; then texts are drawn, and the interval says less."""
 MOST_WORDS = 4096
-METRICS = ("ari", "nmi", "silhouette", "accuracy", "margin")
 
 SCHEMA = pa.schema(
     [
@@ -144,9 +143,16 @@ class Measures:
             if silhouettes is None
             else self._value(float(silhouettes.mean()), _mean_of(silhouettes, self.drawn)),
         }
-        of_fit = clustering.scores(fit, self.fit_tasks, seed, k=self.k, permutations=self.settings.permutations)
+        assigned, permutations = clusters.assignment, self.settings.permutations
+        of_fit = {
+            "ari": clustering.adjusted_rand(assigned, self.fit_tasks),
+            "nmi": clustering.nmi(assigned, self.fit_tasks),
+            "silhouette": clustering.silhouette(fit, self.fit_tasks, seed),
+            "clusters": float(len(clusters.centres)),
+            **clustering.shuffled(assigned, self.fit_tasks, seed, permutations=permutations),
+        }
         values |= {(name, "fit"): Value(value) for name, value in of_fit.items()}
-        by_chance = clustering.shuffled(found, held_tasks, seed, permutations=self.settings.permutations)
+        by_chance = clustering.shuffled(found, held_tasks, seed, permutations=permutations)
         values |= {(name, "held_out"): Value(value) for name, value in by_chance.items()}
         values["accuracy_shuffled", "held_out"] = Value(self._accuracy_by_chance(fit, held))
         return Scored(pooling, features, layer, values, draws, found)

@@ -98,7 +98,7 @@ def test_a_run_cut_short_goes_on_and_leaves_the_same_bytes(tiny_checkpoint: Chec
     begun = read(model, made, cut)
     for _ in range(3):
         next(begun)
-    begun.close()
+    del begun
     cut.path(1).write_bytes(cut.path(1).read_bytes()[:-40])  # as after a power cut
     again = StoredParts(tmp_path / "cut", made)
     assert again.missing() == (1, *range(3, len(made.batches)))
