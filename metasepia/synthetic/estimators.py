@@ -20,11 +20,12 @@ from torch import Tensor
 from metasepia.errors import InvalidSettings
 from metasepia.synthetic.oracles import Predictive
 from metasepia.synthetic.regression import TaskPool, require_noise, require_whole
+from metasepia.synthetic.sampling import key_of
 
 # Numbers in one temporary of the inner loop: on a CPU it stays in the second-level cache, a GPU wants it large.
 _TILE_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 24}
 _PARTICLE_NUMBERS = 1 << 20
-"""Particles times points at once in `gaussian_predictive`: its random numbers depend on it, so on any device alike."""
+"""Particles times points at once in `gaussian_predictive`."""
 
 
 @dataclass(frozen=True)
@@ -252,80 +253,72 @@ def gaussian_predictive(
     y: Float[Tensor, "batch points"],
     scale: float,
     *,
-    particles: int = 512,
-    moves: int = 4,
+    particles: int | None = None,
     seed: int = 0,
 ) -> Predictive:
     """P(y = 1) at each point given the pairs before it, under the true prior w ~ scale N(0, I); logistic regression.
 
-    Sequential Monte Carlo over the points (Chopin, Biometrika 2002): particles are weighed by each label, resampled and
-    moved by elliptical slice sampling (arXiv:1001.0175), so that one pass gives every point, where
-    `oracles.bayes_optimal` samples each anew. `standard_error` is measured on two independent halves of the particles:
-    about 0.01 at 4 dims, scale 3 and 8 points. A function of the data and `seed`; the first point is 1/2 exactly.
+    Adaptive importance sampling along the points: quasi-random particles come from a Gaussian, widened, that has the
+    moments of the posterior as the particles of the point before saw it, and one in eight from the prior, so that no
+    weight is large (a defensive mixture: Hesterberg, Technometrics 1995). One pass gives every point, where
+    `oracles.bayes_optimal` runs chains for each. `standard_error` is measured on two independent halves of the
+    particles, 256 a dim if None: some 0.007 at 4 dims, scale 10 and 16 points, 0.017 at 8, 10 and 32, where it falls to
+    0.01 with twice as many. Each sequence's answer is a function of it and `seed`; the first point's is 1/2 exactly.
     """
     _require_labels(y)
     _checked(x, y)
     if not (scale > 0 and math.isfinite(scale)):
         raise InvalidSettings("scale", scale, "a finite number above 0")
-    require_whole("particles", particles, 2, 1 << 20)
-    require_whole("moves", moves, 1, 1 << 10)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    rows = max(1, _PARTICLE_NUMBERS // (2 * (particles // 2) * x.shape[1]))
+    particles = 256 * x.shape[2] if particles is None else particles
+    require_whole("particles", particles, 16, 1 << 20)
+    signed = (x * (2 * y - 1)[..., None]).to(torch.float32)
+    rows = max(1, _PARTICLE_NUMBERS // (particles * x.shape[1]))
     halves = [
-        _sequential(x[low : low + rows], y[low : low + rows], scale, particles // 2, moves, generator)
-        for low in range(0, len(x), rows)
+        torch.cat(
+            [
+                _adaptive(x[low : low + rows].to(torch.float32), signed[low : low + rows], scale, particles // 2, name)
+                for low in range(0, len(x), rows)
+            ]
+        ).to(torch.float64)
+        for name in (f"{seed}/0", f"{seed}/1")
     ]
-    one, other = torch.cat(halves, dim=1).to(torch.float64)
+    one, other = halves
     return Predictive((one + other) / 2, float((one - other).pow(2).mean().sqrt()) / 2)
 
 
-def _sequential(
-    x: Tensor, y: Tensor, scale: float, particles: int, moves: int, generator: torch.Generator
-) -> Float[Tensor, "2 batch points"]:
-    """Predictives of two independent sets of particles."""
+def _adaptive(x: Tensor, signed: Tensor, scale: float, particles: int, name: str) -> Float[Tensor, "batch points"]:
+    """Predictives of one set of particles; `signed` is x, negated where y is 0, `name` says which random numbers."""
     batch, points, dims = x.shape
-    x = x.repeat(2, 1, 1).to(torch.float32)
-    signed = (x * (2 * y.repeat(2, 1) - 1).to(x.dtype)[..., None]).mT  # [sequences, dims, points]
-    w = scale * torch.randn(len(x), particles, dims, generator=generator, device=x.device)
-    predicted = torch.full((len(x), points), 0.5, device=x.device)
-    for k in range(points - 1):
-        weights = torch.softmax(F.logsigmoid(w @ signed[..., k, None])[..., 0], dim=1)
-        # Systematic resampling: one uniform number a sequence, and each particle as often as its weight says, +- 1.
-        offset = torch.rand(len(x), 1, generator=generator, device=x.device)
-        places = (torch.arange(particles, device=x.device) + offset) / particles
-        kept = torch.searchsorted(weights.cumsum(1), places).clamp_max(particles - 1)
-        w = w.gather(1, kept[..., None].expand(-1, -1, dims))
-        mean = torch.zeros(len(x), device=x.device)
-        for _ in range(moves):
-            w = _moved(w, signed[..., : k + 1], scale, generator)
-            mean += torch.sigmoid(w @ x[:, k + 1, :, None])[..., 0].mean(1)
-        predicted[:, k + 1] = mean / moves
-    return predicted.view(2, batch, points)
+    eye = torch.eye(dims, device=x.device)
+    mean, factor = torch.zeros(batch, dims, device=x.device), scale * eye.expand(batch, dims, dims)
+    predicted = torch.full((batch, points), 0.5, device=x.device)
+    num_prior = particles // 8
+    num_own = particles - num_prior
+    for k in range(points):
+        # Weights: prior times likelihood over the density of both sources; constants that all share are left out.
+        own = _normals(num_own, dims, f"{name}/own", k, x.device)
+        prior = scale * _normals(num_prior, dims, f"{name}/prior", k, x.device)
+        w = torch.cat((mean[:, None] + own @ factor.mT, prior.expand(batch, -1, -1)), dim=1)
+        back = torch.linalg.solve_triangular(factor, (prior - mean[:, None]).mT, upper=False).mT
+        squares = torch.cat((own.pow(2).sum(1).expand(batch, -1), back.pow(2).sum(2)), dim=1)
+        log_own = -squares / 2 - factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+        log_prior = -w.pow(2).sum(2) / (2 * scale**2) - dims * math.log(scale)
+        density = torch.logaddexp(log_own + math.log(num_own / num_prior), log_prior)
+        # The likelihood of this point's own label comes last: without it for this prediction, with it for the next.
+        log_labels = F.logsigmoid(w @ signed[:, : k + 1].mT)
+        log_weights = log_prior - density + log_labels[..., :k].sum(2)
+        if k:
+            weights = torch.softmax(log_weights, dim=1)
+            predicted[:, k] = (weights * torch.sigmoid(w @ x[:, k, :, None])[..., 0]).sum(1)
+        weights = torch.softmax(log_weights + log_labels[..., k], dim=1)[..., None]
+        mean = (weights * w).sum(1)
+        apart = w - mean[:, None]
+        factor = torch.linalg.cholesky(1.5 * (weights * apart).mT @ apart + 1e-4 * scale**2 * eye)
+    return predicted
 
 
-def _moved(w: Tensor, signed: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """Every particle [sequences, particles, dims] after one step of elliptical slice sampling of its posterior."""
-    other = scale * torch.randn(w.shape, generator=generator, device=w.device)
-    # Scores turn with w, so they need no product of their own at each proposal: only the particles still looking for
-    # a place are looked at again.
-    scores, turned = (w @ signed).flatten(0, 1), (other @ signed).flatten(0, 1)
-    chosen = torch.zeros(len(scores), device=w.device)
-    uniform = torch.rand(2, len(scores), generator=generator, device=w.device)
-    threshold = F.logsigmoid(scores).sum(1) + torch.log(uniform[0].clamp_min(1e-30))
-    angle = 2 * torch.pi * uniform[1]
-    low, high = angle - 2 * torch.pi, angle
-    looking = torch.arange(len(scores), device=w.device)
-    # To stay in place when the bracket has not closed in 32 proposals leaves the posterior invariant.
-    for _ in range(32):
-        proposed = F.logsigmoid(scores * torch.cos(angle)[:, None] + turned * torch.sin(angle)[:, None]).sum(1)
-        accepted = proposed > threshold
-        chosen[looking[accepted]] = angle[accepted]
-        rest = (~accepted).nonzero()[:, 0]
-        if not len(rest):
-            break
-        looking, scores, turned = looking[rest], scores[rest], turned[rest]
-        threshold, angle, low, high = threshold[rest], angle[rest], low[rest], high[rest]
-        low, high = torch.where(angle < 0, angle, low), torch.where(angle >= 0, angle, high)
-        angle = low + (high - low) * torch.rand(len(rest), generator=generator, device=w.device)
-    chosen = chosen.view(*w.shape[:2], 1)
-    return w * torch.cos(chosen) + other * torch.sin(chosen)
+def _normals(num: int, dims: int, name: str, k: int, device: torch.device) -> Float[Tensor, "num dims"]:
+    """Normal numbers from a scrambled Sobol sequence, the same on every device."""
+    scrambled = key_of(f"particles/{name}", k, 0) & 0x7FFF_FFFF
+    uniform = torch.quasirandom.SobolEngine(dims, scramble=True, seed=scrambled).draw(num, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(2**-32, 1 - 2**-32)).to(torch.float32).to(device)

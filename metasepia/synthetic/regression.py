@@ -65,9 +65,12 @@ class TaskPool:
         last = self.num_tasks if last is None else last
         if not 0 <= first < last <= self.num_tasks:
             raise InvalidSettings("tasks", (first, last), f"a range of at least one within 0 .. {self.num_tasks}")
-        index = torch.arange(first, last, device=device)[:, None] * _MAX_DIMS
-        index = index + torch.arange(self.dims, device=device)
-        return sampling.normal(self._key, index) * torch.tensor(self.scale, device=device)
+        return self.at(torch.arange(first, last, device=device))
+
+    def at(self, index: Int[Tensor, " tasks"]) -> Float[Tensor, "tasks dims"]:
+        """The tasks of these places of the list, on the index's device; nothing else of the pool is drawn."""
+        coordinate = index[:, None] * _MAX_DIMS + torch.arange(self.dims, device=index.device)
+        return sampling.normal(self._key, coordinate) * torch.tensor(self.scale, device=index.device)
 
     @property
     def _key(self) -> int:

@@ -69,6 +69,11 @@ def test_parts_of_a_pool_are_those_of_the_whole():
     assert torch.equal(torch.cat([pool.tasks(0, 7), pool.tasks(7, 49), pool.tasks(49)]), pool.tasks())
 
 
+def test_tasks_by_their_place_are_those_of_the_list():
+    pool, places = TaskPool(dims=2, num_tasks=1 << 20), torch.tensor([5, 1_048_575, 5, 0])
+    assert torch.equal(pool.at(places), torch.cat([pool.tasks(i, i + 1) for i in places.tolist()]))
+
+
 def test_tasks_have_the_variance_of_the_scale():
     tasks = TaskPool(dims=4, num_tasks=50_000, scale=3.0).tasks().double()
     torch.testing.assert_close(tasks.T.cov(), 9 * torch.eye(4, dtype=torch.float64), atol=0.25, rtol=0)
