@@ -94,7 +94,9 @@ def batched_block(
         may = causal(k.shape[2], k.device) if mask is None else mask
         may = may if reads is None else may[..., reads, :]
         may = may if may.ndim == 2 else may.unsqueeze(1).repeat(models, 1, 1, 1)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may)
+        some = may.any(-1, keepdim=True)
+        # Where nothing may be attended kernels differ in what they give: let it be anything, and then nothing.
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may | ~some) * some
     attended = attended.transpose(1, 2).flatten(2).unflatten(0, (models, batch))
     hidden = hidden + stacked_linear(attended, w.proj_weight, w.proj_bias)
     up = stacked_linear(stacked_norm(hidden, w.norm_2_weight, w.norm_2_bias), w.up_weight, w.up_bias)

@@ -74,6 +74,10 @@ class StackedAdam:
         for parameter, view in zip(self._parameters, self._split(self._weights), strict=True):
             parameter.data = view
         self._gradient_views = self._split(self._gradients)
+        self._columns = [
+            torch.tensor(each, dtype=self._weights.dtype, device=self._weights.device)[:, None]
+            for each in (self.learning_rate, self.weight_decay, self.clip_norm)
+        ]
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         sizes = [parameter[0].numel() for parameter in self._parameters]
@@ -135,10 +139,7 @@ class StackedAdam:
     def _update_all(self, factor: float, frozen: Tensor) -> None:
         """The same for all at once, without asking the device anything."""
         self.step += 1
-        rates, decays, clips = (
-            torch.tensor(each, dtype=self._weights.dtype).to(self._weights.device, non_blocking=True)[:, None]
-            for each in (self.learning_rate, self.weight_decay, self.clip_norm)
-        )
+        rates, decays, clips = self._columns
         rates = rates * factor
         gradients, moving = self._gradients, ~frozen[:, None]
         if any(self.clip_norm):
@@ -230,6 +231,8 @@ class StackedTraining:
             diverged, step = rest.pop("diverged"), int(rest.pop("step"))
         except KeyError as missing:
             raise CorruptArtefact("state of a stack", f"without {missing}") from missing
+        if diverged.shape != self._diverged.shape:
+            raise CorruptArtefact("state of a stack", f"of {len(diverged)} models, not {len(self._diverged)}")
         self.adam.restore(rest, step)
         self._diverged, self.step = diverged.to(self._diverged.device, copy=True), step
 

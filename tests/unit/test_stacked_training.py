@@ -1,6 +1,8 @@
 """Stacks in training: as if each model were alone, whatever becomes of its neighbours, and across stops."""
 
 import math
+import platform
+import resource
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from metasepia.errors import CorruptArtefact, InvalidSettings
 from metasepia.stacked.decoder import DecoderShape
+from metasepia.stacked.memory import keep_freed_memory
 from metasepia.stacked.regressor import StackedRegressor
 from metasepia.stacked.training import StackedAdam, StackedTraining, triangle
 
@@ -187,8 +190,22 @@ def test_the_state_of_another_stack_is_refused_and_nothing_changed():
         run.restore({name: tensor for name, tensor in before.items() if name != "weights.read_out.weight"})
     with pytest.raises(CorruptArtefact, match="without 'step'"):
         run.restore({name: tensor for name, tensor in before.items() if name != "step"})
+    with pytest.raises(CorruptArtefact, match="of 2 models, not 3"):
+        run.restore({**before, "diverged": torch.zeros(2)})
     for name, tensor in run.state().items():
         assert tensor.equal(before[name])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another system")
+def test_what_a_step_frees_stays_with_the_process():
+    assert keep_freed_memory()
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        arrays = [torch.ones(1 << 20) for _ in range(20)]
+        del arrays
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[2] < 2000  # of 20,480 pages
 
 
 def test_a_triangle_rises_and_falls_in_its_shares_and_never_stands_still_at_zero():
