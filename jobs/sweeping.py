@@ -172,7 +172,7 @@ class _Ran:
 def _check(plan: SweepPlan, workers: int, gpus_per_trial: float, cpus_per_trial: float, asha: Asha | None) -> None:
     if not workers >= 1:
         raise InvalidSettings("workers", workers, "at least 1")
-    if not (0 <= gpus_per_trial <= 1 or gpus_per_trial == int(gpus_per_trial)):
+    if not (0 <= gpus_per_trial <= 1 or (gpus_per_trial > 1 and gpus_per_trial % 1 == 0)):
         raise InvalidSettings("gpus_per_trial", gpus_per_trial, "from 0 to 1, or a whole number")
     if not 0 < cpus_per_trial < float("inf"):
         raise InvalidSettings("cpus_per_trial", cpus_per_trial, "above 0")
@@ -211,7 +211,7 @@ def _cluster(address: str | None, workers: int, per_trial: Mapping[str, float]) 
     if ours and address is None:
         num_gpus = _num_gpus() if per_trial["gpu"] else 0
         if num_gpus < per_trial["gpu"]:
-            raise CannotPlace("GPU", per_trial["gpu"], num_gpus, "one trial")
+            raise CannotPlace("GPU", float(per_trial["gpu"]), float(num_gpus), "one trial")
         connect(RaySettings(num_cpus=math.ceil(workers * per_trial["cpu"]), num_gpus=num_gpus, object_store_gib=0.2))
     elif ours:
         connect(RaySettings(address=str(address)))
@@ -238,7 +238,7 @@ def _places(per_trial: Mapping[str, float]) -> int:
     places = [min(int(one[name] / amount + 1e-6) for name, amount in per_trial.items() if amount) for one in has]
     if not sum(places):
         name = next((n for n, amount in per_trial.items() if max(one[n] for one in has) < amount), "cpu")
-        raise CannotPlace(name.upper(), per_trial[name], max(one[name] for one in has), "one trial, on one node")
+        raise CannotPlace(name.upper(), float(per_trial[name]), max(one[name] for one in has), "one trial, on one node")
     return sum(places)
 
 

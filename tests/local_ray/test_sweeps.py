@@ -129,7 +129,7 @@ def test_asha_stops_trials_records_it_and_the_table_says_that_it_promises_nothin
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("asked, said", [({"gpus_per_trial": 0.5}, "0.5 GPU"), ({"cpus_per_trial": 99}, "99 CPU")])
-def test_what_no_node_has_is_refused_and_nothing_is_run(tmp_path: Path, asked: dict[str, float], said: str):
+def test_what_no_node_has_is_refused_and_nothing_is_run(tmp_path: Path, asked: dict[str, Any], said: str):
     with pytest.raises(CannotPlace, match=said):
         sweep(tmp_path, **asked)
     assert not (tmp_path / "packs").exists()
