@@ -88,15 +88,13 @@ def batched_block(
     q, k, v = qkv.flatten(0, 1).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if reads is not None:
         q, hidden = q[:, :, reads], hidden[:, :, reads]
-    if mask is None and reads is None:
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        may = causal(k.shape[2], k.device) if mask is None else mask
-        may = may if reads is None else may[..., reads, :]
-        may = may if may.ndim == 2 else may.unsqueeze(1).repeat(models, 1, 1, 1)
-        some = may.any(-1, keepdim=True)
-        # Where nothing may be attended kernels differ in what they give: let it be anything, and then nothing.
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may | ~some) * some
+    may = causal(k.shape[2], k.device) if mask is None else mask
+    may = may if reads is None else may[..., reads, :]
+    may = may if may.ndim == 2 else may.unsqueeze(1).repeat(models, 1, 1, 1)
+    # Spelt out: the fused kernels' gradients add up in any order on a GPU, and a resumed run must end in the same bits.
+    scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~may, torch.finfo(q.dtype).min)
+    shares = scores.softmax(3)
+    attended = (shares if mask is None else shares * may.any(-1, keepdim=True)) @ v
     attended = attended.transpose(1, 2).flatten(2).unflatten(0, (models, batch))
     hidden = hidden + stacked_linear(attended, w.proj_weight, w.proj_bias)
     up = stacked_linear(stacked_norm(hidden, w.norm_2_weight, w.norm_2_bias), w.up_weight, w.up_bias)
