@@ -34,7 +34,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 KEYWORDS = _words(
     "state name city country sound colour count shape author river season metal animal flag food tongue mood tool "
-    "weather sport verb coin planet letter"
+    "weather sport verb coin planet letter breed fruit grain gem hill lake spice star stone street tale tree unit wind "
+    "wood year"
 )
 FILLERS = _words(
     "about above again also and any as at be but by do else ever for from give how in it just kindly let me now of on "
@@ -91,7 +92,7 @@ class InstructionTasks:
     """2 to 20."""
     families_per_task: int = 3
     num_keywords: int = 12
-    """3 to 24, shared by all tasks. n keywords give n (n - 1) (n - 2) families."""
+    """3 to 40, shared by all tasks. n keywords give n (n - 1) (n - 2) families."""
     num_fillers: int = 28
     """1 to 40."""
 
