@@ -44,8 +44,8 @@ from serve.schemas import HiddenStatesRequest
 T = TypeVar("T")
 
 CHUNK_BYTES = 4 << 20
-"""Of states, asked for in one call; a single text may bring more."""
-CHUNK_ROWS = 64
+CHUNK_ROWS, CHUNK_TOKENS = 64, 4096
+"""Of states, of texts and of their tokens asked for in one call; a single text may bring more."""
 CALLS_AT_ONCE = 2
 
 JSON, ARROW = "application/json", arrow.MEDIA_TYPE
@@ -301,13 +301,14 @@ def check_size(plan: Plan, max_mib: float, setting: str, form: str) -> None:
 
 def chunks(plan: Plan) -> Iterator[list[Row]]:
     """The rows in order, each chunk of bounded size where its rows are."""
-    chunk, size = list[Row](), 0
+    chunk, num_bytes, num_tokens = list[Row](), 0, 0
     for row in plan.rows:
-        if chunk and (size + plan.num_bytes(row) > CHUNK_BYTES or len(chunk) == CHUNK_ROWS):
+        num_bytes += plan.num_bytes(row)
+        num_tokens += len(row.token_ids)
+        if chunk and (num_bytes > CHUNK_BYTES or num_tokens > CHUNK_TOKENS or len(chunk) == CHUNK_ROWS):
             yield chunk
-            chunk, size = [], 0
+            chunk, num_bytes, num_tokens = [], plan.num_bytes(row), len(row.token_ids)
         chunk.append(row)
-        size += plan.num_bytes(row)
     yield chunk
 
 
