@@ -288,7 +288,7 @@ def on_gpu() -> report.Row:
     return report.rate("packing-gpu", what, packed, one_by_one, "model-steps/s", torch.cuda.get_device_name())
 
 
-def packing(_: Namespace) -> list[report.Row]:
+def packing(_arguments: Namespace) -> list[report.Row]:
     with _one_thread():
         worst = check()
         rows = costs()
