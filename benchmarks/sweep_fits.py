@@ -28,7 +28,7 @@ class Fits:
         self._rates = torch.tensor([t["rate"] for t in trials], device=device)[:, None, None]
         self._w = torch.zeros(len(trials), dims, 1, device=device)
         self._rounds, self._steps = one["rounds"], one["steps"]
-        self.step, self.stops = 0, tuple(range(0, self._steps + 1, max(1, self._steps // 4)))
+        self.step, self.stops = 0, tuple(sorted({i * self._steps // 4 for i in range(5)}))
 
     def advance(self, until: int) -> None:
         while self.step < until:

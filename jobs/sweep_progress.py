@@ -33,15 +33,15 @@ class Told:
         self.num_deaths = 0
         self.fatal: tuple[str, str] | None = None
         """Path and problem of what could not be stored."""
-        self.inside_s = 0.0
-        """Summed over the trials, without waiting for the scheduler."""
+        self.pack_s: dict[int, float] = {}
+        """Seconds inside the trial, without waiting for the scheduler."""
         self._began_s = time.monotonic()
         self._made = 0
 
     def take(self, told: Mapping[str, Any]) -> None:
         """One report of a trial."""
         pack, step = int(told["pack"]), int(told["step"])
-        self.inside_s += told["seconds"]
+        self.pack_s[pack] = self.pack_s.get(pack, 0.0) + told["seconds"]
         if told["problem"]:
             self.problems[pack] = told["problem"]
             self.fatal = self.fatal or (tuple(told["fatal"]) if told["fatal"] else None)

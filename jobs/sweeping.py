@@ -94,10 +94,15 @@ class Swept:
     """Until Ray was there."""
     wall_s: float
     """Of Tune, from its call to its return."""
-    inside_s: float
-    """Summed over the trials: work, measuring and storing, without waiting for Tune."""
+    pack_s: Mapping[int, float]
+    """Seconds inside the trial of each pack: work, measuring and storing, without waiting for Tune."""
     num_nodes: int
     """Alive when it began."""
+
+    @property
+    def inside_s(self) -> float:
+        """Summed over the packs."""
+        return sum(self.pack_s.values())
 
 
 def run_sweep(
@@ -156,7 +161,7 @@ def run_sweep(
         num_run=len(told.todo),
         num_deaths=told.num_deaths,
         num_given_up=sum(store.given_up(pack) for pack in packs) if asha else 0,
-        inside_s=told.inside_s,
+        pack_s=told.pack_s,
         **dataclasses.asdict(ran),
     )
 
