@@ -34,7 +34,14 @@ from metasepia.sweeps.store import MANIFEST, SweepStore
 
 WORK = "metasepia.instructions.work:InstructionPack"
 MODES = ("synthetic", "backbone")
-OPTIONS = {"num_tasks": "--tasks", "seed": "--seeds", "width": "--width", "layers": "--layers", "mask": "--mask"}
+OPTIONS = {
+    "num_tasks": "--tasks",
+    "num_keywords": "--keywords",
+    "seed": "--seeds",
+    "width": "--width",
+    "layers": "--layers",
+    "mask": "--mask",
+}
 """How axes are called on the command line."""
 FIXED = {"num_steps": "--steps", "batch_size": "--batch-size", "measured_sequences": "--measured-sequences"}
 """Settings that hold for all trials, whole numbers."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from metasepia.digests import canonical_json
 from metasepia.errors import InvalidSettings
+from metasepia.instructions.model import MASKS
 from metasepia.instructions.trial import SHARED_IN_PACK, InstructionTrial
 from metasepia.sweeps.plan import SweepPlan, grid, pack
 
@@ -18,6 +19,7 @@ AXES: Mapping[str, str] = {
     "mask": "causal or bottleneck",
     "layers": "blocks",
     "width": "of the residual stream, a multiple of heads",
+    "num_keywords": "shared by all tasks; with fewer it is their order that tells tasks apart",
     "num_tasks": "tasks to tell apart",
     "seed": "of functions, families, batches and weights",
 }
@@ -42,18 +44,26 @@ class Profile:
 
 PROFILES: Mapping[str, Profile] = {
     "laptop": Profile(
-        about="five blocks of width 64, 8 tasks, three seeds, with and without the mask; 4 and 16 tasks, fewer blocks, "
-        "half the width: minutes on two cores",
-        base={"mask": ("causal", "bottleneck"), "layers": (5,), "width": (64,), "num_tasks": (8,), "seed": (0, 1, 2)},
-        varied={"num_tasks": (4, 16), "layers": (2,), "width": (32,)},
+        about="five blocks of width 64, 8 tasks, three seeds, with and without the mask; 4 and 16 tasks, "
+        "12 keywords, 2 blocks, width 32: minutes on two cores",
+        base={
+            "mask": ("causal", "bottleneck"),
+            "layers": (5,),
+            "width": (64,),
+            "num_keywords": (40,),
+            "num_tasks": (8,),
+            "seed": (0, 1, 2),
+        },
+        varied={"num_tasks": (4, 16), "num_keywords": (12,), "layers": (2,), "width": (32,)},
         pack=3,
     ),
     "full": Profile(
-        about="all combinations of depth, width, mask and 2 to 64 tasks, five seeds; hours on two cores, or GPUs",
+        about="all combinations of depth, width, mask, keywords and 2 to 64 tasks, five seeds; GPUs, or nights",
         base={
             "mask": ("causal", "bottleneck"),
             "layers": (2, 5, 8),
             "width": (32, 64, 128),
+            "num_keywords": (12, 40),
             "num_tasks": (2, 4, 8, 16, 32, 64),
             "seed": (0, 1, 2, 3, 4),
         },
@@ -62,12 +72,18 @@ PROFILES: Mapping[str, Profile] = {
     ),
     "tiny": Profile(
         about="seconds; for tests, and to see that a machine can run a sweep",
-        base={"mask": ("causal", "bottleneck"), "layers": (2,), "width": (16,), "num_tasks": (3,), "seed": (0, 1)},
+        base={
+            "mask": ("causal", "bottleneck"),
+            "layers": (2,),
+            "width": (16,),
+            "num_keywords": (4,),
+            "num_tasks": (3,),
+            "seed": (0, 1),
+        },
         fixed={
             "heads": 2,
             "num_inputs": 2,
             "num_outputs": 3,
-            "num_keywords": 4,
             "num_fillers": 2,
             "families_per_task": 1,
             "num_steps": 40,
@@ -132,6 +148,8 @@ def values_of(axis: str, text: str) -> tuple[Any, ...]:
     if not all(parts):
         raise InvalidSettings(f"axis {axis}", text, f"one or more values with commas between ({AXES[axis]})")
     if axis == "mask":
+        if other := [part for part in parts if part not in MASKS]:
+            raise InvalidSettings("mask", other[0], AXES["mask"])
         return tuple(parts)
     try:
         return tuple(int(part) for part in parts)

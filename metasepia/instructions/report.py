@@ -77,7 +77,9 @@ def drawn_trials(table: Table, firsts: Sequence[int]) -> list[int]:
 def name_of(trial: InstructionTrial) -> str:
     """Its axes but the seed, as people say them."""
     mask = "no mask" if trial.mask == "causal" else "bottleneck mask"
-    return f"{trial.num_tasks} tasks, {trial.layers} blocks of width {trial.width}, {mask}"
+    return (
+        f"{trial.num_tasks} tasks, {trial.num_keywords} keywords, {trial.layers} blocks of width {trial.width}, {mask}"
+    )
 
 
 def pictures(table: Table, kept: Mapping[int, Mapping[int, Tensor]]) -> dict[str, Picture]:
@@ -104,7 +106,7 @@ def pictures(table: Table, kept: Mapping[int, Mapping[int, Tensor]]) -> dict[str
             "only inputs for which the two tasks differ count.",
             "Share of flipped answers by patched layer, with and without the bottleneck mask",
         )
-    for axis in ("num_tasks", "layers", "width"):
+    for axis in ("num_tasks", "num_keywords", "layers", "width"):
         made |= _axis(table, groups, axis)
     return made
 
@@ -138,7 +140,7 @@ def _axis(table: Table, groups: Sequence[Group], axis: str) -> dict[str, Picture
     others = ", ".join(f"{name} {getattr(first, name)}" for name in AXES if name not in (axis, "seed"))
     return {
         f"axis-{axis}.png": (
-            figures.axis_effect(table, along, AXES[axis].split(",")[0], f"{axis} varied ({others})"),
+            figures.axis_effect(table, along, axis, f"{axis} varied ({others})"),
             f"How clusters and accuracy depend on {axis}: dots are seeds, lines medians. A seed that never reached the "
             "level has no dot on the right.",
             f"Accuracy and ARI at the end, and the steps at which they were reached, against {axis}",
@@ -178,10 +180,10 @@ def page_of(
     page.text(*notes)
     page.section("Every setting, medians over seeds")
     page.table(
-        ("tasks", "blocks", "width", "mask", "seeds", *COLUMNS.values()),
+        ("tasks", "keywords", "blocks", "width", "mask", "seeds", *COLUMNS.values()),
         [
             [
-                *(g.trial.num_tasks, g.trial.layers, g.trial.width, g.trial.mask, len(g.whole)),
+                *(g.trial.num_tasks, g.trial.num_keywords, g.trial.layers, g.trial.width, g.trial.mask, len(g.whole)),
                 *(g.medians[name] for name in COLUMNS),
             ]
             for g in groups

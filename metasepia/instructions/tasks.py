@@ -6,8 +6,8 @@ keywords; each stands once or twice, and up to two fillers stand in each gap:
 
     state(?: state)?(?: (?:about|above|...)){0,2} name(?: name)?(?: (?:about|above|...)){0,2} city(?: city)?
 
-All tasks share the keywords, so it is their order and company that tell tasks apart, seldom one word. Fillers are never
-keywords: a string belongs to one family at most. A sequence, whose answer is the task's output for the input:
+All tasks share the keywords: the fewer there are, the less one word tells and the more their order and company do.
+Fillers are never keywords: a string belongs to one family at most. A sequence, whose answer is the task's output:
 
     [pad ...] instruction SEP input SEP
 
@@ -91,9 +91,10 @@ class InstructionTasks:
     num_outputs: int = 10
     """2 to 20."""
     families_per_task: int = 3
-    num_keywords: int = 12
-    """3 to 40, shared by all tasks. n keywords give n (n - 1) (n - 2) families."""
-    num_fillers: int = 28
+    num_keywords: int = 40
+    """3 to 40, shared by all tasks; n give n (n - 1) (n - 2) families. With 40 most tasks can be told by their words,
+    with 12 by their order alone, for which a model takes a block more."""
+    num_fillers: int = 16
     """1 to 40."""
 
     def __post_init__(self) -> None:

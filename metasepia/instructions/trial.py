@@ -31,8 +31,8 @@ class InstructionTrial:
     num_inputs: int = 5
     num_outputs: int = 10
     families_per_task: int = 3
-    num_keywords: int = 12
-    num_fillers: int = 28
+    num_keywords: int = 40
+    num_fillers: int = 16
     num_steps: int = 600
     batch_size: int = 64
     learning_rate: float = 1e-3

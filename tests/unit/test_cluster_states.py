@@ -71,7 +71,7 @@ def test_the_command_of_a_plan_makes_the_plan_again(tmp_path):
     [
         (("--profile", "huge"), "profile = 'huge' .* one of laptop, full, tiny"),
         (("--tasks", "0"), "num_tasks = 0 .* at least 2"),
-        (("--tasks", "500"), "num_tasks = 500 .* keywords give"),
+        (("--tasks", "500", "--keywords", "12"), "num_tasks = 500 .* 12 keywords give 1320 families"),
         (("--tasks", ""), "axis num_tasks"),
         (("--tasks", "4,four"), "whole numbers"),
         (("--tasks", "4,4"), "no value comes twice"),

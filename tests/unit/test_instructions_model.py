@@ -16,7 +16,7 @@ from metasepia.sweeps.store import ROWS
 SHAPE = DecoderShape(layers=2, width=16, heads=2, tokens=13)
 TASKS = InstructionTasks()
 BATCH = draw([TASKS, TASKS], [0, 1], 0, num_sequences=20)
-TINY = {**PROFILES["tiny"].fixed, "layers": 2, "width": 16, "num_tasks": 3}
+TINY = {**PROFILES["tiny"].fixed, "layers": 2, "width": 16, "num_tasks": 3, "num_keywords": 4}
 
 
 def model(mask: MaskKind = "causal") -> InstructionModel:
