@@ -20,7 +20,7 @@ from metasepia.experts.mixing import (
     mixture_digest,
 )
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
-from metasepia.registry import SHARED, Artefact, Kind
+from metasepia.registry.entries import SHARED, Artefact, Kind
 from metasepia.rows import Adapter
 
 

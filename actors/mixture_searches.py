@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Outdated, Overloaded, Unavailable
-from metasepia.registry import Artefact
+from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, Row, Scores, TokenChunk
 from metasepia.search.cross_entropy import Generation
 from metasepia.search.fewshot import search, split

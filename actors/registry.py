@@ -17,14 +17,15 @@ from actors.messages import Artefact, RegistryInfo
 from cluster import resources
 from cluster.settings import RegistrySettings, Settings
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
-from metasepia.registry import Changes, Kind, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import Changes, Kind
 
 NAME, NAMESPACE = "registry", "metasepia"
 PURGE_EVERY_S = 3600.0
 
 
 class RegistryWriter:
-    """Serves `Registry` to other processes; all behaviour is in metasepia.registry.
+    """Serves `Registry` to other processes; all behaviour is in metasepia.registry.catalogue.
 
     The directory is opened by the first call and not by the constructor: a lock or a disk that refuses is then an error
     for that caller, in our words, and the next call tries again.

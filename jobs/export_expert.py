@@ -29,7 +29,8 @@ from metasepia.experts.peft_files import CONFIG, WEIGHTS, read_peft, target_modu
 from metasepia.experts.shipped import CARD, EXPERTS, FILE, card_of, names
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.registry import LOCAL, read_blob, read_entry
+from metasepia.registry.entries import LOCAL
+from metasepia.registry.reading import read_blob, read_entry
 
 if TYPE_CHECKING:
     from metasepia.experts.factors import FactorSet

@@ -21,7 +21,7 @@ from metasepia.experts.mixing import BASE
 from metasepia.experts.peft_files import read_peft
 from metasepia.experts.vectors import ExpertVectors, FactorIndex, found_factors
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.registry import check_name
+from metasepia.registry.entries import check_name
 from serve import bodies
 from serve.uploads import Upload
 

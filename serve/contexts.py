@@ -26,7 +26,7 @@ from metasepia.reasoning.named import (
     digest_of_name,
 )
 from metasepia.reasoning.reduction import ReductionRecipe
-from metasepia.registry import Artefact
+from metasepia.registry.entries import Artefact
 from serve.context_vectors import ContextVectors, Embedded, Vectors
 from serve.deadlines import Deadline
 from serve.inputs import Inputs, Labelled, check_classes, check_number, read_labelled

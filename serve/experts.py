@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.settings import HttpSettings
 from metasepia.digests import is_digest
 from metasepia.errors import DeletedName, InvalidRequest, NotSupported, UnknownName
-from metasepia.registry import SHARED, Artefact, Kind
+from metasepia.registry.entries import SHARED, Artefact, Kind
 from serve.accepting import FIELDS, Accepted, Fits, accept
 from serve.asked import deadline_of
 from serve.contexts import number_of

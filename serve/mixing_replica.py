@@ -24,7 +24,7 @@ from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.mixing import BASE
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.registry import Artefact
+from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, Row, Scores, TokenChunk
 from metasepia.search.jobs import SearchJob
 from serve.failures import unwrap

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.settings import HttpSettings
-from metasepia.registry import Artefact
+from metasepia.registry.entries import Artefact
 from serve.asked import deadline_of
 from serve.contexts import number_of
 from serve.experts import delete, find, listing

@@ -15,7 +15,7 @@ from typing import Any
 
 from metasepia.errors import CorruptArtefact, DeletedName, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX as CONTEXT
-from metasepia.registry import LOCAL, Artefact, Kind
+from metasepia.registry.entries import LOCAL, Artefact, Kind
 from metasepia.rows import Adapter
 from serve.parts import Backbone, Catalogue, TextEncoder
 from serve.shelf import Shelf

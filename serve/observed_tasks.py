@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.settings import HttpSettings
 from metasepia.centroids import ROUTED, CentroidFacts
 from metasepia.errors import UnknownName
-from metasepia.registry import check_name
+from metasepia.registry.entries import check_name
 from serve.asked import deadline_of
 from serve.observing import Centroids
 from serve.parts import Backbone

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Media, Texts
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.registry import Artefact, Changes, Kind
+from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve.shipped import ModuleCard
 

@@ -27,7 +27,7 @@ from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
 from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.dispatch.observed import routable
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, UnknownName
-from metasepia.registry import Artefact
+from metasepia.registry.entries import Artefact
 from metasepia.rows import Row, Scores, TokenChunk
 from serve.deadlines import Deadline
 from serve.names import AUTO, OWNER, Chosen

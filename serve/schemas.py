@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from cluster.settings import DispatchStage, HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Protocol
-from metasepia.registry import check_name
+from metasepia.registry.entries import check_name
 from serve.inputs import check_number, read_file
 
 MAX_CHOICES = 16

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
-from metasepia.registry import SHARED, Artefact, Kind
+from metasepia.registry.entries import SHARED, Artefact, Kind
 from serve.parts import Catalogue
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from actors.registry import RegistryClient
 from metasepia.errors import CorruptArtefact, UnknownName
 from metasepia.experts.lora import facts_of, read_adapter
 from metasepia.experts.shipped import CARD, EXPERTS, FILE
-from metasepia.registry import SHARED
+from metasepia.registry.entries import SHARED
 
 ASSETS = Path(__file__).parents[1] / "metasepia" / "assets"
 

@@ -30,7 +30,8 @@ from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import EmbeddedContext
-from metasepia.registry import Artefact, Changes, Kind, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve.accepting import Fits
 from serve.gateway import Door, create_app

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from metasepia.errors import MetasepiaError
-from metasepia.registry import Artefact, Kind, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import Artefact, Kind
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
 from metasepia.search.cross_entropy import SearchSettings
 from metasepia.search.jobs import Example, SearchJob

@@ -24,7 +24,7 @@ from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning import shipped
 from metasepia.reasoning.named import EmbeddedContext
 from metasepia.reasoning.shipped import LoadedModule
-from metasepia.registry import read_blob
+from metasepia.registry.reading import read_blob
 from metasepia.rows import Adapter
 
 

@@ -23,7 +23,8 @@ from cluster import settings as settings_of
 from jobs import export_expert
 from metasepia.experts.peft_files import CONFIG, WEIGHTS
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
-from metasepia.registry import SHARED, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import SHARED
 from serve import prepare
 from tests.requests import BACKBONE, BAD_BODIES, CHAT, CLASSIFY, ENCODER, QUESTION, STORY
 from tests.serving import REVIEWS, ROOT, Served, new_home

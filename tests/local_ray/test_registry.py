@@ -17,7 +17,7 @@ from actors.registry import RegistryClient
 from cluster import settings
 from cluster.settings import Settings
 from metasepia.errors import InvalidRequest, InvalidSettings, Locked, Unavailable, UnknownName
-from metasepia.registry import Registry
+from metasepia.registry.catalogue import Registry
 
 
 def settings_of(home: Path) -> Settings:

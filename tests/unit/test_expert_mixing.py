@@ -9,7 +9,8 @@ from actors.expert_mixing import ExpertMixing
 from metasepia.errors import InvalidRequest, UnknownName
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
-from metasepia.registry import SHARED, Artefact, Kind, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import SHARED, Artefact, Kind
 
 BACKBONE = "b" * 64
 

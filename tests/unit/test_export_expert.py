@@ -19,7 +19,8 @@ from metasepia.experts.factors import FactorSet, factors_of
 from metasepia.experts.mixing import adapter_of, base_of, mixture_blob, mixture_digest
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
-from metasepia.registry import SHARED, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import SHARED
 
 SUFFIXES = ("mlp.up_proj", "mlp.down_proj")
 TOKENS = (1, 5, 9, 2, 7, 3)

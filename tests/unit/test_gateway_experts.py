@@ -16,7 +16,7 @@ from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.peft_files import write_peft
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.registry import SHARED
+from metasepia.registry.entries import SHARED
 from serve.names import OWNER
 from tests.doors import DIGEST, INDEX, OTHER, SHAPES, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer

@@ -10,7 +10,7 @@ import pytest
 
 from metasepia.errors import UnknownName
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.registry import Registry
+from metasepia.registry.catalogue import Registry
 from serve import shipped
 
 DIGEST = "a" * 64

@@ -12,7 +12,7 @@ import pytest
 from actors import mixture_searches
 from actors.mixture_searches import Searched, Searches
 from metasepia.errors import CorruptArtefact, InvalidRequest, Overloaded, Unavailable, UnknownName
-from metasepia.registry import Registry
+from metasepia.registry.catalogue import Registry
 from metasepia.rows import Adapter
 from metasepia.search.jobs import Progress, SearchJob, matches
 from tests.searches import BACKBONE, MATHS, Direct, PretendedRows, a_job, text_of

@@ -10,7 +10,8 @@ import pytest
 
 from cluster import settings as settings_of
 from metasepia.errors import InvalidSettings
-from metasepia.registry import Artefact, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import Artefact
 from serve.main import check_pins
 from serve.names import OWNER
 from tests import tiny

@@ -23,7 +23,8 @@ from metasepia.errors import (
     UnknownName,
 )
 from metasepia.local_disk import check_local_disk
-from metasepia.registry import Registry, read_blob
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.reading import read_blob
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,9 +194,8 @@ def test_changed_or_missing_bytes_are_noticed_and_mended_by_another_put(registry
 
 
 def test_a_second_writer_is_told_who_holds_the_registry(registry: Registry):
-    program = (
-        f"from pathlib import Path; from metasepia.registry import Registry; Registry(Path({str(registry.root)!r}))"
-    )
+    program = "from pathlib import Path; from metasepia.registry.catalogue import Registry; "
+    program += f"Registry(Path({str(registry.root)!r}))"
     second = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert f"Locked: {registry.root} is held by process {os.getpid()} on {os.uname().nodename}" in second.stderr
     with pytest.raises(Locked, match=f"process {os.getpid()} "):
@@ -230,7 +230,7 @@ def test_acknowledged_puts_survive_sigkill_at_any_time(tmp_path: Path):
         import sys
         from hashlib import sha256
         from pathlib import Path
-        from metasepia.registry import Registry
+        from metasepia.registry.catalogue import Registry
         registry = Registry(Path({str(tmp_path)!r}))
         for i in range(int(sys.argv[1]), 10**6):
             content = str(i).encode() * 1000
@@ -264,8 +264,8 @@ def test_a_crash_at_any_line_of_put_leaves_the_old_entry_or_the_new_one_whole(tm
         import os, sys
         from hashlib import sha256
         from pathlib import Path
-        from metasepia import registry as module
-        from metasepia.registry import Registry
+        from metasepia.registry import catalogue as module
+        from metasepia.registry.catalogue import Registry
         root = Path({str(tmp_path)!r})
         of = lambda content: sha256(content).hexdigest()
 
@@ -324,7 +324,7 @@ def test_puts_replaces_and_deletes_of_several_threads_survive_sigkill_at_random_
         import os, random, signal, sys, threading, time
         from hashlib import sha256
         from pathlib import Path
-        from metasepia.registry import Registry
+        from metasepia.registry.catalogue import Registry
         root, THREADS, NAMES = Path({str(tmp_path)!r}), 3, 3
 
         def change(thread, i):
@@ -403,9 +403,9 @@ def test_a_crash_at_any_line_of_delete_leaves_the_name_or_its_tombstone(tmp_path
         import os, sys
         from hashlib import sha256
         from pathlib import Path
-        from metasepia import registry as module
+        from metasepia.registry import catalogue as module
         from metasepia.errors import UnknownName
-        from metasepia.registry import Registry
+        from metasepia.registry.catalogue import Registry
         root, digest = Path({str(tmp_path)!r}), sha256(b"z").hexdigest()
 
         def delete_and_die(n, acknowledge):
@@ -514,7 +514,7 @@ def test_a_disk_that_fills_up_inside_a_blob_is_said_in_words(tmp_path: Path):
         import resource
         from pathlib import Path
         from metasepia.errors import Unavailable
-        from metasepia.registry import Registry
+        from metasepia.registry.catalogue import Registry
         registry = Registry(Path({str(tmp_path)!r}))
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         try:
@@ -550,7 +550,7 @@ def test_a_local_filesystem_is_taken(root: str):
 
 
 def test_the_registry_needs_neither_torch_nor_numpy():
-    program = "import json, sys; import metasepia.registry; print(json.dumps(sorted(sys.modules)))"
+    program = "import json, sys; import metasepia.registry.catalogue; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
     assert not {"torch", "numpy", "ray"} & set(loaded)
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from metasepia.errors import NameTaken, UnknownName
-from metasepia.registry import SHARED, Artefact, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import SHARED, Artefact
 
 
 def digest_for(blob: bytes) -> str:
@@ -42,7 +43,7 @@ def test_a_keeper_of_a_copy_learns_every_name_that_changed_and_nothing_else(regi
 
 
 def test_a_keeper_that_is_too_far_behind_or_knows_another_writer_lists_again(tmp_path: Path, monkeypatch: Any):
-    monkeypatch.setattr("metasepia.registry.MAX_CHANGES", 2)
+    monkeypatch.setattr("metasepia.registry.catalogue.MAX_CHANGES", 2)
     with Registry(tmp_path) as one:
         since = one.changes("expert", "local", None).revision
         for index in range(2):

@@ -36,7 +36,8 @@ from metasepia.models import checkpoints
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.module import ModuleShape, ReasoningModule
 from metasepia.reasoning.shipped import LoadedModule
-from metasepia.registry import Artefact, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
 from serve.gateway import Door, create_app
 from serve.shipped import ModuleCard

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from metasepia.registry import LOCAL, SHARED, Artefact, Kind, Registry
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import LOCAL, SHARED, Artefact, Kind
 from serve import shelf
 from serve.shelf import Shelf, page_of
 from tests.doors import RealCatalogue

@@ -20,9 +20,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO
 
 from metasepia.errors import (
     CorruptArtefact,
@@ -34,21 +33,13 @@ from metasepia.errors import (
     UnknownName,
 )
 from metasepia.local_disk import check_local_disk, sync_directory, take_lock
-
-Kind = Literal["expert", "mixture", "search", "context", "module", "factors", "embedding"]
-KINDS: tuple[str, ...] = get_args(Kind)
-
-SHARED = "shared"
-"""The owner of shipped artefacts: everyone sees them, only the system writes them."""
-LOCAL = "local"
-"""The owner of what clients make, while the door has no keys."""
+from metasepia.registry.entries import KINDS, SHARED, Artefact, Changes, Kind, check_name
+from metasepia.registry.reading import COLUMNS, MAX_NAMES_IN_AN_ERROR, artefact_of
 
 MAX_CARD_BYTES = 1 << 20
-MAX_NAMES_IN_AN_ERROR = 50
 MAX_CHANGES = 1000
 """Changes of names that are remembered; whoever is further behind lists everything again."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -69,44 +60,6 @@ CREATE INDEX IF NOT EXISTS entries_by_name ON entries (kind, name);
 CREATE INDEX IF NOT EXISTS entries_deleted ON entries (deleted) WHERE deleted IS NOT NULL;
 """
 """Made at any opening where they are missing: they change how fast and not what."""
-_COLUMNS = "kind, digest, name, owner, created, num_bytes, card, deleted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artefact:
-    """A registry entry: an immutable blob by digest and the name that points to it."""
-
-    kind: Kind
-    digest: str
-    name: str
-    owner: str
-    created_unix_s: float
-    num_bytes: int
-    card: dict[str, object] = field(default_factory=dict)
-    deleted_unix_s: float | None = None
-    """When the name was deleted or replaced; None while it points here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What happened to names since a revision; see `Registry.changes`."""
-
-    revision: tuple[int, int]
-    """To be given next time."""
-    names: tuple[tuple[str, str], ...] | None
-    """(owner, name) of each name that may have changed; None: list everything again."""
-    live: tuple[Artefact, ...] = ()
-    """What those names stand for now; one that is not here stands for nothing."""
-
-
-def check_name(name: str, param: str = "name") -> None:
-    """Raises InvalidRequest unless `name` is `[a-z0-9][a-z0-9._-]{0,63}` and not reserved (`auto`, `mix@`, `ctx-`)."""
-    if not _NAME.fullmatch(name) or name == "auto" or name.startswith("ctx-"):
-        raise InvalidRequest(
-            param,
-            f"{name[:80]!r} is not allowed; use 1 to 64 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit; "
-            "auto, mix@... and ctx-... are reserved",
-        )
 
 
 class Registry:
@@ -172,12 +125,12 @@ class Registry:
             self._store(blob, sha256)
             now = self._clock()
             live = db.execute(
-                f"SELECT id, sha256, {_COLUMNS} FROM entries WHERE kind=? AND owner=? AND name=? AND deleted IS NULL",
+                f"SELECT id, sha256, {COLUMNS} FROM entries WHERE kind=? AND owner=? AND name=? AND deleted IS NULL",
                 (kind, owner, name),
             ).fetchone()
             if live is not None:
                 if (live["digest"], live["sha256"], live["card"]) == (digest, sha256, card_json):
-                    return _artefact(live)
+                    return artefact_of(live)
                 if not replace:
                     raise NameTaken(kind, name, live["digest"])
                 db.execute("UPDATE entries SET deleted=? WHERE id=?", (now, live["id"]))
@@ -203,7 +156,7 @@ class Registry:
         `deleted` finds the latest tombstone where nothing stands for it now. Raises UnknownName listing the names of
         that kind this owner can see.
         """
-        found = f"SELECT id, {_COLUMNS} FROM entries WHERE kind=? AND owner IN (?, ?) AND (? OR deleted IS NULL)"
+        found = f"SELECT id, {COLUMNS} FROM entries WHERE kind=? AND owner IN (?, ?) AND (? OR deleted IS NULL)"
         whose = (kind, owner, SHARED, deleted)
         row = self._one(  # each half by its own index: a name may have thousands of tombstones beside it
             f"SELECT * FROM ({found} AND name=? UNION ALL {found} AND digest=?) "
@@ -212,7 +165,7 @@ class Registry:
         )
         if row is None:
             raise UnknownName(kind, name, self._known(kind, owner))
-        return _artefact(row)
+        return artefact_of(row)
 
     def get(self, digest: str, owner: str | None = None) -> bytes:
         """The bytes stored under a digest, also of deleted or replaced names that `purge` has not taken.
@@ -244,7 +197,7 @@ class Registry:
         alive = "" if deleted else "AND deleted IS NULL "
         of_kind, kinds = ("", ()) if kind is None else ("kind=? AND ", (kind,))
         one = (
-            f"SELECT * FROM (SELECT id, {_COLUMNS} FROM entries WHERE {of_kind}owner=? AND name > ? {alive}"
+            f"SELECT * FROM (SELECT id, {COLUMNS} FROM entries WHERE {of_kind}owner=? AND name > ? {alive}"
             "ORDER BY name, deleted IS NOT NULL, id DESC LIMIT ?)"
         )
         with self._reading, self._failures_in_words():
@@ -252,7 +205,7 @@ class Registry:
                 f"SELECT * FROM ({one} UNION ALL {one}) ORDER BY name, deleted IS NOT NULL, id DESC LIMIT ?",
                 (*kinds, owner, after, limit, *kinds, SHARED, after, 0 if owner == SHARED else limit, limit),
             ).fetchall()
-        return tuple(_artefact(row) for row in rows)
+        return tuple(artefact_of(row) for row in rows)
 
     def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
         """The names of a kind, the owner's and the shared ones, that may have changed since a revision.
@@ -280,7 +233,7 @@ class Registry:
         """
         with self._write() as db:
             row = db.execute(
-                f"SELECT id, {_COLUMNS} FROM entries WHERE kind=? AND name=? AND owner=? AND (digest=? OR ? IS NULL) "
+                f"SELECT id, {COLUMNS} FROM entries WHERE kind=? AND name=? AND owner=? AND (digest=? OR ? IS NULL) "
                 "AND (deleted IS NULL OR ? IS NOT NULL) ORDER BY deleted IS NOT NULL, id DESC LIMIT 1",
                 (kind, name, owner, digest, digest, digest),
             ).fetchone()
@@ -291,7 +244,7 @@ class Registry:
                 db.execute("UPDATE entries SET deleted=? WHERE id=?", (now, row["id"]))
                 row = {**dict(row), "deleted": now}
         self._note(kind, owner, name)
-        return _artefact(row)
+        return artefact_of(row)
 
     def purge(self, older_than_s: float) -> int:
         """Forgets what was deleted or replaced more than `older_than_s` ago; the number of entries.
@@ -421,10 +374,10 @@ class Registry:
             self._changed.append((self._num_changes, kind, owner, name))
 
     def _live(self, kind: str, names: Sequence[tuple[str, str]]) -> tuple[Artefact, ...]:
-        query = f"SELECT {_COLUMNS} FROM entries WHERE kind=? AND owner=? AND name=? AND deleted IS NULL"
+        query = f"SELECT {COLUMNS} FROM entries WHERE kind=? AND owner=? AND name=? AND deleted IS NULL"
         with self._reading, self._failures_in_words():
             rows = [self._read_db.execute(query, (kind, owner, name)).fetchone() for owner, name in names]
-        return tuple(_artefact(row) for row in rows if row is not None)
+        return tuple(artefact_of(row) for row in rows if row is not None)
 
     def _one(self, query: str, values: tuple[object, ...]) -> Any:
         with self._reading, self._failures_in_words():
@@ -465,49 +418,6 @@ class Registry:
         return Unavailable(f"the registry at {self.root} (its disk is full: nothing was stored; free some space)", 60.0)
 
 
-def read_entry(root: Path, kind: Kind, name: str, owner: str) -> Artefact:
-    """What a name, or a digest, stands for, read beside whoever writes this directory. For programs that end.
-
-    Raises UnknownName as `Registry.resolve` does.
-    """
-    catalogue = root.expanduser().resolve() / "catalogue.sqlite"
-    if not catalogue.is_file():
-        raise UnknownName(kind, name, ())
-    with contextlib.closing(sqlite3.connect(f"{catalogue.as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
-        db.row_factory = sqlite3.Row
-        row = db.execute(
-            f"SELECT {_COLUMNS} FROM entries WHERE kind=? AND (name=? OR digest=?) AND owner IN (?, ?) "
-            "AND deleted IS NULL ORDER BY owner = ? DESC, name = ? DESC, id LIMIT 1",
-            (kind, name, name, owner, SHARED, owner, name),
-        ).fetchone()
-        if row is None:
-            known = (
-                "SELECT DISTINCT name FROM entries WHERE kind=? AND owner IN (?, ?) AND deleted IS NULL ORDER BY name"
-            )
-            rows = db.execute(f"{known} LIMIT ?", (kind, owner, SHARED, MAX_NAMES_IN_AN_ERROR)).fetchall()
-            raise UnknownName(kind, name, tuple(one["name"] for one in rows))
-    return _artefact(row)
-
-
-def read_blob(root: Path, digest: str) -> bytes:
-    """The bytes under a digest, deleted ones included, read beside whoever writes this directory. For audits.
-
-    Raises UnknownName, and CorruptArtefact as `Registry.get` does.
-    """
-    catalogue = root.expanduser().resolve() / "catalogue.sqlite"
-    if not catalogue.is_file():
-        raise UnknownName("artefact", digest, ())
-    with contextlib.closing(sqlite3.connect(f"{catalogue.as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
-        row = db.execute("SELECT sha256 FROM entries WHERE digest=? LIMIT 1", (digest,)).fetchone()
-    if row is None:
-        raise UnknownName("artefact", digest, ())
-    path = catalogue.parent / "blobs" / row[0]
-    blob = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(blob).hexdigest() != row[0]:
-        raise CorruptArtefact(f"artefact {digest}", "its blob is missing or has changed since it was stored")
-    return blob
-
-
 def _card_json(card: dict[str, object]) -> str:
     try:
         text = json.dumps(card, sort_keys=True, allow_nan=False, ensure_ascii=False)
@@ -517,16 +427,3 @@ def _card_json(card: dict[str, object]) -> str:
     if size > MAX_CARD_BYTES:
         raise InvalidRequest("card", f"it has {size} bytes; at most {MAX_CARD_BYTES} are kept")
     return text
-
-
-def _artefact(row: Any) -> Artefact:
-    return Artefact(
-        kind=row["kind"],
-        digest=row["digest"],
-        name=row["name"],
-        owner=row["owner"],
-        created_unix_s=row["created"],
-        num_bytes=row["num_bytes"],
-        card=json.loads(row["card"]),
-        deleted_unix_s=row["deleted"],
-    )
