@@ -169,8 +169,9 @@ class HiddenStatesRoute:
 
     async def _json(self, plan: Plan) -> bytes:
         seen, found = self._observer.adding_up(), list[HiddenStates]()
-        async for chunk in self._answers(plan, seen):
-            found += chunk
+        async with aclosing(self._answers(plan, seen)) as answers:
+            async for chunk in answers:
+                found += chunk
         task = await self._told(plan, seen)
         num_chars = sum(plan.num_bytes(row) for row in plan.rows)
         return await away(num_chars, lambda: json.dumps(_tree(plan, found, task), separators=(",", ":")).encode())
@@ -181,14 +182,15 @@ class HiddenStatesRoute:
         writer: arrow.StatesWriter | None = None
         row_of = {row.request_id: (index, row) for index, row in enumerate(plan.rows)}
         try:
-            async for chunk in self._answers(plan, seen):
-                if writer is None:
-                    writer = arrow.StatesWriter(plan.prepared.hidden_size, _about(plan, chunk[0].executed))
-                for one in chunk:
-                    index, row = row_of[one.request_id]
-                    receipt = _receipt(plan, one.executed)
-                    for piece in writer.add(index, plan.layers, row.token_ids, plan.body.pooling, one.states, receipt):
-                        yield piece
+            async with aclosing(self._answers(plan, seen)) as answers:
+                async for chunk in answers:
+                    if writer is None:
+                        writer = arrow.StatesWriter(plan.prepared.hidden_size, _about(plan, chunk[0].executed))
+                    for one in chunk:
+                        index, row = row_of[one.request_id]
+                        about = plan.layers, row.token_ids, plan.body.pooling
+                        for piece in writer.add(index, *about, one.states, _receipt(plan, one.executed)):
+                            yield piece
             assert writer is not None  # a request has a row
             end: dict[str, Any] = {"usage": _usage(plan)}
             if (task := await self._told(plan, seen)) is not None:

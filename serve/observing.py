@@ -73,14 +73,18 @@ class Observer:
         self, part: Centroids, settings: CentroidSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.part, self._settings, self._clock = part, settings, clock
-        self._pending = self.adding_up()
+        self._pending = self._bounded()
         self._flushing: asyncio.Task[None] | None = None
         self._known: tuple[KnownMean, ...] = ()
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
     def adding_up(self) -> OnlineCentroids:
-        """Empty: for the states of one request."""
+        """Empty: for the states of one request, which bounds them."""
+        limits = dataclasses.replace(self._settings.limits, reference_count=_NEVER)
+        return OnlineCentroids(dataclasses.replace(limits, max_tasks=_NEVER, max_centroids=_NEVER))
+
+    def _bounded(self) -> OnlineCentroids:
         return OnlineCentroids(dataclasses.replace(self._settings.limits, reference_count=_NEVER))
 
     def routed(self, key: CentroidKey, state: np.ndarray, registered: np.ndarray | None) -> None:
@@ -95,7 +99,7 @@ class Observer:
     async def _flush(self) -> None:
         await asyncio.sleep(FLUSH_S)
         while len(self._pending):
-            seen, self._pending = tuple(self._pending), self.adding_up()
+            seen, self._pending = tuple(self._pending), self._bounded()
             try:
                 await asyncio.wait_for(self.part.absorb(seen), TIMEOUT_S)
             except Exception as error:

@@ -304,6 +304,47 @@ def test_a_client_that_leaves_takes_its_rows_along(bench: Bench) -> None:
     bench.run(leave)
 
 
+def test_a_client_that_leaves_a_stream_takes_the_rest_of_its_rows_along(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states, "CHUNK_ROWS", 1)
+    plain, started, ended = bench.backbone.hidden_states, [0], [0]
+
+    async def only_the_first(rows: Sequence[Row]) -> list[HiddenStates]:
+        started[0] += 1
+        if started[0] == 1:
+            return await plain(rows)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended[0] += 1
+        raise AssertionError
+
+    bench.backbone.hidden_states = only_the_first
+
+    async def leave() -> None:
+        body = json.dumps({"model": "tiny", "input": ["a"] * 9}).encode()
+        came, gone = [{"type": "http.request", "body": body}], asyncio.Event()
+
+        async def receive() -> Any:
+            if came:
+                return came.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                gone.set()
+
+        headers = [(b"accept", MEDIA_TYPE.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/hidden_states", "headers": headers, "query_string": b""}
+        await asyncio.wait_for(bench.app(scope, receive, send), 20)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(leave())
+    assert started[0] - 1 == ended[0] == hidden_states.CALLS_AT_ONCE
+
+
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +379,7 @@ def test_comparing_tells_the_distance_and_changes_nothing(bench: Bench) -> None:
     assert near["centroids"][0]["distance"] < 1 < 5 < far["centroids"][0]["distance"]
     assert not near["observed"] and "reason" not in near
     assert far["centroids"][0]["count"] == 20
-    assert answer(bench, task="unheard", observe=False)["task"]["centroids"] == []
+    assert answer(bench, task="unheard", observe=False, layers=[0, 1])["task"]["centroids"] == []
     assert [one["id"] for one in bench.get("/v1/hidden_states/tasks").json()["data"]] == ["mail"]
 
 
