@@ -23,6 +23,7 @@ import torch
 from metasepia.digests import short
 from metasepia.diversity.figures import Picture, pictures
 from metasepia.diversity.findings import Findings
+from metasepia.diversity.measures import ESTIMATORS
 from metasepia.diversity.profiles import AXES, PROFILES, plan_of, trials_of, values_of
 from metasepia.diversity.report import page_of, summary_of
 from metasepia.diversity.results import Results, spelled
@@ -65,7 +66,8 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     asha = None
     if arguments.scheduler == "asha":
-        asha = Asha(metric="error", split="pretraining", grace_steps=trials_of(plan)[0].stops[-1] // 4 or 1)
+        metric = regret_of(plan)
+        asha = Asha(metric=metric, split="pretraining", grace_steps=max(1, trials_of(plan)[0].num_steps // 4))
     swept = run_sweep(
         plan,
         arguments.out,
@@ -115,6 +117,18 @@ def plan_from(arguments: argparse.Namespace) -> SweepPlan:
         pack_size = 1
     sample = {"sample": arguments.sample, "sample_seed": arguments.sample_seed}
     return plan_of(arguments.profile or "laptop", axes, pack_size=pack_size, **sample)
+
+
+def regret_of(plan: SweepPlan) -> str:
+    """The figure that ASHA compares: on pretraining tasks, the distance to the estimator that is the best there.
+
+    It is by how much a model's error exceeds the least possible one, so pools of any size compare. Raises
+    InvalidSettings for a sweep of both problems, whose distances have different units.
+    """
+    problems = sorted({trial.problem for trial in trials_of(plan)})
+    if len(problems) > 1:
+        raise InvalidSettings("scheduler", "asha", f"none for a sweep of both problems, {' and '.join(problems)}")
+    return f"delta_{ESTIMATORS[problems[0]][0]}"
 
 
 def gpus_of(arguments: argparse.Namespace, of_profile: float) -> float:

@@ -84,7 +84,7 @@ PROFILES: Mapping[str, Profile] = {
         about="the laptop's models trained longer, and the axes dimension and weight decay: hours on two cores",
         axes={
             **_LAPTOP_MODEL,
-            "dims": (4, 8),
+            "dims": (4, 2, 6),  # the first is what bounds are on
             "num_steps": (20_000,),
             "weight_decay": (0.0, 0.1),
             "seed": (0, 1),

@@ -104,6 +104,7 @@ def test_a_sweep_that_was_stopped_is_told_from_a_finished_one_and_goes_on(
         ("--resume", "there is none to go on with"),
         ("--device cpu --gpus-per-trial 1", "gpus_per_trial = 1.0"),
         ("--scheduler asha --pack 4", "1 with --scheduler asha"),
+        ("--scheduler asha --problem linear,logistic", "both problems"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_words_and_leaves_nothing(
@@ -156,7 +157,7 @@ def test_the_printed_command_makes_the_same_sweep():
 
 def test_stopping_early_runs_models_one_by_one(tmp_path: Path, asked: list[dict[str, Any]], undrawn: None):
     assert run(tmp_path / "a", *QUICK[:-2], "--scheduler", "asha") == 0
-    assert asked[0]["asha"].metric == "error"
+    assert (asked[0]["asha"].metric, asked[0]["asha"].split) == ("delta_dmmse", "pretraining")
     assert {len(one) for one in SweepStore.read(str(tmp_path / "a")).plan.packs} == {1}
 
 
