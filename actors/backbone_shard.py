@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from metasepia.decoding.leases import Moves
     from metasepia.decoding.scheduling import Answer, Limits, Load, Scheduler
+    from metasepia.experts.factors import FactorSet
     from metasepia.experts.held import PreparedExpert
-    from metasepia.experts.svf import FactorSet, LayerShard
+    from metasepia.models.shards import LayerShard
 
 OWNER_CHECK_S = 0.5
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from metasepia.experts.svf import FactorSet, LayerShard
+    from metasepia.experts.factors import FactorSet
+    from metasepia.models.shards import LayerShard
 
 
 def load() -> None:
@@ -194,7 +195,7 @@ def layer_shards(model: "torch.nn.Module") -> "dict[str, LayerShard]":
     """How DeepSpeed cut each layer, by parameter name, from the layer's own record."""
     import deepspeed.module_inject.layers as layers
 
-    from metasepia.experts.svf import LayerShard
+    from metasepia.models.shards import LayerShard
 
     return {
         name: LayerShard(

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from metasepia.decoding.choices import choose
 from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
+from metasepia.experts.factors import FactorSet
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.mixing import ExpertMixer, check_same_kind, check_simplex
-from metasepia.experts.svf import FactorSet
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, Executed, HiddenStates, Row, Scores, TokenChunk
 

@@ -22,8 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors import tensor_parallel
-from metasepia.experts.factors import cut_factors
-from metasepia.experts.svf import ExpertVectors, attach, factors_of
+from metasepia.experts.factors import cut_factors, factors_of
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
 
 EXPERT_LAYERS = {

@@ -22,7 +22,7 @@ from cluster.resources import gang_bundles
 from cluster.settings import BackboneSettings
 from metasepia.backbone import ReferenceBackbone
 from metasepia.errors import DeadlineExceeded, UnknownName
-from metasepia.experts.svf import FactorSet, factors_of
+from metasepia.experts.factors import FactorSet, factors_of
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
 from metasepia.models.prepared import PreparedBackbone

@@ -14,9 +14,10 @@ from metasepia import encoders
 from metasepia.backbone import ReferenceBackbone
 from metasepia.digests import short
 from metasepia.errors import UnknownName
+from metasepia.experts.factors import factors_of
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.mixing import base_of
-from metasepia.experts.svf import factors_of, linear_shapes
+from metasepia.experts.svf import linear_shapes
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.modalities import loading
 from metasepia.models import checkpoints

@@ -5,5 +5,5 @@ directories of them, `shipped` those in the package, `mixing` mixes either, `tra
 backbone. `factors` are the singular factors of a model's weights (made in pieces, `factor_files`), `exporting` makes
 experts into adapters and merged weights. At run time `svf` attaches to a model: `held` keeps the experts (their
 singular values flat in `singular`, adapters stacked in `low_rank`), `selection` says what the next forward uses,
-`expert_linear` and `fused_mlp` apply it.
+`batch_parts` makes it of rows with their adapters, `expert_linear` and `fused_mlp` apply it.
 """

@@ -22,20 +22,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metasepia.errors import InvalidSettings, NotSupported
-from metasepia.experts.expert_linear import ExpertLinear as ExpertLinear
-from metasepia.experts.expert_linear import Reduce
-from metasepia.experts.factors import FactorSet as FactorSet
-from metasepia.experts.factors import SingularFactors as SingularFactors
-from metasepia.experts.factors import factors_of as factors_of
+from metasepia.experts.batch_parts import parts_of
+from metasepia.experts.expert_linear import ExpertLinear, Reduce
+from metasepia.experts.factors import FactorSet, SingularFactors
 from metasepia.experts.fused_mlp import GATED, FusedMLP
 from metasepia.experts.held import HeldExperts, PreparedExpert
 from metasepia.experts.lora import LoraAdapter
-from metasepia.experts.low_rank import LowRankRows, chunks
 from metasepia.experts.mixing import check_simplex
 from metasepia.experts.selection import Delta, Part, Selection, Table
 from metasepia.experts.singular import SingularLayout
-from metasepia.experts.vectors import ExpertVectors as ExpertVectors
-from metasepia.models.shards import LayerShard as LayerShard
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models.shards import LayerShard
 from metasepia.rows import Adapter
 from metasepia.rows import Path as RowPath
 
@@ -185,7 +182,8 @@ class ExpertLayers:
         for adapter, path in paths.items():
             if adapter and path == "plain":
                 check_simplex(adapter)
-        self._set(self._parts(adapters, paths), len(adapters) or None)
+        device = next(self._model.parameters()).device
+        self._set(parts_of(adapters, paths, self._held, device), len(adapters) or None)
         self._selected = adapters
         self._executed = tuple((adapter, paths[adapter]) for adapter in adapters)
 
@@ -237,64 +235,6 @@ class ExpertLayers:
         if self._layout is None:
             raise NotSupported("an expert vector on this backbone", "its settings name no expert layers")
         return self._layout
-
-    # -- parts of the batch --------------------------------------------------------------------------------------------
-
-    def _parts(self, adapters: tuple[Adapter, ...], paths: Mapping[Adapter, RowPath]) -> list[Part]:
-        by_path: dict[RowPath, list[int]] = {}
-        for row, adapter in enumerate(adapters):
-            by_path.setdefault(paths[adapter], []).append(row)
-        if not by_path:
-            return [Part()]
-        parts: list[Part] = []
-        alone = ("factors", "materialised") if self._held.exact else ("materialised",)
-        dense = sorted(row for path, rows in by_path.items() if path not in alone for row in rows)
-        if dense:
-            position = {row: i for i, row in enumerate(dense)}
-            deltas: list[Delta] = []
-            for path, rows in by_path.items():
-                if path in ("truncated", "factors") and path not in alone:
-                    table, norm = self._tables([adapters[row] for row in rows], path)
-                    where = self._rows([position[row] for row in rows], len(dense))
-                    deltas.append(Delta(where, table, leading=path == "truncated", norm=norm))
-                elif path == "lora":
-                    deltas += self._low_rank([(position[row], adapters[row]) for row in rows], len(dense))
-            parts.append(Part("stored", self._rows(dense, len(adapters)), deltas=deltas))
-        for path in alone:
-            rows = by_path.get(path, [])
-            if rows:
-                table = None if path == "materialised" else self._tables([adapters[row] for row in rows], path)[0]
-                weights = "pinned" if path == "materialised" else "factors"
-                parts.append(Part(weights, self._rows(rows, len(adapters)), table))
-        return parts
-
-    def _tables(self, adapters: list[Adapter], path: RowPath) -> tuple[Table, Table | None]:
-        distinct = list(dict.fromkeys(adapters))
-        composed = [self._held.compose(adapter, path) for adapter in distinct]
-        where = {adapter: i for i, adapter in enumerate(distinct)}
-        index = None if len(distinct) == 1 else self._tensor([where[adapter] for adapter in adapters])
-        norm = None
-        if any(one.norm is not None for one in composed):
-            ones = torch.ones(len(self._singular().places), device=self._singular().s.device)
-            norm = Table(torch.stack([ones if one.norm is None else one.norm for one in composed]), index)
-        return Table(torch.stack([one.values for one in composed]), index), norm
-
-    def _low_rank(self, rows: list[tuple[int, Adapter]], num_rows: int) -> list[Delta]:
-        distinct = list(dict.fromkeys(adapter for _, adapter in rows))
-        deltas: list[Delta] = []
-        for chunk in chunks([self._held.rank(adapter) for adapter in distinct]):
-            where = {distinct[i]: i - chunk.start for i in chunk}
-            own = [(row, where[adapter]) for row, adapter in rows if adapter in where]
-            stack = self._held.stack(tuple(where))
-            low_rank = LowRankRows(stack, self._tensor([i for _, i in own]), len(where) > 1)
-            deltas.append(Delta(self._rows([row for row, _ in own], num_rows), low_rank=low_rank))
-        return deltas
-
-    def _rows(self, rows: list[int], num_rows: int) -> Tensor | None:
-        return None if len(rows) == num_rows else self._tensor(rows)
-
-    def _tensor(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, device=next(self._model.parameters()).device)
 
     def _set(self, parts: list[Part], num_rows: int | None) -> None:
         layers = [delta.low_rank.layers for part in parts for delta in part.deltas if delta.low_rank is not None]

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import ReferenceBackbone
 from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
+from metasepia.experts.factors import factors_of
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.mixing import base_of
-from metasepia.experts.svf import factors_of
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import HiddenStatesWanted, Row, Sampling, TokenChunk
 

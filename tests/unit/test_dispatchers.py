@@ -20,7 +20,8 @@ from metasepia.dispatch.dispatcher import (
     route_by_prompt,
 )
 from metasepia.errors import CorruptArtefact
-from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.factors import factors_of
+from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
 from tests.unit.test_engine import DIGEST, LIMITS, PREPARED

@@ -24,8 +24,9 @@ from metasepia.errors import (
     UnknownName,
     WindowExceeded,
 )
+from metasepia.experts.factors import factors_of
 from metasepia.experts.lora import LoraAdapter
-from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import HiddenStatesWanted, Row, Sampling, TokenChunk
 from tests import tiny

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, NotSupported, UnknownName
+from metasepia.experts.factors import FactorSet, factors_of
 from metasepia.experts.fused_mlp import FusedMLP
 from metasepia.experts.lora import LoraAdapter
-from metasepia.experts.svf import ExpertLayers, ExpertVectors, FactorSet, LayerShard, attach, factors_of
+from metasepia.experts.svf import ExpertLayers, attach
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.matrices import Matrix
+from metasepia.models.shards import LayerShard
 from metasepia.rows import Adapter
 from tests.tiny import SMALLER, llama, summed_over
 

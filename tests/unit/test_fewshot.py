@@ -10,8 +10,9 @@ from metasepia.backbone import ReferenceBackbone
 from metasepia.decoding.engine import Engine
 from metasepia.decoding.inflight import Limits
 from metasepia.errors import InvalidRequest, Unavailable
+from metasepia.experts.factors import factors_of
 from metasepia.experts.lora import LoraAdapter
-from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
 from metasepia.search.cross_entropy import CrossEntropySearch, Score, SearchSettings

@@ -14,7 +14,8 @@ from metasepia.decoding.choices import choose, gumbel, scores_of
 from metasepia.decoding.generation import RowDecoder
 from metasepia.decoding.steps import Advance, Begin, NewRow, StepPlan, StepResult
 from metasepia.errors import CorruptArtefact, NotSupported, UnknownName
-from metasepia.experts.svf import attach, factors_of
+from metasepia.experts.factors import factors_of
+from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Adapter, HiddenStatesWanted, Sampling
 from tests import tiny

@@ -28,9 +28,9 @@ from jobs.replay.report import Report
 from metasepia.backbone import ReferenceBackbone
 from metasepia.digests import digest_of
 from metasepia.errors import CorruptArtefact, InvalidRequest, UnknownName
+from metasepia.experts.factors import factors_of
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.mixing import base_of, mixture_blob, mixture_digest
-from metasepia.experts.svf import factors_of
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
 from metasepia.models.prepared import PreparedBackbone

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, UnknownName
-from metasepia.experts.svf import ExpertVectors, FactorSet, LayerShard, SingularFactors, attach, factors_of
+from metasepia.experts.factors import FactorSet, SingularFactors, factors_of
+from metasepia.experts.svf import attach
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.models.shards import LayerShard
 from tests.tiny import llama, summed_over
 
 BACKBONE = "b" * 64
