@@ -1,11 +1,12 @@
 """Do hidden states fall into clusters by task while a model learns, and does it answer by them? Medians over seeds.
 
     python -m benchmarks.clustering
-    python -m benchmarks.clustering --seeds 0,1,2,3,4 --json benchmarks/results/clustering.json
+    python -m benchmarks.clustering --sweep runs/states --json benchmarks/results/clustering.json
 
-Trains the models of `jobs.cluster_states --profile laptop` that have 8 tasks, 5 blocks and width 64, with and without
-the bottleneck mask, here and without Ray; one pack a mask. Each bound stands in its row's note; the command exits with
-1 where one is not reached. Figures depend on seeds, torch and the kind of processor, not on how busy the machine is.
+Trains the models of `jobs.cluster_states --profile laptop` that have 8 tasks, 40 keywords, 5 blocks and width 64, under
+each mask, here and without Ray, one pack a mask; or reads them from that sweep, finished. Each bound stands in its
+row's note; the command exits with 1 where one is not reached. Figures depend on seeds, torch and the kind of processor,
+not on how busy the machine is.
 """
 
 import sys
@@ -16,12 +17,16 @@ import pyarrow as pa
 import torch
 
 from benchmarks import report
+from metasepia.errors import InvalidSettings, MetasepiaError
 from metasepia.instructions.claims import CLAIMS
 from metasepia.instructions.model import MASKS
-from metasepia.instructions.profiles import PROFILES, values_of
-from metasepia.instructions.results import Summary, Table, medians
+from metasepia.instructions.profiles import PROFILES, trials_of, values_of
+from metasepia.instructions.results import Summary, Table, kinds, medians
 from metasepia.instructions.trial import InstructionTrial
 from metasepia.instructions.work import InstructionPack
+from metasepia.sweeps.store import SweepStore
+
+BASE = {name: values[0] for name, values in PROFILES["laptop"].base.items()} | {"seed": 0}
 
 
 def trained(trials: Sequence[InstructionTrial]) -> tuple[Table, dict[str, float]]:
@@ -59,32 +64,59 @@ def rows_of(found: dict[str, list[Summary]]) -> tuple[list[report.Row], list[str
     return rows, missed
 
 
+def from_sweep(uri: str) -> dict[str, list[Summary]]:
+    """By mask, the summaries of the laptop profile's first setting in a finished sweep.
+
+    Raises InvalidSettings for a sweep that is not finished or has no such models.
+    """
+    store = SweepStore.read(uri)
+    trials = trials_of(store.plan)
+    table = Table(store.table(), trials)
+    found: dict[str, list[Summary]] = {}
+    for trial, members in kinds(table).items():
+        if trial == InstructionTrial.from_json({**BASE, "mask": trial.mask}):
+            found[trial.mask] = [table.summary(one) for one in members]
+    if lacking := [mask for mask in MASKS if mask not in found]:
+        raise InvalidSettings("sweep", uri, f"one with the laptop's first models under the mask {lacking[0]} too")
+    return found
+
+
 def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
+    parser.add_argument("--sweep", metavar="URI", help="read the figures from this finished sweep, train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started_on = report.machine()
-    seeds = values_of("seed", arguments.seeds)
-    base = {name: values[0] for name, values in PROFILES["laptop"].base.items()}
-    found: dict[str, list[Summary]] = {}
-    costs: list[report.Row] = []
-    for mask in MASKS:
-        trials = [InstructionTrial.from_json({**base, "mask": mask, "seed": seed}) for seed in seeds]
-        table, spent = trained(trials)
-        found[mask] = [table.summary(index) for index in range(len(trials))]
-        for what, seconds in spent.items():
-            each = seconds / len(trials)
-            costs.append(
-                report.figure(
-                    f"{what}-{mask}", f"{what}, one model of {trials[0].num_steps} steps, mask {mask}", each, "s CPU",
-                    f"{len(trials)} models as one, one thread", part="synthetic", detail=True,
-                )
-            )  # fmt: skip
+    try:
+        found, costs = (
+            (from_sweep(arguments.sweep), []) if arguments.sweep else here(values_of("seed", arguments.seeds))
+        )
+    except MetasepiaError as error:
+        sys.exit(str(error))
     rows, missed = rows_of(found)
     report.publish("clustering", rows + costs, json_file=arguments.json, started_on=started_on)
     if missed:
         sys.exit("not reached: " + "; ".join(missed))
+
+
+def here(seeds: Sequence[int]) -> tuple[dict[str, list[Summary]], list[report.Row]]:
+    """Trains a pack a mask: summaries by mask, and rows of what it cost."""
+    found: dict[str, list[Summary]] = {}
+    costs: list[report.Row] = []
+    for mask in MASKS:
+        trials = [InstructionTrial.from_json({**BASE, "mask": mask, "seed": seed}) for seed in seeds]
+        table, spent = trained(trials)
+        found[mask] = [table.summary(index) for index in range(len(trials))]
+        for what, seconds in spent.items():
+            costs.append(
+                report.figure(
+                    f"{what}-{mask}", f"{what}, one model of {trials[0].num_steps} steps, mask {mask}",
+                    seconds / len(trials), "s CPU", f"{len(trials)} models as one, one thread",
+                    part="synthetic", detail=True,
+                )
+            )  # fmt: skip
+    return found, costs
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _WHERE = {INSTRUCTION_END: "instruction's end", LAST: "last token"}
 _PATCH = {
     "replace": "replaced by the other task's centroid",
+    "hold": "and held there in all later layers",
     "add": "difference of centroids added",
     "shuffled": "centroid under shuffled labels",
     "own": "own task's centroid (answer stays)",
@@ -53,7 +54,7 @@ def dynamics(table: Table, trials: Sequence[int], title: str) -> bytes:
     Trials differ in their seed alone.
     """
     first = table.trials[trials[0]]
-    figure = _figure(13, 3.9)
+    figure = _figure(13.0, 3.9)
     panels: Sequence[Axes] = figure.subplots(1, len(CLUSTERED), sharey=True)
     colours = _colours(first.layers + 1)
     for panel, (position, of) in zip(panels, CLUSTERED, strict=True):
@@ -88,16 +89,17 @@ def patches(table: Table, sides: Mapping[str, Sequence[int]], title: str) -> byt
     panels: Sequence[Axes] = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for panel, (name, trials) in zip(panels, sides.items(), strict=True):
         layers = range(table.trials[trials[0]].layers + 1)
-        for patch, colour in zip(PATCHES, ("C0", "C1", "C7", "C2"), strict=True):
+        for patch, colour in zip(PATCHES, ("C0", "C3", "C1", "C7", "C2"), strict=True):
             score = "kept" if patch == "own" else "flips"
             curves = [table.layers(one, score, patch, INSTRUCTION_END) for one in trials]
             shares = np.array([[curve[max(curve)] for curve in of_trial] for of_trial in curves])
             panel.plot(layers, np.median(shares, 0), color=colour, marker="o", markersize=4, label=_PATCH[patch])
             panel.fill_between(layers, shares.min(0), shares.max(0), color=colour, alpha=0.15, linewidth=0)
-        panel.set(title=name, xlabel="layer whose state is patched", ylim=(-0.05, 1.05), xticks=list(layers))
+        panel.set_title(name, fontsize=10)
+        panel.set(xlabel="layer whose state is patched", ylim=(-0.05, 1.05), xticks=list(layers))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("share of answers that flip (or stay)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=11)
     return _png(figure)
 
@@ -152,7 +154,7 @@ def _principal(states: Float[np.ndarray, "points width"]) -> tuple[Float[np.ndar
 
 def axis_effect(table: Table, groups: Mapping[Any, Sequence[int]], axis: str, title: str) -> bytes:
     """Against one axis: accuracy and clusters at the end, and the step at which accuracy first reached 0.9."""
-    figure = _figure(9, 3.4)
+    figure = _figure(9.0, 3.4)
     panels: Sequence[Axes] = figure.subplots(1, 2)
     places = range(len(groups))
     summaries = {value: [table.summary(one) for one in trials] for value, trials in groups.items()}

@@ -1,7 +1,8 @@
 """Is a cluster the cause of the answer? The state that closes the instruction is moved to another task's centroid.
 
 If the answer is then the other task's, the model reads its task there and by where the state lies. Without the
-bottleneck mask later tokens can read the instruction again, and few answers follow.
+bottleneck mask later tokens can read the instruction again, and few answers follow; under `reread` the closing token
+can, in the blocks after the patched one, from which `hold` keeps it.
 """
 
 from typing import Literal
@@ -13,10 +14,11 @@ from torch import Tensor
 from metasepia.instructions.tasks import INSTRUCTION_END
 from metasepia.stacked.decoder import Edit
 
-Patch = Literal["replace", "add", "shuffled", "own"]
-PATCHES: tuple[Patch, ...] = ("replace", "add", "shuffled", "own")
-"""`replace`: the other task's centroid stands in place of the state; `add`: the difference of both is added to it.
-Controls: `shuffled`, replaced by the other's centroid under shuffled labels, and `own`, by its own task's centroid."""
+Patch = Literal["replace", "hold", "add", "shuffled", "own"]
+PATCHES: tuple[Patch, ...] = ("replace", "hold", "add", "shuffled", "own")
+"""`replace`: the other task's centroid stands in place of the state of one layer; `hold`: in that layer and all after
+it, each layer's own centroid; `add`: the difference of both centroids is added to the state of one layer. Controls, of
+one layer: `shuffled`, replaced by the other's centroid under shuffled labels, and `own`, by its own task's centroid."""
 
 
 def centroids(
@@ -30,24 +32,24 @@ def centroids(
 def move(
     layer: int,
     patch: Patch,
-    means: Float[Tensor, "models tasks width"],
+    means: Float[Tensor, "layers models tasks width"],
     task: Int[Tensor, "models batch"],
     target: Int[Tensor, "models batch"],
     position: int = INSTRUCTION_END,
 ) -> Edit:
-    """An edit for the decoder's forward: moves the states of one layer at one position towards `target`'s centroid.
+    """An edit for the decoder's forward: moves states at one position towards `target`'s centroid in `means`.
 
     `means` of `shuffled` are centroids under shuffled labels. Other layers and positions pass unchanged.
     """
-    model = torch.arange(len(means), device=means.device)[:, None]
+    model = torch.arange(means.shape[1], device=means.device)[:, None]
 
     def edit(at: int, states: Tensor) -> Tensor:
-        if at != layer:
+        if at != layer and not (patch == "hold" and at > layer):
             return states
-        goal = means[model, task if patch == "own" else target]
+        goal = means[at, model, task if patch == "own" else target]
         states = states.clone()
         if patch == "add":
-            states[:, :, position] += goal - means[model, task]
+            states[:, :, position] += goal - means[at, model, task]
         else:
             states[:, :, position] = goal
         return states

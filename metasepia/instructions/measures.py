@@ -108,9 +108,12 @@ class Evaluation:
         unseen, known = self.batches["unseen"], self.batches["seen"]
         tells = unseen.output != self._target_output
         figures: list[list[Figure]] = [[] for _ in self.trials]
-        for layer, states in enumerate(seen.states[:, :, :, POSITIONS.index(INSTRUCTION_END)].unbind(0)):
-            of_task = centroids(states, known.task, self.num_tasks)
-            of_shuffled = centroids(states, self._shuffled, self.num_tasks)
+        closing = seen.states[:, :, :, POSITIONS.index(INSTRUCTION_END)].unbind(0)
+        of_task, of_shuffled = (
+            torch.stack([centroids(states, labels, self.num_tasks) for states in closing])
+            for labels in (known.task, self._shuffled)
+        )
+        for layer in range(len(closing)):
             for patch in PATCHES:
                 means = of_shuffled if patch == "shuffled" else of_task
                 logits = model(unseen.tokens, edit=move(layer, patch, means, unseen.task, self._target))

@@ -16,7 +16,7 @@ from metasepia.sweeps.plan import SweepPlan, grid, pack
 
 KIND = "instructions"
 AXES: Mapping[str, str] = {
-    "mask": "causal or bottleneck",
+    "mask": "causal, bottleneck or reread",
     "layers": "blocks",
     "width": "of the residual stream, a multiple of heads",
     "num_keywords": "shared by all tasks; with fewer it is their order that tells tasks apart",
@@ -44,7 +44,7 @@ class Profile:
 
 PROFILES: Mapping[str, Profile] = {
     "laptop": Profile(
-        about="five blocks of width 64, 8 tasks, three seeds, with and without the mask; 4 and 16 tasks, "
+        about="five blocks of width 64, 8 tasks, three seeds, with and without the bottleneck; 4 and 16 tasks, "
         "12 keywords, 2 blocks, width 32: minutes on two cores",
         base={
             "mask": ("causal", "bottleneck"),
@@ -54,13 +54,13 @@ PROFILES: Mapping[str, Profile] = {
             "num_tasks": (8,),
             "seed": (0, 1, 2),
         },
-        varied={"num_tasks": (4, 16), "num_keywords": (12,), "layers": (2,), "width": (32,)},
+        varied={"mask": ("reread",), "num_tasks": (4, 16), "num_keywords": (12,), "layers": (2,), "width": (32,)},
         pack=3,
     ),
     "full": Profile(
         about="all combinations of depth, width, mask, keywords and 2 to 64 tasks, five seeds; GPUs, or nights",
         base={
-            "mask": ("causal", "bottleneck"),
+            "mask": ("causal", "bottleneck", "reread"),
             "layers": (2, 5, 8),
             "width": (32, 64, 128),
             "num_keywords": (12, 40),

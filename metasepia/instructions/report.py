@@ -26,6 +26,7 @@ COLUMNS: Mapping[str, str] = {
     "last_ari_task": "ARI(task)",
     "spearman": "rank corr.",
     "flips_layer1": "flips, layer 1",
+    "flips_held_layer1": "held",
     "flips_last_layer": "last layer",
     "flips_shuffled": "shuffled",
 }
@@ -76,7 +77,7 @@ def drawn_trials(table: Table, firsts: Sequence[int]) -> list[int]:
 
 def name_of(trial: InstructionTrial) -> str:
     """Its axes but the seed, as people say them."""
-    mask = "no mask" if trial.mask == "causal" else "bottleneck mask"
+    mask = {"causal": "no mask", "bottleneck": "bottleneck", "reread": "bottleneck, words read again"}[trial.mask]
     return (
         f"{trial.num_tasks} tasks, {trial.num_keywords} keywords, {trial.layers} blocks of width {trial.width}, {mask}"
     )
@@ -99,7 +100,7 @@ def pictures(table: Table, kept: Mapping[int, Mapping[int, Tensor]]) -> dict[str
         if index is not None:
             made[f"projections-{mask}.png"] = _projections(table, index, kept[index])
     if first:
-        sides = {name_of(group.trial): group.whole for group in first.values()}
+        sides = {f"{mask}\n{name_of(group.trial)}": group.whole for mask, group in first.items()}
         made["patches.png"] = (
             figures.patches(table, sides, "The state that closes the instruction, moved to another task's centroid"),
             "Share of answers to unseen strings that become the other task's when the state after one layer is moved; "
@@ -199,8 +200,9 @@ def page_of(
             "training. All tasks and inputs are known.",
             "Step 0 counts: words alone make random weights cluster a little, so gains are above it. At layer 0 the "
             "separator's state is a constant, which is one cluster and an ARI of 0.",
-            "Patches need the bottleneck: without it later tokens read the instruction again by attention. Trained "
-            "with it they see of the instruction its separator only.",
+            "Patches need the bottleneck: without it later tokens read the instruction again by attention. With it the "
+            "separator that closes the instruction reads the words in the first block, and nothing sees them after. "
+            "Under reread it may read them in every block, and mends part of what one patched layer changed.",
             "K-means has as many clusters as there are labels; shuffled labels are scored against the same clusters.",
         ]
     )

@@ -41,6 +41,8 @@ class Summary:
     """At the last token, in the last layer."""
     flips_layer1: float
     """Answers that become the other task's when its centroid replaces the state after block 1."""
+    flips_held_layer1: float
+    """When it stands there, and the other's centroids of all later layers in their places."""
     flips_added_layer1: float
     """When the difference of centroids is added."""
     flips_shuffled: float
@@ -100,6 +102,7 @@ class Table:
             last_ari_output=max(last("ari", "output", LAST)),
             last_ari_task=last("ari", "task", LAST)[layers],
             flips_layer1=flips[1],
+            flips_held_layer1=last("flips", "hold")[1],
             flips_added_layer1=last("flips", "add")[1],
             flips_shuffled=max(last("flips", "shuffled")),
             kept_own=last("kept", "own")[1],

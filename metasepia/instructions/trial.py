@@ -24,7 +24,7 @@ class InstructionTrial:
     seed: int = 0
     """Of functions, families, batches and initial weights."""
     mask: MaskKind = "causal"
-    """`bottleneck`: tokens after the instruction see of it only the separator that closes it."""
+    """`bottleneck`: an answer can know the instruction by one state alone, `reread`: by one token (`model`)."""
     layers: int = 5
     width: int = 64
     heads: int = 4

@@ -5,7 +5,7 @@ import torch
 from metasepia.errors import InvalidSettings
 from metasepia.instructions.interventions import centroids, move, other_tasks
 from metasepia.instructions.measures import Evaluation
-from metasepia.instructions.model import MASKS, InstructionModel, MaskKind, bottleneck
+from metasepia.instructions.model import MASKS, InstructionModel, MaskKind, hides_words
 from metasepia.instructions.profiles import PROFILES, plan_of
 from metasepia.instructions.tasks import INPUT, INSTRUCTION_END, LAST, InstructionTasks, draw
 from metasepia.instructions.trial import InstructionTrial
@@ -32,43 +32,51 @@ def trial(**changed) -> dict:
 
 
 @torch.no_grad()
-def test_with_the_bottleneck_an_answer_knows_the_instruction_by_its_closing_state_alone():
-    tokens = BATCH.tokens.clone()
-    tokens[:, :, :INSTRUCTION_END] = BATCH.tokens[:, :, :INSTRUCTION_END].flip(1)  # everyone another's instruction
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_an_answer_knows_the_instruction_by_the_closing_state_alone_as_far_as_the_mask_says(layers):
+    others = BATCH.tokens.clone()
+    others[:, :, :INSTRUCTION_END] = BATCH.tokens[:, :, :INSTRUCTION_END].flip(1)  # everyone another's instruction
     for mask in MASKS:
         one = model(mask)
         _, states = one(BATCH.tokens, keep=True)
 
-        def keep_closing(layer, now, states=states):
+        def as_before(layer, now, states=states):
             now = now.clone()
-            now[:, :, INSTRUCTION_END] = states[layer][:, :, INSTRUCTION_END]
+            if layer in layers:
+                now[:, :, INSTRUCTION_END] = states[layer][:, :, INSTRUCTION_END]
             return now
 
-        patched = one(tokens, edit=keep_closing)
-        assert torch.allclose(patched, one(BATCH.tokens), atol=1e-5) is (mask == "bottleneck")
+        alike = torch.allclose(one(others, edit=as_before), one(BATCH.tokens), atol=1e-5)
+        assert alike is (mask == "bottleneck" or (mask == "reread" and layers == (1, 2)))
 
 
-def test_the_bottleneck_is_causal_and_hides_words_from_input_and_answer():
-    mask = bottleneck()
+def test_masks_are_causal_and_hide_words_and_padding_from_a_position_on():
+    mask = hides_words(INSTRUCTION_END + 1)
     assert not mask.triu(1).any() and mask.diagonal().all()
     assert torch.equal(mask[: INSTRUCTION_END + 1], torch.ones_like(mask).tril()[: INSTRUCTION_END + 1])
     assert mask[LAST].nonzero().flatten().tolist() == [INSTRUCTION_END, INPUT, LAST]
+    closed = hides_words(INSTRUCTION_END)
+    assert closed[INSTRUCTION_END].nonzero().flatten().tolist() == [INSTRUCTION_END]
 
 
 @torch.no_grad()
-def test_at_layer_0_the_closing_state_is_a_constant_and_no_answer_of_a_layer_changes_an_earlier_one():
+def test_without_a_mask_the_states_are_the_stacked_decoders_own():
+    one = model()
+    final, expected = one.decoder(one.embed(BATCH.tokens), keep=True)
+    logits, states = one(BATCH.tokens, keep=True)
+    for mine, its in zip(states, expected, strict=True):
+        torch.testing.assert_close(mine, its)
+    torch.testing.assert_close(logits, torch.einsum("mbw,mvw->mbv", final[:, :, -1], one.table))
+    torch.testing.assert_close(one(BATCH.tokens), logits)
+    assert torch.equal(one.embed(BATCH.tokens)[1, 3, 5], one.table[1, BATCH.tokens[1, 3, 5]])
+
+
+@torch.no_grad()
+def test_at_layer_0_the_closing_state_is_a_constant():
     _, states = model()(BATCH.tokens, keep=True)
     closing = states[0][:, :, INSTRUCTION_END]
     assert torch.equal(closing, closing[:, :1].expand_as(closing))
     assert len(states) == SHAPE.layers + 1
-
-
-@torch.no_grad()
-def test_words_are_tied_the_logit_is_the_final_state_times_the_words_own_vector():
-    one = model()
-    final = one.decoder(one.embed(BATCH.tokens))[:, :, -1]
-    torch.testing.assert_close(one(BATCH.tokens), torch.einsum("mbw,mvw->mbv", final, one.table))
-    assert torch.equal(one.embed(BATCH.tokens)[1, 3, 5], one.table[1, BATCH.tokens[1, 3, 5]])
 
 
 def test_a_centroid_is_the_mean_of_its_tasks_states():
@@ -81,21 +89,34 @@ def test_a_centroid_is_the_mean_of_its_tasks_states():
 
 
 def test_patches_put_centroids_where_they_should_and_nowhere_else():
-    means, states = torch.randn(2, 8, 16), torch.randn(2, 20, 13, 16)
+    means, states = torch.randn(3, 2, 8, 16), torch.randn(2, 20, 13, 16)
     target = torch.stack([other_tasks(one, torch.full_like(one, 3), 8) for one in BATCH.task])
     assert (target != BATCH.task).all()
 
-    def after(patch):
-        return move(1, patch, means, BATCH.task, target)(1, states)
+    def after(patch, layer=1):
+        return move(1, patch, means, BATCH.task, target)(layer, states)
 
     at = (1, 4, INSTRUCTION_END)
-    own, other = means[1, BATCH.task[1, 4]], means[1, target[1, 4]]
+    own, other = means[1, 1, BATCH.task[1, 4]], means[1, 1, target[1, 4]]
     torch.testing.assert_close(after("replace")[at], other)
     torch.testing.assert_close(after("own")[at], own)
     torch.testing.assert_close(after("add")[at], states[at] + other - own)
+    torch.testing.assert_close(after("hold", 2)[at], means[2, 1, target[1, 4]])
     untouched = [i for i in range(13) if i != INSTRUCTION_END]
     assert torch.equal(after("add")[:, :, untouched], states[:, :, untouched])
-    assert move(1, "replace", means, BATCH.task, target)(2, states) is states
+    assert after("replace", 2) is states and after("hold", 0) is states
+
+
+@torch.no_grad()
+def test_held_from_layer_1_an_answer_knows_its_target_and_input_alone():
+    means = torch.randn(3, 2, 8, 16)
+    target = torch.full_like(BATCH.task, 5)
+    answers = model("reread")(BATCH.tokens, edit=move(1, "hold", means, BATCH.task, target))
+    for one in range(2):
+        for given in range(TASKS.num_inputs):
+            alike = answers[one][BATCH.input[one] == given]
+            # Block 1 reads the closing state of layer 0, a constant; all later ones read centroids.
+            torch.testing.assert_close(alike, alike[:1].expand_as(alike))
 
 
 def test_another_task_is_never_ones_own_and_may_be_any_other():
