@@ -114,6 +114,7 @@ def _run(arguments: argparse.Namespace) -> None:
             text_column=arguments.text_column,
             label_column=arguments.label_column,
             template_column=arguments.template_column,
+            within=arguments.within,
             where=tuple(_pair(one) for one in arguments.where),
             txt=arguments.txt,
             limit=arguments.limit,

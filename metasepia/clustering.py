@@ -199,29 +199,42 @@ def shuffled(assignment: Labels, labels: Labels, seed: int, *, permutations: int
     }
 
 
-def resamples(groups: Labels, count: int, seed: int) -> Int[np.ndarray, "resamples points"]:
-    """How often each point is drawn in each bootstrap resample: whole groups are drawn, as many as there are.
+@dataclass(frozen=True)
+class Resamples:
+    """Bootstrap resamples of points that come in groups: whole groups are drawn, as many as there are.
 
-    Points of one group (paraphrases by one template) stay together; `range(n)` draws points. Scores of two kinds of
-    states on the same resamples are paired.
+    Paraphrases by one template are a group, `range(n)` makes each point its own. Scores of two kinds of states on the
+    same resamples are paired.
     """
-    names, codes = _codes(groups, len(groups))
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
-    return draws[:, codes]
 
+    codes: Int[np.ndarray, " points"]
+    """Group of each point, from 0."""
+    drawn: Int[np.ndarray, "resamples groups"]
+    """How often each group is drawn."""
 
-def adjusted_rand_of(
-    assignment: Labels, labels: Labels, drawn: Int[np.ndarray, "resamples points"]
-) -> Float[np.ndarray, " resamples"]:
-    """ARI of each resample. A point drawn twice is no pair with itself: such pairs agree always, and would raise it."""
-    return _adjusted_rand(*_counts(assignment, labels, drawn))
+    @classmethod
+    def of(cls, groups: Labels, count: int, seed: int) -> "Resamples":
+        """Raises InvalidSettings for fewer than two groups."""
+        names, codes = _codes(groups, len(groups))
+        size = len(names)
+        if size < 2:
+            raise InvalidSettings("groups", size, "at least 2 groups to draw from")
+        return cls(codes, np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=count))
 
+    def mean(self, values: Shaped[np.ndarray, " points"]) -> Float[np.ndarray, " resamples"]:
+        """Mean of the points' values in each resample."""
+        size = self.drawn.shape[1]
+        return (self.drawn @ np.bincount(self.codes, values, size)) / (self.drawn @ np.bincount(self.codes, None, size))
 
-def nmi_of(
-    assignment: Labels, labels: Labels, drawn: Int[np.ndarray, "resamples points"]
-) -> Float[np.ndarray, " resamples"]:
-    """NMI of each resample."""
-    return _nmi(*_counts(assignment, labels, drawn))
+    def adjusted_rand(self, assignment: Labels, labels: Labels) -> Float[np.ndarray, " resamples"]:
+        """ARI of each resample, whose mean is the ARI of all points.
+
+        A group drawn twice makes no pairs with itself: such pairs would weigh twice what a group has in common, and a
+        point always agrees with itself. Pairs of two of G groups are drawn (G - 1) / G times in the mean and count for
+        as much more.
+        """
+        size = self.drawn.shape[1]
+        return _adjusted_rand(*_counts(assignment, labels, self.codes, self.drawn, size / (size - 1)))
 
 
 def squared_distances(
@@ -242,25 +255,33 @@ class _Counted:
 
 
 def _counts(
-    a: Labels, b: Labels, drawn: Int[np.ndarray, "resamples points"] | None = None
+    a: Labels,
+    b: Labels,
+    groups: np.ndarray | None = None,
+    drawn: np.ndarray | None = None,
+    across: float = 1.0,
 ) -> tuple[_Counted, _Counted, _Counted, Float[np.ndarray, " resamples"]]:
-    """Of the cells, of the parts of a and of b; and all pairs. Without resamples, of each point once."""
+    """Of the cells, of the parts of a and of b; and all pairs. Without resamples, of each point once.
+
+    `across`: how much a pair of two groups counts beside one within a group.
+    """
     if len(a) == 0 or len(a) != len(b):
         raise InvalidSettings("labels", len(b), f"as long as the assignment ({len(a)}), and not empty")
     codes_a, codes_b = (_codes(one, len(a))[1] for one in (a, b))
+    groups = np.arange(len(a)) if groups is None else groups
     weights = np.ones((1, len(a))) if drawn is None else np.asarray(drawn, np.float64)
-    squares = np.square(weights)
     cells = codes_a * (codes_b.max() + 1) + codes_b
-    counted = [_counted(weights, squares, kinds) for kinds in (cells, codes_a, codes_b)]
-    total = (np.square(weights.sum(1)) - squares.sum(1)) / 2
-    return counted[0], counted[1], counted[2], total
+    counted = [_counted(kinds, groups, weights, across) for kinds in (cells, codes_a, codes_b)]
+    return counted[0], counted[1], counted[2], _counted(np.zeros_like(cells), groups, weights, across).pairs
 
 
-def _counted(weights: np.ndarray, squares: np.ndarray, kinds: np.ndarray) -> _Counted:
-    order = np.argsort(kinds, kind="stable")
-    begins = np.flatnonzero(np.diff(kinds[order], prepend=-1))
-    number = np.add.reduceat(weights[:, order], begins, axis=1)
-    return _Counted(number, (np.square(number).sum(1) - squares.sum(1)) / 2)
+def _counted(kinds: np.ndarray, groups: np.ndarray, weights: np.ndarray, across: float) -> _Counted:
+    shared, sizes = np.unique(kinds * weights.shape[1] + groups, return_counts=True)  # sorted by kind, then by group
+    kind, group = np.divmod(shared, weights.shape[1])
+    points = weights[:, group] * sizes
+    number = np.add.reduceat(points, np.flatnonzero(np.diff(kind, prepend=-1)), axis=1)
+    of_two = (np.square(number).sum(1) - np.square(points).sum(1)) / 2
+    return _Counted(number, across * of_two + weights[:, group] @ (sizes * (sizes - 1) / 2))
 
 
 def _adjusted_rand(cells: _Counted, a: _Counted, b: _Counted, pairs: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 K-means, the tasks' means and the scaling are fitted to the fitting texts; held-out texts are put to the nearest centre
 or mean. Three controls say what is no news: `embedding`, the mean of the input embeddings (a layer below 0: words
 without order or context); `words`, tf-idf of the words; and shuffled labels. A layer tells tasks apart where it scores
-above the better of the first two by more than the resamples' spread: the difference is taken resample by resample.
+above the best of the three by more than the resamples' spread: the difference is taken resample by resample.
 
 Intervals are percentiles of a bootstrap over held-out templates (texts, where there are too few templates), for the
 clusters found: they do not hold the chance of k-means' starts, nor do they allow for many layers being looked at. The
@@ -102,11 +102,12 @@ class Measures:
         tasks = np.asarray(texts.tasks)
         self.fit_tasks, self.held_tasks = tasks[~held], tasks[held]
         self.k = settings.k or len(texts.names)
+        self._inputs = self._shared_inputs()
         groups = np.asarray(texts.groups())[held]
         self.unit = "template" if len(set(groups.tolist())) >= FEWEST_GROUPS and any(texts.templates) else "text"
         if self.unit == "text":
             groups = np.arange(int(held.sum()))
-        self.drawn = clustering.resamples(groups, settings.resamples, settings.seed)
+        self.resamples = clustering.Resamples.of(groups, settings.resamples, settings.seed)
 
     def layers(self, states: States, poolings: Sequence[Any], layers: Sequence[int]) -> Iterator[Scored]:
         for pooling in poolings:
@@ -128,20 +129,18 @@ class Measures:
         centroids = clustering.Centroids.of(fit, self.fit_tasks)
         right = centroids.right(held, held_tasks)
         draws = {
-            "ari": clustering.adjusted_rand_of(found, held_tasks, self.drawn),
-            "accuracy": _mean_of(right, self.drawn),
+            "ari": self.resamples.adjusted_rand(found, held_tasks),
+            "accuracy": self.resamples.mean(right),
         }
         silhouettes = clustering.silhouettes(held, held_tasks) if len(held) <= clustering.MOST_SILHOUETTE else None
         values = {
             ("ari", "held_out"): self._value(clustering.adjusted_rand(found, held_tasks), draws["ari"]),
-            ("nmi", "held_out"): self._value(
-                clustering.nmi(found, held_tasks), clustering.nmi_of(found, held_tasks, self.drawn)
-            ),
+            ("nmi", "held_out"): Value(clustering.nmi(found, held_tasks)),
             ("accuracy", "held_out"): self._value(float(right.mean()), draws["accuracy"]),
             ("margin", "held_out"): Value(float(centroids.nearest(held)[1].mean())),
             ("silhouette", "held_out"): Value(clustering.silhouette(held, held_tasks, seed))
             if silhouettes is None
-            else self._value(float(silhouettes.mean()), _mean_of(silhouettes, self.drawn)),
+            else self._value(float(silhouettes.mean()), self.resamples.mean(silhouettes)),
         }
         assigned, permutations = clusters.assignment, self.settings.permutations
         of_fit = {
@@ -158,10 +157,14 @@ class Measures:
         return Scored(pooling, features, layer, values, draws, found)
 
     def above(self, scored: Scored, controls: Sequence[Scored], metric: str) -> Value:
-        """By how much a layer's held-out `metric` exceeds the better control's, resample by resample."""
-        best = max(one[metric, "held_out"].value for one in controls)
-        draws = scored.draws[metric] - np.max([one.draws[metric] for one in controls], axis=0)
-        return self._value(scored[metric, "held_out"].value - best, draws)
+        """By how much a layer's held-out `metric` exceeds the best of the controls and of shuffled tasks.
+
+        In each resample it is set beside what is best there; shuffled tasks are taken as their mean.
+        """
+        by_chance = scored[f"{metric}_shuffled", "held_out"].value
+        best = max(by_chance, *(one[metric, "held_out"].value for one in controls))
+        draws = np.maximum(by_chance, np.max([one.draws[metric] for one in controls], axis=0))
+        return self._value(scored[metric, "held_out"].value - best, scored.draws[metric] - draws)
 
     def table(self, layers: Iterable[Scored], controls: Sequence[Scored]) -> pa.Table:
         """One row a kind of states, metric and split; for layers also `ari_above` and `accuracy_above` of `above`."""
@@ -182,11 +185,17 @@ class Measures:
         return pa.Table.from_pylist(rows, SCHEMA)
 
     def scaled(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fitting and held-out states, scaled as the settings say."""
+        """Fitting and held-out states, without the mean of the fitting ones that hold the same input (where texts say
+        which), scaled as the settings say.
+        """
         points = np.asarray(states, np.float64)
         if self.settings.scaling == "unit":
             lengths = np.linalg.norm(points, axis=1, keepdims=True)
             points = np.divide(points, lengths, out=np.zeros_like(points), where=lengths > 0)
+        if self._inputs is not None:
+            sums = np.zeros((int(self._inputs.max()) + 1, points.shape[1]))
+            np.add.at(sums, self._inputs[~self.held], points[~self.held])
+            points = points - (sums / np.bincount(self._inputs[~self.held])[:, None])[self._inputs]
         fit, held = points[~self.held], points[self.held]
         if self.settings.scaling == "standard":
             mean, deviation = fit.mean(0), fit.std(0)
@@ -195,6 +204,20 @@ class Measures:
             scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=alive)
             fit, held = (fit - mean) * scale, (held - mean) * scale
         return fit, held
+
+    def _shared_inputs(self) -> Int[np.ndarray, " texts"] | None:
+        """The input of each text, as a number. Raises InvalidSettings unless fitting texts of two tasks hold it."""
+        if not self.texts.inputs:
+            return None
+        tasks_of: dict[str, set[str]] = {one: set() for one in self.texts.inputs}
+        for one, task, held in zip(self.texts.inputs, self.texts.tasks, self.held, strict=True):
+            if not held:
+                tasks_of[one].add(task)
+        alone = sorted(one for one, tasks in tasks_of.items() if len(tasks) < 2)
+        if alone:
+            allowed = f"an input that texts of two tasks or more hold; {len(alone)} of {len(tasks_of)} are not shared"
+            raise InvalidSettings("within", alone[0], allowed)
+        return np.unique(np.asarray(self.texts.inputs), return_inverse=True)[1]
 
     def _words(self) -> np.ndarray:
         """tf-idf of words and pairs of words, weighted by the fitting texts, rows of length 1."""
@@ -238,7 +261,7 @@ class Finding:
     best: Scored
     """The layer with the highest ARI on the fitting texts; the earliest of equals."""
     apart: tuple[int, ...]
-    """Layers whose held-out ARI exceeds the better control's, the whole interval above 0."""
+    """Layers whose held-out ARI exceeds all controls, the whole interval above 0."""
     routed: tuple[int, ...]
     """The same of nearest-mean accuracy."""
 
@@ -259,7 +282,3 @@ def contingency(measures: Measures, scored: Scored) -> tuple[tuple[str, ...], In
     counts = np.zeros((len(names), int(scored.found.max()) + 1), np.int64)
     np.add.at(counts, (codes, scored.found), 1)
     return tuple(map(str, names)), counts
-
-
-def _mean_of(values: np.ndarray, drawn: Int[np.ndarray, "resamples texts"]) -> Float[np.ndarray, " resamples"]:
-    return (drawn * values).sum(1) / drawn.sum(1)

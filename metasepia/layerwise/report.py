@@ -61,8 +61,8 @@ def page(
             "embedding: the mean of the input embeddings of a text's tokens. words: tf-idf of words and of pairs of "
             "neighbours. They know which words a text has and nothing of how they are read: a layer that scores no "
             "higher says nothing that the words do not.",
-            "above: the difference to the better of these two, in the same resamples; a layer is said to tell tasks "
-            "apart where its whole interval lies above 0.",
+            "above: the difference to the best of these two and of shuffled tasks, in the same resamples; a layer is "
+            "said to tell tasks apart where its whole interval lies above 0.",
             f"Intervals hold 95 % of {settings.resamples} bootstrap resamples of held-out {measures.unit}s, for the "
             "clusters that were found. They do not hold the chance of k-means' starts, nor allow for many layers being "
             "looked at."
@@ -95,7 +95,7 @@ def says(
         )
         better = max(controls, key=lambda one: one["ari", "held_out"].value)
         sentences.append(
-            f"{finding.pooling}: that ARI is {_interval(above)} above the better control ({better.features}, "
+            f"{finding.pooling}: that ARI is {_interval(above)} above the controls (the better, {better.features}, has "
             f"{_interval(better['ari', 'held_out'])}); layers that tell tasks apart by ARI: "
             f"{ranges(finding.apart, [one.layer for one in own])}; by nearest-mean accuracy: "
             f"{ranges(finding.routed, [one.layer for one in own])}."
@@ -134,7 +134,7 @@ def _by_layer(
                 _interval(one["ari", "held_out"]),
                 _interval(measures.above(one, controls, "ari")) if is_layer else None,
                 one["ari", "fit"].value,
-                _interval(one["nmi", "held_out"]),
+                one["nmi", "held_out"].value,
                 _interval(one["silhouette", "held_out"]),
                 _interval(one["accuracy", "held_out"]),
                 _interval(measures.above(one, controls, "accuracy")) if is_layer else None,
@@ -155,6 +155,14 @@ def _run(prepared: PreparedBackbone, plan: Plan, measures: Measures, held_out_by
         f"{held_out_by}.",
         f"K-means with {measures.k} clusters on {settings.scaling} states, seed {settings.seed}; fitted to the texts "
         "that are not held out.",
+        *(
+            [
+                f"Within each of {len(set(texts.inputs))} inputs: the mean state of the fitting texts that hold one is "
+                "taken off all texts that hold it."
+            ]
+            if texts.inputs
+            else []
+        ),
         *(f"Of the texts: {note}." for note in texts.notes),
     ]
 

@@ -43,6 +43,9 @@ class TextSettings:
     """Empty: the first of label_name, label, task that a file has."""
     template_column: str = ""
     """Empty: the first of template, group that a file has."""
+    within: str = ""
+    """A column that says what input a prompt holds (`line`: the line's number in a .txt file). States are then compared
+    within each input, for where all tasks share inputs k-means may find these rather than the tasks. Empty: not."""
     where: tuple[tuple[str, str], ...] = ()
     """Only rows whose column has this value, as in (("split", "train"),)."""
     txt: Literal["lines", "whole"] = "lines"
@@ -66,6 +69,8 @@ class TaskTexts:
     """Empty where a text has none. The same name in two tasks is two templates."""
     notes: tuple[str, ...] = ()
     """What was left out, for people to read."""
+    inputs: tuple[str, ...] = ()
+    """What input each text holds; none at all where texts are not compared within inputs."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +95,7 @@ class _Row:
     template: str
     source: str
     """The file's name without its ending, or the sub-folder's."""
+    input: str = ""
 
 
 def read(directory: Path, settings: TextSettings) -> TaskTexts:
@@ -128,7 +134,11 @@ def read(directory: Path, settings: TextSettings) -> TaskTexts:
         listed = ", ".join(f"{task} has {count}" for task, count in sorted(small.items()))
         raise InvalidSettings("texts", str(directory), f"at least {FEWEST} distinct texts a task; {listed}")
     tasks, templates, texts = zip(*kept, strict=True)
-    return TaskTexts(texts, tasks, templates, tuple(notes + more))
+    inputs: tuple[str, ...] = ()
+    if settings.within:
+        input_of = {(task, text): row.input for row, (task, _, text) in zip(rows, triples, strict=True)}
+        inputs = tuple(input_of[task, text] for task, _, text in kept)
+    return TaskTexts(texts, tasks, templates, tuple(notes + more), inputs)
 
 
 def held_out(texts: TaskTexts, share: float, seed: int, by: HeldOutBy = "auto") -> tuple[np.ndarray, str]:
@@ -177,7 +187,11 @@ def _rows(path: Path, directory: Path, settings: TextSettings) -> Iterator[_Row]
             lines = content.split("\n") if settings.txt == "lines" else [content]
             # a file that is one text is no template of paraphrases
             template = template if settings.txt == "lines" else ""
-            yield from (_Row(line.strip(), None, template, source) for line in lines if line.strip())
+            if settings.within not in ("", "line"):
+                raise InvalidSettings("within", settings.within, f"line for .txt files such as {path.name}")
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _Row(line.strip(), None, template, source, str(number))
             return
         for number, row in _tabular(path):
             if any(name not in row for name, _ in settings.where):
@@ -194,7 +208,8 @@ def _rows(path: Path, directory: Path, settings: TextSettings) -> Iterator[_Row]
                 continue
             label = _value(row, settings.label_column, LABELS, "label_column", path)
             own = _value(row, settings.template_column, TEMPLATES, "template_column", path)
-            yield _Row(str(text).strip(), label, template if own is None else own, source)
+            held = _value(row, settings.within, (), "within", path)
+            yield _Row(str(text).strip(), label, template if own is None else own, source, held or "")
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as error:
         raise CorruptArtefact(str(path), f"it is not a readable {path.suffix} file in UTF-8 ({error})") from error
 

@@ -1,6 +1,7 @@
 """Reading a backbone layer by layer: states against an oracle, scores of planted states, texts of every form."""
 
 import asyncio
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -249,6 +250,22 @@ def test_one_huge_dimension_hides_the_tasks_from_raw_states_only():
     assert ari["raw"] < 0.1
 
 
+def test_tasks_hidden_behind_shared_inputs_are_found_within_each_input():
+    texts = wordless()
+    inputs = tuple(str(i % 10) for i in range(len(texts.texts)))
+    states = Planted(texts, (8.0,)).layer("last", 0)
+    states += 100 * np.random.default_rng(1).standard_normal((10, 8))[np.arange(len(states)) % 10]
+    held, _ = held_out(texts, 0.5, seed=0)
+    ari = []
+    for known in ((), inputs):
+        measures = Measures(dataclasses.replace(texts, inputs=known), held, MeasureSettings(resamples=50))
+        ari.append(measures.score(states, pooling="last", features="layer", layer=0)["ari", "held_out"].value)
+    assert ari[0] < 0.1
+    assert ari[1] > 0.9
+    with pytest.raises(InvalidSettings, match="240 of 240 are not shared"):
+        Measures(dataclasses.replace(texts, inputs=tuple(map(str, range(240)))), held, MeasureSettings())
+
+
 def test_held_out_texts_do_not_move_what_is_fitted():
     texts = wordless()
     held, _ = held_out(texts, 0.5, seed=0)
@@ -340,6 +357,12 @@ def test_every_form_gives_the_same_texts(tmp_path: Path):
     assert len({one.digest for one in forms.values()}) == 1
     assert forms["folders"].names == ("a", "b")
     assert len(forms["folders"].texts) == 12
+    assert forms["folders"].inputs == ()
+    found = read_texts(tmp_path / "folders", TextSettings(within="line"))
+    by_hand = {row["text"]: str(2 * (i % 6 // 2) + 1) for i, row in enumerate(ROWS)}  # every other line is empty
+    assert found.inputs == tuple(by_hand[text] for text in found.texts)
+    found = read_texts(tmp_path / "one.csv", TextSettings(within="template", template_column="label"))
+    assert found.inputs == tuple(row["template"] for row in sorted(ROWS, key=lambda row: row["text"]))
 
 
 def test_a_task_is_the_file_where_there_are_several_and_the_label_where_asked(tmp_path: Path):
@@ -482,6 +505,7 @@ def test_an_ended_job_goes_on_after_its_last_batch(
         (["--device", "tpu"], "cpu, cuda or cuda:N"),
         (["--backbone", "smollm9"], "one of smollm2-135m, a Hugging Face directory"),
         (["--where", "split"], "COLUMN=VALUE"),
+        (["--within", "input"], "line for .txt files"),
         (["--held-out", "1"], "between 0 and 1"),
         (["--limit", "2"], "at least 4 texts"),
         (["--batch", "0"], "at least 1"),

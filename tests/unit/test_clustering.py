@@ -9,13 +9,11 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 
 from metasepia.clustering import (
     Centroids,
+    Resamples,
     adjusted_rand,
-    adjusted_rand_of,
     clusters,
     kmeans,
     nmi,
-    nmi_of,
-    resamples,
     scores,
     shuffled,
     silhouette,
@@ -217,33 +215,58 @@ def test_a_label_without_a_mean_is_never_right():
 
 
 @pytest.mark.parametrize("data_seed", range(8))
-def test_scores_of_resamples_are_those_of_the_points_written_out(data_seed: int):
+def test_a_resample_without_repetition_is_scored_as_its_points_alone(data_seed: int):
     a, b = random_partitions(100 + data_seed)
-    drawn = resamples(range(len(a)), 5, seed=data_seed)
-    for weights, value in zip(drawn, nmi_of(a, b, drawn), strict=True):
-        assert value == pytest.approx(normalized_mutual_info_score(a.repeat(weights), b.repeat(weights)), abs=1e-12)
-    once = (drawn > 0).astype(int)
-    for weights, value in zip(once, adjusted_rand_of(a, b, once), strict=True):
-        assert value == pytest.approx(adjusted_rand_score(a.repeat(weights), b.repeat(weights)), abs=1e-12)
+    rng = np.random.default_rng(data_seed)
+    kept = rng.integers(0, 2, (5, len(a)))
+    kept[:, :2] = 1
+    values = rng.standard_normal(len(a))
+    drawn = Resamples(np.arange(len(a)), kept)
+    for weights, ari, mean in zip(kept, drawn.adjusted_rand(a, b), drawn.mean(values), strict=True):
+        assert ari == pytest.approx(adjusted_rand_score(a[weights > 0], b[weights > 0]), abs=0.2 / len(a) + 1e-9)
+        assert mean == pytest.approx(values[weights > 0].mean())
 
 
-def test_a_point_drawn_twice_is_no_pair_with_itself():
+def test_pairs_of_a_resample_are_those_counted_one_by_one():
+    groups, a, b = [0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 1, 1]
+    weights = np.array([2, 0, 1])
+    points = [(g, copy, x, y) for g, x, y in zip(groups, a, b, strict=True) for copy in range(weights[g])]
+    pairs = [(p, q) for i, p in enumerate(points) for q in points[:i]]
+    across = 3 / 2
+    counts = np.zeros(4)
+    for p, q in pairs:
+        if p[0] == q[0] and p[1] != q[1]:
+            continue
+        share = 1.0 if p[0] == q[0] else across
+        counts += share * np.array([p[2:] == q[2:], p[2] == q[2], p[3] == q[3], True])
+    both, same_a, same_b, total = counts
+    expected = same_a * same_b / total
+    by_hand = (both - expected) / ((same_a + same_b) / 2 - expected)
+    found = Resamples(np.array(groups), weights[None]).adjusted_rand(a, b)
+    assert found[0] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_the_mean_over_resamples_is_the_ari_of_all_points(size: int):
     rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 10, 40), rng.integers(0, 10, 40)
-    drawn = resamples(range(40), 2000, seed=0)
-    written_out = [adjusted_rand_score(a.repeat(w), b.repeat(w)) for w in drawn[:300]]
-    ours = adjusted_rand_of(a, b, drawn)
-    assert abs(ours.mean() - adjusted_rand(a, b)) < 0.01
-    assert np.mean(written_out) > adjusted_rand(a, b) + 0.05  # what counting them would do
+    groups = np.arange(60) // size
+    labels = groups % 4
+    by_group = rng.integers(0, 5, 60)[groups]  # what a group has in common
+    assignment = np.where(rng.random(60) < 0.5, np.arange(60) % 5, by_group)
+    drawn = Resamples.of(groups, 4000, seed=0)
+    whole = adjusted_rand(assignment, labels)
+    assert drawn.adjusted_rand(assignment, labels).mean() == pytest.approx(whole, abs=0.012)
+    counts = drawn.drawn[:500, drawn.codes]
+    written_out = np.mean([adjusted_rand_score(assignment.repeat(w), labels.repeat(w)) for w in counts])
+    assert abs(written_out - whole) > 0.02  # what pairs of a point or group with itself would do
 
 
 def test_resamples_draw_groups_whole_and_as_many_as_there_are():
-    groups = np.array(["p", "q", "q", "r", "r", "r"])
-    drawn = resamples(groups, 200, seed=0)
-    assert (drawn[:, 1] == drawn[:, 2]).all()
-    assert (drawn[:, 3:] == drawn[:, 3:4]).all()
-    assert (drawn[:, 0] + drawn[:, 1] + drawn[:, 3] == 3).all()
-    assert (resamples(groups, 200, seed=0) == drawn).all()
+    drawn = Resamples.of(["p", "q", "q", "r", "r", "r"], 200, seed=0)
+    assert drawn.codes.tolist() == [0, 1, 1, 2, 2, 2]
+    assert (drawn.drawn.sum(1) == 3).all()
+    assert (Resamples.of(["p", "q", "q", "r", "r", "r"], 200, seed=0).drawn == drawn.drawn).all()
+    assert drawn.drawn.var(0) == pytest.approx([2 / 3] * 3, abs=0.2)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +279,7 @@ def test_resamples_draw_groups_whole_and_as_many_as_there_are():
         (lambda: adjusted_rand([], []), "not empty"),
         (lambda: nmi([0, 1], [0]), "as long as the assignment"),
         (lambda: shuffled([0, 1], [0, 1], 0, permutations=1), "at least 2"),
+        (lambda: Resamples.of(["a", "a"], 5, seed=0), "at least 2 groups"),
         (lambda: Centroids.of(np.ones((2, 2)), ["a"]), "one a state, 2 of them"),
     ],
 )
