@@ -44,8 +44,8 @@ class Profile:
 
 PROFILES: Mapping[str, Profile] = {
     "laptop": Profile(
-        about="five blocks of width 64, 8 tasks, three seeds, with and without the bottleneck; 4 and 16 tasks, "
-        "12 keywords, 2 blocks, width 32: minutes on two cores",
+        about="five blocks of width 64, 8 tasks, three seeds, with and without the bottleneck; around it 4 and 16 "
+        "tasks, 12 keywords, 2 blocks, width 32, the mask reread: minutes on two cores",
         base={
             "mask": ("causal", "bottleneck"),
             "layers": (5,),
@@ -58,15 +58,17 @@ PROFILES: Mapping[str, Profile] = {
         pack=3,
     ),
     "full": Profile(
-        about="all combinations of depth, width, mask, keywords and 2 to 64 tasks, five seeds; GPUs, or nights",
+        about="all combinations of depth, width and 2 to 64 tasks, five seeds, with and without the bottleneck; 12 "
+        "keywords; 550 models of 3000 steps, for GPUs or a cluster",
         base={
-            "mask": ("causal", "bottleneck", "reread"),
-            "layers": (2, 5, 8),
-            "width": (32, 64, 128),
-            "num_keywords": (12, 40),
-            "num_tasks": (2, 4, 8, 16, 32, 64),
+            "mask": ("causal", "bottleneck"),
+            "layers": (5, 2, 8),
+            "width": (64, 32, 128),
+            "num_keywords": (40,),
+            "num_tasks": (8, 2, 4, 16, 32, 64),
             "seed": (0, 1, 2, 3, 4),
         },
+        varied={"mask": ("reread",), "num_keywords": (12,)},
         fixed={"num_steps": 3000, "num_measures": 20, "measured_sequences": 1000},
         pack=15,
     ),
