@@ -35,11 +35,11 @@ HANGS_S = 90.0
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the sweep that is killed. A step takes `rounds` descents, about 50 us each."""
+    """Of the sweep that is killed. A step takes `rounds` descents, about 15 us each: a pack of these about 2 s."""
 
-    packs: int = 4
-    steps: int = 40
-    rounds: int = 100
+    packs: int = 6
+    steps: int = 80
+    rounds: int = 1600
 
     @property
     def plan(self) -> SweepPlan:
@@ -104,15 +104,15 @@ def processes(driver: subprocess.Popen[bytes]) -> dict[Victim, list[psutil.Proce
 
 
 def is_trial(one: psutil.Process) -> bool:
-    """Ray writes what a worker runs into its title."""
+    """Ray writes what a worker runs into its title; the class that Tune makes of a function has this name."""
     try:
-        return "".join(one.cmdline()[:1]).startswith("ray::run_trial")
+        return "".join(one.cmdline()[:1]).startswith("ray::ImplicitFunc")
     except psutil.NoSuchProcess:
         return False
 
 
 def disturbed(
-    folder: Path, victim: Victim, *, size: Size, expected: bytes, seed: int, workers: int = 2, window_s: float = 2.0
+    folder: Path, victim: Victim, *, size: Size, expected: bytes, seed: int, workers: int = 2, window_s: float = 5.0
 ) -> Cycle:
     """Kills `victim` between 0 and `window_s` after the first rows are stored, and goes on until the table is there."""
     delay_s = random.Random(f"sweep-kill-{seed}").uniform(0, window_s)

@@ -145,7 +145,7 @@ def kills(arguments: Namespace) -> list[Row]:
             cycles.append(cycle)
     victims = ", ".join(f"{sum(one.victim == v for one in cycles)} {v}" for v in sweep_kills.VICTIMS)
     note = (
-        f"killed: {victims}, 0 to 2 s after the first rows were stored; {sum(not c.killed for c in cycles)} came too "
+        f"killed: {victims}, 0 to 5 s after the first rows were stored; {sum(not c.killed for c in cycles)} came too "
     )
     note += f"late; {sum(one.starts for one in cycles)} drivers; {sum(bool(one.left_over) for one in cycles)} left "
     note += f"processes behind, {sum(one.hung for one in cycles)} hung"

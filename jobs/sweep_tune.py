@@ -5,7 +5,7 @@ Imported after `jobs.sweeping.QUIET` is set, since Tune reads some of it when it
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from metasepia.sweeps.store import SweepStore
 SCORE = "score"
 NEVER = 10**12
 """More steps than any trial makes."""
+CHECK_EVERY_S = 5.0
 
 
 class Reports:
@@ -110,11 +111,27 @@ def score_of(rows: pa.Table, compared: Mapping[str, Any]) -> float:
     return mean if np.isfinite(mean) else worst
 
 
-class Listener(tune.Callback):
+class OfDriver:
+    """Lives in the driver alone. Tune pickles callbacks and stopper into its directory, which we never read."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: object) -> "OfDriver":
+        return self
+
+
+class Listener(OfDriver, tune.Callback):
     """Hears of reports and deaths, in the driver."""
 
-    def __init__(self, told: Told, bar: Bar, max_deaths: int) -> None:
-        self._told, self._bar, self._max_deaths = told, bar, max_deaths
+    def __init__(self, told: Told, bar: Bar, max_deaths: int, check: Callable[[], None] | None = None) -> None:
+        self._told, self._bar, self._max_deaths, self._check = told, bar, max_deaths, check
+        self._checked_s = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._check is not None and time.monotonic() - self._checked_s > CHECK_EVERY_S:
+            self._check()
+            self._checked_s = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._told.running.add(trial.config["pack"])
@@ -153,7 +170,7 @@ class Listener(tune.Callback):
         trial.max_failures = 0 if last_chance else -1
 
 
-class StopWhenStorageFails(tune.Stopper):
+class StopWhenStorageFails(OfDriver, tune.Stopper):
     """Ends all trials when one could not store: the others would not either."""
 
     def __init__(self, told: Told) -> None:
@@ -175,8 +192,12 @@ def tune_packs(
     workers: int,
     max_deaths: int,
     scratch: Path,
+    check: Callable[[], None] | None,
 ) -> None:
-    """Runs `told.todo`, `workers` at a time, and returns when each is done, failed or stopped; `told` says which."""
+    """Runs `told.todo`, `workers` at a time, and returns when each is done, failed or stopped; `told` says which.
+
+    `check` is called every CHECK_EVERY_S; what it raises ends all trials and comes out.
+    """
     asha, scheduler = config["compared"], FIFOScheduler()
     if asha is not None:
         scheduler = _asha(asha)
@@ -194,7 +215,7 @@ def tune_packs(
             name="sweep",
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[Listener(told, bar, max_deaths)],
+            callbacks=[Listener(told, bar, max_deaths, check)],
             stop=StopWhenStorageFails(told),
             failure_config=tune.FailureConfig(max_failures=-1 if max_deaths > 1 else 0),
         ),

@@ -26,7 +26,7 @@ from cluster.connect import connect
 from cluster.settings import RaySettings
 from jobs.sweep_progress import Bar, Told
 from metasepia.digests import short
-from metasepia.errors import CannotPlace, InvalidSettings
+from metasepia.errors import CannotPlace, InvalidSettings, Unavailable
 from metasepia.sweeps.failures import PacksFailed, StorageFailed
 from metasepia.sweeps.plan import SweepPlan
 from metasepia.sweeps.run import find_work
@@ -125,9 +125,10 @@ def run_sweep(
     its bytes do not depend on it.
 
     Raises InvalidSettings and CorruptArtefact as `SweepStore.open` does, before anything is started; CannotPlace where
-    the cluster has not the CPU or GPU of one trial; StorageFailed at the first pack that cannot be stored; PacksFailed,
-    after all the others are done, for packs whose work raised or whose process died MAX_DEATHS times in a row at one
-    place. Ctrl-C and SIGTERM stop all processes and exit with 130.
+    the cluster has not the CPU or GPU of one trial; StorageFailed at the first pack that cannot be stored; Unavailable
+    where a Ray that it started died, and the same call goes on; PacksFailed, after all the others are done, for packs
+    whose work raised or whose process died MAX_DEATHS times in a row at one place. Ctrl-C and SIGTERM stop all
+    processes and exit with 130.
     """
     _check(plan, workers, gpus_per_trial, cpus_per_trial, asha)
     find_work(work)
@@ -196,7 +197,11 @@ def _run(
 ) -> _Ran:
     """Runs `told.todo` on the cluster, with Tune's directory in a temporary one."""
     workers, began = min(workers, len(told.todo)), time.monotonic()
-    with _cluster(address, workers, per_trial), tempfile.TemporaryDirectory(prefix="metasepia-tune-") as scratch:
+    with (
+        _cluster(address, workers, per_trial) as ours,
+        _sigterm_as_ctrl_c(),
+        tempfile.TemporaryDirectory(prefix="metasepia-tune-") as scratch,
+    ):
         workers = min(workers, _places(per_trial))
         with _quiet():
             from jobs.sweep_tune import tune_packs  # reads the environment that _quiet sets
@@ -204,14 +209,23 @@ def _run(
             ran = _Ran(workers, len(_alive()), ray_s=time.monotonic() - began)
             began = time.monotonic()
             with Bar(told, shown=progress) as bar:
-                tune_packs(told, bar, config, per_trial, workers=workers, max_deaths=MAX_DEATHS, scratch=Path(scratch))
+                tune_packs(
+                    told,
+                    bar,
+                    config,
+                    per_trial,
+                    workers=workers,
+                    max_deaths=MAX_DEATHS,
+                    scratch=Path(scratch),
+                    check=_check_node if ours else None,
+                )
         ran.wall_s = time.monotonic() - began
     return ran
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None, workers: int, per_trial: Mapping[str, float]) -> Iterator[None]:
-    """Ray, started or joined, and left as it was found."""
+def _cluster(address: str | None, workers: int, per_trial: Mapping[str, float]) -> Iterator[bool]:
+    """Ray, started or joined, and left as it was found; True where it is one that we started."""
     ours = not ray.is_initialized()
     if ours and address is None:
         num_gpus = _num_gpus() if per_trial["gpu"] else 0
@@ -221,7 +235,7 @@ def _cluster(address: str | None, workers: int, per_trial: Mapping[str, float]) 
     elif ours:
         connect(RaySettings(address=str(address)))
     try:
-        yield
+        yield ours and address is None
     finally:
         if ours:
             ray.shutdown()
@@ -235,6 +249,12 @@ def _num_gpus() -> int:
 
 def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _check_node() -> None:
+    """Raises Unavailable where the one node of a Ray of our own died: Tune would wait for another for ever."""
+    if not _alive():
+        raise Unavailable("the Ray that this sweep started", 1.0)
 
 
 def _places(per_trial: Mapping[str, float]) -> int:
@@ -270,7 +290,17 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible(uri: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM unwind what is inside, which stops its processes, and exit with INTERRUPTED."""
+    """Ctrl-C unwinds what is inside, which stops its processes, and exits with INTERRUPTED."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what is stored in {uri}", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """To be entered after Ray has started, whose own handler exits with another status."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -279,9 +309,6 @@ def _interruptible(uri: str) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt) if mine else None
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with what is stored in {uri}", file=sys.stderr, flush=True)
-        raise SystemExit(INTERRUPTED) from None
     finally:
         if mine:
             signal.signal(signal.SIGTERM, before)

@@ -22,7 +22,8 @@ from metasepia.sweeps.failures import PacksFailed, StorageFailed
 from metasepia.sweeps.plan import SweepPlan
 from metasepia.sweeps.store import SweepStore
 
-SIZE = sweep_kills.Size(packs=4, steps=24, rounds=200)
+SIZE = sweep_kills.Size(packs=4, steps=24, rounds=2500)
+"""About a second a pack, so that there is something to kill."""
 WORK = "benchmarks.sweep_fits:Fits"
 
 
@@ -72,7 +73,9 @@ def test_a_killed_trial_is_begun_again_and_leaves_no_trace(tmp_path: Path, expec
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
+)
 def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
     tmp_path: Path, expected: bytes, number: signal.Signals
 ):
@@ -85,7 +88,7 @@ def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
     status = driver.wait(60)
     assert not (tmp_path / "here/table.parquet").exists()
     shutil.move(tmp_path / "here", tmp_path / "there")
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
         assert status == INTERRUPTED
         _, alive = psutil.wait_procs(tree, timeout=30)
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
@@ -106,8 +109,9 @@ def test_whatever_is_killed_at_random_the_table_is_byte_equal(tmp_path: Path, se
 
 @pytest.mark.usefixtures("cluster")
 def test_a_pack_that_raises_or_dies_is_named_and_the_others_are_done(tmp_path: Path):
-    trials = [{**one, "breaks_at": 3 if one["seed"] == 1 else -1} for one in SIZE.plan.trials]
-    plan = SweepPlan("fits", {}, tuple(trials), SIZE.plan.packs)
+    quick = sweep_kills.Size(packs=4, steps=8, rounds=1).plan
+    trials = [{**one, "breaks_at": 3 if one["seed"] == 1 else -1} for one in quick.trials]
+    plan = SweepPlan("fits", {}, tuple(trials), quick.packs)
     with pytest.raises(PacksFailed) as caught:
         sweep(tmp_path, plan, "tests.local_ray.test_sweeps:Dies")
     assert "2 of 4 packs failed" in str(caught.value)
