@@ -50,14 +50,14 @@ class Crossing:
 
     @property
     def text(self) -> str:
-        """One sentence's end: where, with the interval, or that it was not crossed."""
+        """A sentence's end: M with its interval, or that it was not crossed."""
         if self.log2_tasks == BELOW:
-            return f"not crossed: already beyond it at the smallest M, {self.smallest} (95 % interval {self.interval})"
+            return f"not crossed, beyond it at the smallest M already, {self.smallest} (95 % interval {self.interval})"
         if self.log2_tasks == ABOVE:
-            return f"not crossed: not yet at the largest M, {self.largest} (95 % interval {self.interval})"
+            return f"not crossed, not yet at the largest M, {self.largest} (95 % interval {self.interval})"
         if math.isnan(self.log2_tasks):
             return f"not crossed upwards between {self.smallest} and {self.largest}"
-        return f"at M = {self.num_tasks:.3g} (2^{self.log2_tasks:.2f}; 95 % interval {self.interval})"
+        return f"M = {self.num_tasks:.3g} (2^{self.log2_tasks:.2f}; 95 % interval {self.interval})"
 
     def _end(self, log2: float) -> str:
         if math.isnan(log2):

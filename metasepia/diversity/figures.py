@@ -72,17 +72,17 @@ def _figure(columns: int, rows: int = 1, *, height: float = 3.3) -> tuple["Figur
 
 def _log_scale(axes: "Axes") -> None:
     axes.set_yscale("log")
-    _plain_ticks(axes.yaxis)
+    low, high = axes.get_ylim()
+    _plain_ticks(axes.yaxis, narrow=bool(high < 8 * low))
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Of a log axis: 1, 2 and 5 in each decade, written out; short ranges would otherwise have none or too many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+def _plain_ticks(axis: Any, *, narrow: bool = False) -> None:
+    """Of a log axis, written out: 1, 2 and 5 in each decade; round numbers where it spans less than one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _whole_numbers() -> Any:
@@ -119,7 +119,7 @@ def _over_tasks(findings: Findings, g: int) -> Picture:
             _tasks_axis(one, sizes)
             one.legend(fontsize=8, framealpha=0.9)
     told = [
-        f"on {SPLIT_WORDS[split]} the model becomes nearer {NAMES[of_prior]} than {NAMES[of_pool]}: {crossing.text}"
+        f"on {SPLIT_WORDS[split]} the model is nearer {NAMES[of_prior]} than {NAMES[of_pool]} from: {crossing.text}"
         for split in SPLITS
         if (crossing := findings.crossings[g, split]) is not None
     ]

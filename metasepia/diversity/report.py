@@ -70,7 +70,8 @@ def summary_of(findings: Findings) -> list[str]:
         if crossing is not None:
             where = f" ({group.label})" if group.label else ""
             paragraphs.append(
-                f"On {SPLIT_WORDS[split]}{where} models become nearer {of_prior} than {of_pool}: {crossing.text}."
+                f"The number of tasks from which models are nearer {of_prior} than {of_pool}, on "
+                f"{SPLIT_WORDS[split]}{where}: {crossing.text}."
                 + (" The two curves cross more than once." if crossing.changes > 1 else "")
             )
     beaten = findings.beaten(group)
@@ -185,9 +186,29 @@ def _group(page: Page, findings: Findings, g: int, group: Group) -> None:
             ],
             caption=f"On {SPLIT_WORDS[split]}: {unit}, means over seeds and positions, after the last step",
         )
+    if group.problem == "logistic":
+        _log_losses(page, group)
     sentences = _ratios(group)
     if sentences:
         page.items(sentences)
+
+
+def _log_losses(page: Page, group: Group) -> None:
+    names = ("log_loss", *(f"{name}_log_loss" for name in group.estimators))
+    header = [
+        f"{who}, {SPLIT_WORDS[split]}" for split in SPLITS for who in ("model", *(NAMES[n] for n in group.estimators))
+    ]
+    page.table(
+        ["tasks M", *header],
+        [
+            [tasks_spelled(m), *(_rounded(group.mean(name, split, m)) for split in SPLITS for name in names)]
+            for m in group.by_tasks
+        ],
+        caption="Log loss in nats, expected over labels of the true probability; means over seeds and positions",
+    )
+    errors = [group.mean("gaussian_standard_error", "new", m) for m in group.by_tasks]
+    if errors:
+        page.text(f"The Gaussian posterior is sampled: the standard error of its probabilities is {max(errors):.2g}.")
 
 
 def _ratios(group: Group) -> list[str]:

@@ -1,6 +1,5 @@
 """What is read out of a sweep's table: crossings that were put into it, their intervals, bounds, and the page."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -43,7 +42,7 @@ def test_the_crossing_that_was_put_in_is_found_and_lies_in_its_interval():
     assert found.log2_tasks == pytest.approx(4.6, abs=0.2)
     assert found.low < found.log2_tasks < found.high and found.low < 4.6 < found.high
     assert found.share_found == 1.0
-    assert f"at M = {2**found.log2_tasks:.3g}" in found.text and "95 % interval" in found.text
+    assert f"M = {2**found.log2_tasks:.3g}" in found.text and "95 % interval" in found.text
 
 
 def test_without_noise_the_crossing_is_exact_and_its_interval_a_point():
@@ -58,7 +57,7 @@ def test_more_seeds_that_agree_make_the_interval_narrower():
     assert 0 < many.high - many.low < few.high - few.low
 
 
-@pytest.mark.parametrize(("crosses_at", "said"), [(1.0, "already beyond it at the smallest M, 4"), (9.5, "256")])
+@pytest.mark.parametrize(("crosses_at", "said"), [(1.0, "beyond it at the smallest M already, 4"), (9.5, "256")])
 def test_a_crossing_beyond_what_was_run_is_not_invented(crosses_at: float, said: str):
     found = crossing_of(*curves(crosses_at), SIZES)
     assert found is not None and not found.found and math.isinf(found.num_tasks)
@@ -235,7 +234,7 @@ def test_the_page_stands_alone_and_says_what_was_found():
     for said in (
         "python -m it --out OUT",
         "d" * 64,
-        "at M = 8 (2^3.00; 95 % interval 8 to 8)",
+        "M = 8 (2^3.00; 95 % interval 8 to 8)",
         "dimension from 2 to 4, new tasks: up by 2.00 doublings of M",
         "points and noise variance go with it",
         "this sweep has one: give --steps or --batch-size two values",
@@ -247,7 +246,7 @@ def test_a_sweep_that_crossed_nowhere_says_so_and_draws_the_same_bytes_again():
     findings = findings_of({"num_tasks": (4, 16)}, crossing_at(lambda _: 12.0))
     drawn = pictures(findings)
     html = page_of(findings, drawn, command="c", digest="d").html()
-    assert "not crossed: not yet at the largest M, 16" in html
+    assert "not crossed, not yet at the largest M, 16" in html
     assert page_of(findings, pictures(findings), command="c", digest="d").html() == html
 
 
@@ -275,10 +274,14 @@ def test_logistic_sweeps_are_told_in_their_own_estimators():
     def figures(trial: DiversityTrial, split: str) -> Mapping[str, float]:
         words = {"ridge": "gaussian", "dmmse": "discrete"}
         made = crossing_at(lambda _: 5.0)(trial, split)
-        return {re.sub("ridge|dmmse", lambda found: words[found[0]], name): value for name, value in made.items()}
+        named = {re.sub("ridge|dmmse", lambda found: words[found[0]], name): value for name, value in made.items()}
+        losses = {"log_loss": 0.7, "discrete_log_loss": 0.6, "gaussian_log_loss": 0.625}
+        return {**named, **losses, "gaussian_standard_error": 0.0078}
 
     findings = findings_of({"problem": ("logistic",)}, figures)
     assert findings.claims == []
     html = page_of(findings, [], command="c", digest="d").html()
     assert "nearer the Gaussian posterior than the pool" in html and "ridge than" not in html
-    assert dataclasses.asdict(findings.results.groups[0].first)["scale"] == 10.0
+    assert "Log loss in nats" in html and "0.625" in html
+    assert "The Gaussian posterior is sampled: the standard error of its probabilities is 0.0078" in html
+    assert findings.results.groups[0].first.scale == 10.0

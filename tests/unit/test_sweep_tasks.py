@@ -56,7 +56,7 @@ def test_a_sweep_leaves_a_table_figures_and_a_page(tmp_path: Path, asked: list[d
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("data:image/png") == 4
     assert "--profile tiny --steps 8 --num-tasks 2,4,inf --pack 3 --out OUT" in page
-    assert "On new tasks models become nearer ridge than dMMSE" in capsys.readouterr().out
+    assert "from which models are nearer ridge than dMMSE, on new tasks: " in capsys.readouterr().out
 
 
 def test_a_second_call_must_say_resume_which_needs_no_axis_and_leaves_the_same_bytes(
