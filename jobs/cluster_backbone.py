@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--label-column", default="", help="default: label_name, label or task")
     texts.add_argument("--template-column", default="", help="default: template or group")
     texts.add_argument(
+        "--within",
+        default=of_text.within,
+        metavar="COLUMN",
+        help="compare within each input; line: .txt lines' numbers",
+    )
+    texts.add_argument(
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only such rows; repeatable"
     )
     texts.add_argument("--txt", choices=("lines", "whole"), default=of_text.txt, help="what of a .txt file is a text")

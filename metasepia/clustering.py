@@ -128,6 +128,16 @@ def adjusted_rand(a: Labels, b: Labels) -> float:
     return float(_adjusted_rand(*_counts(a, b))[0])
 
 
+def adjusted_rand_across(a: Labels, b: Labels, groups: Labels) -> float:
+    """ARI over pairs of points from different groups alone.
+
+    Where texts come by few templates, half of a task's pairs share a template, and clusters of templates would score as
+    clusters of tasks; this asks whether different templates of a task fall together. 1 for one group: no pairs.
+    """
+    codes = _codes(groups, len(a))[1]
+    return float(_adjusted_rand(*_counts(a, b, codes, np.ones((1, codes.max() + 1)), within=0.0))[0])
+
+
 def nmi(a: Labels, b: Labels) -> float:
     """Mutual information over the arithmetic mean of the entropies, in [0, 1]; unlike ARI, above 0 by chance.
 
@@ -226,15 +236,18 @@ class Resamples:
         size = self.drawn.shape[1]
         return (self.drawn @ np.bincount(self.codes, values, size)) / (self.drawn @ np.bincount(self.codes, None, size))
 
-    def adjusted_rand(self, assignment: Labels, labels: Labels) -> Float[np.ndarray, " resamples"]:
-        """ARI of each resample, whose mean is the ARI of all points.
+    def adjusted_rand(
+        self, assignment: Labels, labels: Labels, *, across_only: bool = False
+    ) -> Float[np.ndarray, " resamples"]:
+        """ARI of each resample (`across_only`: over pairs of two groups alone), whose mean is the ARI of all points.
 
         A group drawn twice makes no pairs with itself: such pairs would weigh twice what a group has in common, and a
         point always agrees with itself. Pairs of two of G groups are drawn (G - 1) / G times in the mean and count for
         as much more.
         """
         size = self.drawn.shape[1]
-        return _adjusted_rand(*_counts(assignment, labels, self.codes, self.drawn, size / (size - 1)))
+        within = 0.0 if across_only else 1.0
+        return _adjusted_rand(*_counts(assignment, labels, self.codes, self.drawn, size / (size - 1), within))
 
 
 def squared_distances(
@@ -260,10 +273,11 @@ def _counts(
     groups: np.ndarray | None = None,
     drawn: np.ndarray | None = None,
     across: float = 1.0,
+    within: float = 1.0,
 ) -> tuple[_Counted, _Counted, _Counted, Float[np.ndarray, " resamples"]]:
     """Of the cells, of the parts of a and of b; and all pairs. Without resamples, of each point once.
 
-    `across`: how much a pair of two groups counts beside one within a group.
+    `across`, `within`: how much a pair of two groups and one within a group count.
     """
     if len(a) == 0 or len(a) != len(b):
         raise InvalidSettings("labels", len(b), f"as long as the assignment ({len(a)}), and not empty")
@@ -271,17 +285,18 @@ def _counts(
     groups = np.arange(len(a)) if groups is None else groups
     weights = np.ones((1, len(a))) if drawn is None else np.asarray(drawn, np.float64)
     cells = codes_a * (codes_b.max() + 1) + codes_b
-    counted = [_counted(kinds, groups, weights, across) for kinds in (cells, codes_a, codes_b)]
-    return counted[0], counted[1], counted[2], _counted(np.zeros_like(cells), groups, weights, across).pairs
+    counted = [_counted(kinds, groups, weights, across, within) for kinds in (cells, codes_a, codes_b)]
+    everything = _counted(np.zeros_like(cells), groups, weights, across, within)
+    return counted[0], counted[1], counted[2], everything.pairs
 
 
-def _counted(kinds: np.ndarray, groups: np.ndarray, weights: np.ndarray, across: float) -> _Counted:
+def _counted(kinds: np.ndarray, groups: np.ndarray, weights: np.ndarray, across: float, within: float) -> _Counted:
     shared, sizes = np.unique(kinds * weights.shape[1] + groups, return_counts=True)  # sorted by kind, then by group
     kind, group = np.divmod(shared, weights.shape[1])
     points = weights[:, group] * sizes
     number = np.add.reduceat(points, np.flatnonzero(np.diff(kind, prepend=-1)), axis=1)
     of_two = (np.square(number).sum(1) - np.square(points).sum(1)) / 2
-    return _Counted(number, across * of_two + weights[:, group] @ (sizes * (sizes - 1) / 2))
+    return _Counted(number, across * of_two + within * (weights[:, group] @ (sizes * (sizes - 1) / 2)))
 
 
 def _adjusted_rand(cells: _Counted, a: _Counted, b: _Counted, pairs: np.ndarray) -> np.ndarray:

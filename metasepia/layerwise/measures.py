@@ -5,6 +5,9 @@ or mean. Three controls say what is no news: `embedding`, the mean of the input 
 without order or context); `words`, tf-idf of the words; and shuffled labels. A layer tells tasks apart where it scores
 above the best of the three by more than the resamples' spread: the difference is taken resample by resample.
 
+Where texts come by templates, `ari_across` is over pairs of texts by different templates: clusters of templates do not
+count there as clusters of tasks.
+
 Intervals are percentiles of a bootstrap over held-out templates (texts, where there are too few templates), for the
 clusters found: they do not hold the chance of k-means' starts, nor do they allow for many layers being looked at. The
 best layer is chosen on the fitting texts, so its held-out score is no maximum over layers.
@@ -104,6 +107,7 @@ class Measures:
         self.k = settings.k or len(texts.names)
         self._inputs = self._shared_inputs()
         groups = np.asarray(texts.groups())[held]
+        self._templates = groups if any(texts.templates) else None
         self.unit = "template" if len(set(groups.tolist())) >= FEWEST_GROUPS and any(texts.templates) else "text"
         if self.unit == "text":
             groups = np.arange(int(held.sum()))
@@ -132,6 +136,13 @@ class Measures:
             "ari": self.resamples.adjusted_rand(found, held_tasks),
             "accuracy": self.resamples.mean(right),
         }
+        across = {}
+        if self._templates is not None:
+            value = clustering.adjusted_rand_across(found, held_tasks, self._templates)
+            drawn = (
+                self.resamples.adjusted_rand(found, held_tasks, across_only=True) if self.unit == "template" else None
+            )
+            across["ari_across", "held_out"] = Value(value) if drawn is None else self._value(value, drawn)
         silhouettes = clustering.silhouettes(held, held_tasks) if len(held) <= clustering.MOST_SILHOUETTE else None
         values = {
             ("ari", "held_out"): self._value(clustering.adjusted_rand(found, held_tasks), draws["ari"]),
@@ -150,7 +161,7 @@ class Measures:
             "clusters": float(len(clusters.centres)),
             **clustering.shuffled(assigned, self.fit_tasks, seed, permutations=permutations),
         }
-        values |= {(name, "fit"): Value(value) for name, value in of_fit.items()}
+        values |= across | {(name, "fit"): Value(value) for name, value in of_fit.items()}
         by_chance = clustering.shuffled(found, held_tasks, seed, permutations=permutations)
         values |= {(name, "held_out"): Value(value) for name, value in by_chance.items()}
         values["accuracy_shuffled", "held_out"] = Value(self._accuracy_by_chance(fit, held))

@@ -63,6 +63,8 @@ def page(
             "higher says nothing that the words do not.",
             "above: the difference to the best of these two and of shuffled tasks, in the same resamples; a layer is "
             "said to tell tasks apart where its whole interval lies above 0.",
+            "ARI across (where texts have templates): over pairs of texts by different templates alone, where "
+            "clusters of templates do not count as clusters of tasks.",
             f"Intervals hold 95 % of {settings.resamples} bootstrap resamples of held-out {measures.unit}s, for the "
             "clusters that were found. They do not hold the chance of k-means' starts, nor allow for many layers being "
             "looked at."
@@ -124,7 +126,19 @@ def ranges(layers: Sequence[int], all_layers: Sequence[int]) -> str:
 def _by_layer(
     measures: Measures, layers: Sequence[Scored], controls: Sequence[Scored], pooling: str
 ) -> tuple[list[str], list[list[object]], str]:
-    header = ["layer", "ARI", "above", "ARI, fit", "NMI", "silhouette", "accuracy", "above", "margin"]
+    templates = ("ari_across", "held_out") in controls[0].values
+    header = [
+        "layer",
+        "ARI",
+        "above",
+        *(["ARI across"] if templates else []),
+        "ARI, fit",
+        "NMI",
+        "silhouette",
+        "accuracy",
+        "above",
+        "margin",
+    ]
     rows: list[list[object]] = []
     for one in [*controls, *(one for one in layers if one.pooling == pooling)]:
         is_layer = one.features == "layer"
@@ -133,6 +147,7 @@ def _by_layer(
                 one.layer if is_layer else one.features,
                 _interval(one["ari", "held_out"]),
                 _interval(measures.above(one, controls, "ari")) if is_layer else None,
+                *([_interval(one["ari_across", "held_out"])] if templates else []),
                 one["ari", "fit"].value,
                 one["nmi", "held_out"].value,
                 _interval(one["silhouette", "held_out"]),

@@ -11,6 +11,7 @@ from metasepia.clustering import (
     Centroids,
     Resamples,
     adjusted_rand,
+    adjusted_rand_across,
     clusters,
     kmeans,
     nmi,
@@ -244,6 +245,16 @@ def test_pairs_of_a_resample_are_those_counted_one_by_one():
     by_hand = (both - expected) / ((same_a + same_b) / 2 - expected)
     found = Resamples(np.array(groups), weights[None]).adjusted_rand(a, b)
     assert found[0] == pytest.approx(by_hand)
+
+
+def test_clusters_of_templates_are_no_clusters_of_tasks_across_templates():
+    templates = np.repeat(np.arange(8), 10)
+    tasks = templates // 2
+    assert adjusted_rand(templates, tasks) > 0.5
+    assert adjusted_rand_across(templates, tasks, templates) == 0
+    assert adjusted_rand_across(tasks, tasks, templates) == 1
+    a, b = random_partitions(3)
+    assert adjusted_rand_across(a, b, range(len(a))) == adjusted_rand(a, b)
 
 
 @pytest.mark.parametrize("size", [1, 5])
