@@ -89,11 +89,13 @@ def patches(table: Table, sides: Mapping[str, Sequence[int]], title: str) -> byt
     panels: Sequence[Axes] = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for panel, (name, trials) in zip(panels, sides.items(), strict=True):
         layers = range(table.trials[trials[0]].layers + 1)
-        for patch, colour in zip(PATCHES, ("C0", "C3", "C1", "C7", "C2"), strict=True):
+        styles = (("C0", "-"), ("C3", ":"), ("C1", "--"), ("C7", "-"), ("C2", "-"))  # where lines meet, all show
+        for patch, (colour, dashes) in zip(PATCHES, styles, strict=True):
             score = "kept" if patch == "own" else "flips"
             curves = [table.layers(one, score, patch, INSTRUCTION_END) for one in trials]
             shares = np.array([[curve[max(curve)] for curve in of_trial] for of_trial in curves])
-            panel.plot(layers, np.median(shares, 0), color=colour, marker="o", markersize=4, label=_PATCH[patch])
+            median = np.median(shares, 0)
+            panel.plot(layers, median, dashes, color=colour, marker="o", markersize=4, linewidth=2, label=_PATCH[patch])
             panel.fill_between(layers, shares.min(0), shares.max(0), color=colour, alpha=0.15, linewidth=0)
         panel.set_title(name, fontsize=10)
         panel.set(xlabel="layer whose state is patched", ylim=(-0.05, 1.05), xticks=list(layers))
