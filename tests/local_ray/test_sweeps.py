@@ -82,15 +82,18 @@ def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
     """SIGINT as from Ctrl-C, which also leaves no process and no scratch."""
     before = set(Path("/tmp").glob("metasepia-tune-*"))
     driver = sweep_kills.start(tmp_path / "here", SIZE, workers=2)
-    until(lambda: list(tmp_path.glob("here/packs/*/rows-*")) or driver.poll() is not None)
-    tree = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(number)
-    status = driver.wait(60)
+    try:
+        until(lambda: list(tmp_path.glob("here/packs/*/rows-*")) or driver.poll() is not None)
+        tree = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(number)
+        status = driver.wait(100)
+    finally:
+        driver.kill()
     assert not (tmp_path / "here/table.parquet").exists()
     shutil.move(tmp_path / "here", tmp_path / "there")
     if number != signal.SIGKILL:
         assert status == INTERRUPTED
-        _, alive = psutil.wait_procs(tree, timeout=30)
+        _, alive = psutil.wait_procs(tree, timeout=60)
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
         assert set(Path("/tmp").glob("metasepia-tune-*")) <= before
     swept = sweep(tmp_path / "there")
@@ -159,7 +162,7 @@ def test_a_full_disk_stops_the_sweep_in_words_and_it_goes_on_with_room(small_dis
     assert Path(sweep(small_disk / "sweep").table).read_bytes() == expected
 
 
-def until(true: Callable[[], Any], timeout_s: float = 60.0) -> None:
+def until(true: Callable[[], Any], timeout_s: float = 150.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline
