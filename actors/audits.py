@@ -11,13 +11,23 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from actors.messages import Explained, SelfChecked
 from actors.waiting import answer_within, remaining_s
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable
 
+if TYPE_CHECKING:
+    from metasepia.reasoning.context import CompiledContext, Context
+    from metasepia.reasoning.shipped import LoadedModule
+
 Steps = Generator[None, None, Any]
 """Work in steps; what it returns is the answer."""
+
+STEP_S = 0.1
+"""About how long one step of an explanation takes."""
 
 
 @dataclass
@@ -110,3 +120,36 @@ class AuditThread:
         except Exception as error:  # a failure of one job must not take the thread with it
             job.fail(Unavailable(f"{self._name} ({type(error).__name__}: {error})", 1.0))
         return False
+
+
+def self_check_in_steps(context: "Context", module: "LoadedModule", compiled: "CompiledContext") -> Steps:
+    """Gives a SelfChecked."""
+    from metasepia.reasoning import audit
+
+    checked = yield from audit.self_check_in_steps(context, module, compiled)
+    return SelfChecked(accuracy=checked.accuracy, num_left_out=checked.num_left_out, method=checked.method)
+
+
+def explained_in_steps(
+    context: "Context", module: "LoadedModule", compiled: "CompiledContext", queries: np.ndarray, nearest: int
+) -> Steps:
+    """Gives an Explained; as many examples a step as took about STEP_S before."""
+    from metasepia.reasoning import audit
+
+    parts: list[np.ndarray] = []
+    begin, count, num_examples = 0, 1, len(context.labels)
+    while begin < num_examples:
+        began_s = time.monotonic()
+        only = range(begin, min(begin + count, num_examples))
+        parts.append(audit.influences(context, module, compiled, queries, only=only).values)
+        begin += count
+        seconds = max(time.monotonic() - began_s, 1e-6)
+        count = max(1, min(2 * count, int(count * STEP_S / seconds)))
+        yield
+    found = audit.nearest(context, queries, nearest)
+    return Explained(
+        classes=compiled.classes,
+        influences=np.concatenate(parts, axis=1),
+        nearest=found.examples,
+        similarity=found.similarity,
+    )

@@ -26,7 +26,7 @@ from actors.messages import News
 from actors.processes import Identity, Joined
 from cluster.settings import BackboneSettings
 from metasepia.decoding.asking import AsksRows
-from metasepia.decoding.scheduling import Answer, Limits, Load
+from metasepia.decoding.inflight import Answer, Limits, Load
 from metasepia.errors import DeadlineExceeded, MetasepiaError, Overloaded, Unavailable
 from metasepia.models import families
 from metasepia.models.prepared import PreparedBackbone

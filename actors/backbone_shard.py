@@ -28,8 +28,9 @@ from metasepia.rows import Row
 if TYPE_CHECKING:
     import torch
 
+    from metasepia.decoding.inflight import Answer, Limits, Load
     from metasepia.decoding.leases import Moves
-    from metasepia.decoding.scheduling import Answer, Limits, Load, Scheduler
+    from metasepia.decoding.scheduling import Scheduler
     from metasepia.experts.factors import FactorSet
     from metasepia.experts.held import PreparedExpert
     from metasepia.models.shards import LayerShard

@@ -24,7 +24,7 @@ from actors.backbone_shard import BackboneShardActor
 from actors.processes import Identity, Joined, Pulse, process_state
 from cluster import connect
 from cluster.settings import BackboneSettings
-from metasepia.decoding.scheduling import Limits
+from metasepia.decoding.inflight import Limits
 from metasepia.models.prepared import PreparedBackbone
 
 logger = logging.getLogger("metasepia.gang")

@@ -9,7 +9,6 @@ import numpy as np
 from metasepia.decoding.inflight import Answer
 from metasepia.decoding.leases import Moves
 from metasepia.modalities.media import Modality
-from metasepia.registry.entries import Artefact as Artefact
 from metasepia.rows import Adapter, Executed
 from metasepia.search.cross_entropy import SearchSettings
 from metasepia.search.fewshot import By

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from actors.audits import AuditThread, Steps
-from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors, SelfChecked
+from actors.audits import AuditThread, explained_in_steps, self_check_in_steps
+from actors.labelled import context_of, labelled_vectors
+from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
 from actors.waiting import answer_within, remaining_s
 from cluster.settings import ReasoningSettings
 from metasepia.errors import (
     DeadlineExceeded,
     InvalidRequest,
     MetasepiaError,
-    Outdated,
     Overloaded,
     Unavailable,
     UnknownName,
@@ -32,15 +32,13 @@ from metasepia.reasoning.examples import check_finite
 from metasepia.reasoning.named import PREFIX, EmbeddedContext
 
 if TYPE_CHECKING:
-    from metasepia.reasoning.context import CompiledContext, Context
+    from metasepia.reasoning.context import CompiledContext
     from metasepia.reasoning.shipped import LoadedModule
 
 ROUND_BYTES = 2 << 30
 """Queries times the bytes of their compiled context that one round reads; who arrives meanwhile waits for it."""
 ROUND_S = 0.25
 """A round that has compiled contexts for this long answers those; the others are compiled in the next."""
-STEP_S = 0.1
-"""About how long one step of an explanation takes."""
 
 
 class Blobs(Protocol):
@@ -168,7 +166,7 @@ class ReasoningPool:
         """
         module = self._module(message.module)
         compiled = await self._compiled(module, message.context, message.deadline_unix_s)
-        steps = _self_check(_context(message.context), module, compiled)
+        steps = self_check_in_steps(context_of(message.context), module, compiled)
         # A context is worth having without it: the self-check may use half of the time that is left.
         until_s = time.time() + remaining_s(message.deadline_unix_s, "building the context") / 2
         try:
@@ -184,7 +182,7 @@ class ReasoningPool:
         given = message.context
         labelled = await self._fetch(given, message.deadline_unix_s) if isinstance(given, str) else given
         compiled = await self._compiled(module, labelled, message.deadline_unix_s)
-        steps = _explained(_context(labelled), module, compiled, message.queries, message.nearest)
+        steps = explained_in_steps(context_of(labelled), module, compiled, message.queries, message.nearest)
         return await self._audits.run(steps, "the explanation", message.deadline_unix_s)
 
     async def check(self, timeout_s: float = 10.0) -> None:
@@ -343,7 +341,7 @@ class ReasoningPool:
             return found
         assert question.labelled is not None
         try:
-            compiled = compile_context(_context(question.labelled), question.module)
+            compiled = compile_context(context_of(question.labelled), question.module)
         except MetasepiaError as error:
             question.fail(error)
             return None
@@ -393,65 +391,6 @@ class ReasoningPool:
             question.num_answered += len(queries)
             if question.num_answered >= len(question.queries):
                 question.finish()
-
-
-def labelled_vectors(embedded: EmbeddedContext) -> LabelledVectors:
-    """A stored context as the pool takes it, in the order of its blob."""
-    named = embedded.named
-    return LabelledVectors(
-        digest=named.digest,
-        vectors=embedded.vectors,
-        labels=named.labels,
-        seed=named.seed,
-        unlabelled=embedded.unlabelled,
-        reduction=named.reduction,
-    )
-
-
-def _context(given: LabelledVectors) -> "Context":
-    """Raises InvalidRequest as `Context.of` does, and Outdated for a reduction that this program cannot fit."""
-    from metasepia.reasoning.context import Context
-    from metasepia.reasoning.reduction import ReductionRecipe
-
-    known = {one.name for one in dataclasses.fields(ReductionRecipe)}
-    if not set(given.reduction) <= known:
-        raise Outdated(
-            f"context {PREFIX}{given.digest}", "reduction", str(dict(given.reduction)), (f"one of {sorted(known)}",)
-        )
-    recipe = ReductionRecipe(**given.reduction)
-    return Context.of(given.vectors, given.labels, seed=given.seed, recipe=recipe, unlabelled=given.unlabelled)
-
-
-def _self_check(context: "Context", module: "LoadedModule", compiled: "CompiledContext") -> Steps:
-    from metasepia.reasoning import audit
-
-    checked = yield from audit.self_check_in_steps(context, module, compiled)
-    return SelfChecked(accuracy=checked.accuracy, num_left_out=checked.num_left_out, method=checked.method)
-
-
-def _explained(
-    context: "Context", module: "LoadedModule", compiled: "CompiledContext", queries: np.ndarray, nearest: int
-) -> Steps:
-    """As many examples a step as took about STEP_S before."""
-    from metasepia.reasoning import audit
-
-    parts: list[np.ndarray] = []
-    begin, count, num_examples = 0, 1, len(context.labels)
-    while begin < num_examples:
-        began_s = time.monotonic()
-        only = range(begin, min(begin + count, num_examples))
-        parts.append(audit.influences(context, module, compiled, queries, only=only).values)
-        begin += count
-        seconds = max(time.monotonic() - began_s, 1e-6)
-        count = max(1, min(2 * count, int(count * STEP_S / seconds)))
-        yield
-    found = audit.nearest(context, queries, nearest)
-    return Explained(
-        classes=compiled.classes,
-        influences=np.concatenate(parts, axis=1),
-        nearest=found.examples,
-        similarity=found.similarity,
-    )
 
 
 def _check_queries(queries: np.ndarray, context: LabelledVectors | str) -> None:

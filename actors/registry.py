@@ -13,12 +13,12 @@ from ray.actor import ActorClass, ActorProxy
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.messages import Artefact, RegistryInfo
+from actors.messages import RegistryInfo
 from cluster import resources
 from cluster.settings import RegistrySettings, Settings
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
 from metasepia.registry.catalogue import Registry
-from metasepia.registry.entries import Changes, Kind
+from metasepia.registry.entries import Artefact, Changes, Kind
 
 NAME, NAMESPACE = "registry", "metasepia"
 PURGE_EVERY_S = 3600.0

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from actors.labelled import labelled_vectors
 from actors.messages import Classified, Classify, Explain, Explained, LabelledVectors, Receipt
-from actors.reasoning_pool import labelled_vectors
 from cluster.settings import HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Content

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.labelled import labelled_vectors
 from actors.messages import Build, LabelledVectors, Receipt, SelfChecked
-from actors.reasoning_pool import labelled_vectors
 from cluster.settings import HttpSettings
 from metasepia.digests import short
 from metasepia.errors import DeletedName, InvalidRequest, Outdated, UnknownName

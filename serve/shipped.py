@@ -6,12 +6,11 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.messages import Artefact
 from actors.registry import RegistryClient
 from metasepia.errors import CorruptArtefact, UnknownName
 from metasepia.experts.lora import facts_of, read_adapter
 from metasepia.experts.shipped import CARD, EXPERTS, FILE
-from metasepia.registry.entries import SHARED
+from metasepia.registry.entries import SHARED, Artefact
 
 ASSETS = Path(__file__).parents[1] / "metasepia" / "assets"
 

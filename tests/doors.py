@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.centroids import Centroids
 from actors.encoder import Encoder
+from actors.labelled import labelled_vectors
 from actors.messages import (
     Build,
     Built,
@@ -24,7 +25,6 @@ from actors.messages import (
     SelfChecked,
     Texts,
 )
-from actors.reasoning_pool import labelled_vectors
 from cluster.settings import CentroidSettings, DispatchMargins, EncoderSettings, HttpSettings, MixingSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path

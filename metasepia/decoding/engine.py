@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from metasepia.decoding.asking import AsksRows
 from metasepia.decoding.generation import RowDecoder
-from metasepia.decoding.inflight import Answer, Limits
-from metasepia.decoding.scheduling import Load, Scheduler
+from metasepia.decoding.inflight import Answer, Limits, Load
+from metasepia.decoding.scheduling import Scheduler
 from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
 from metasepia.experts.expert_linear import ExpertLinear

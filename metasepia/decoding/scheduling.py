@@ -18,10 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from metasepia.decoding.inflight import Answer as Answer
-from metasepia.decoding.inflight import Entry, Group, Rates, State, check
-from metasepia.decoding.inflight import Limits as Limits
-from metasepia.decoding.inflight import Load as Load
+from metasepia.decoding.inflight import Answer, Entry, Group, Limits, Load, Rates, State, check
 from metasepia.decoding.leases import Leases, Moves
 from metasepia.decoding.prefixes import Prefixes
 from metasepia.decoding.room import Room

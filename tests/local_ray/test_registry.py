@@ -12,12 +12,12 @@ import pytest
 import ray
 
 from actors import registry
-from actors.messages import Artefact
 from actors.registry import RegistryClient
 from cluster import settings
 from cluster.settings import Settings
 from metasepia.errors import InvalidRequest, InvalidSettings, Locked, Unavailable, UnknownName
 from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import Artefact
 
 
 def settings_of(home: Path) -> Settings:

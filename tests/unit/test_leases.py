@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metasepia.decoding.inflight import Answer, Limits
 from metasepia.decoding.leases import Leases, Moves
-from metasepia.decoding.scheduling import Answer, Limits, Scheduler
+from metasepia.decoding.scheduling import Scheduler
 from metasepia.decoding.steps import Chosen, NewRow, StepPlan, StepResult
 from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName
 from metasepia.rows import Adapter, Executed, Row, Sampling, TokenChunk

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from metasepia.backbone import ReferenceBackbone
 from metasepia.decoding.generation import RowDecoder
+from metasepia.decoding.inflight import Answer, Limits
 from metasepia.decoding.prefixes import PATIENCE_S
-from metasepia.decoding.scheduling import Answer, Limits, Scheduler
+from metasepia.decoding.scheduling import Scheduler
 from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.errors import InvalidRequest, UnknownName
 from metasepia.rows import HiddenStates, HiddenStatesWanted, Row, Sampling, Scores, TokenChunk

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from actors import reasoning_pool
+from actors import audits
+from actors.labelled import context_of, labelled_vectors
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
-from actors.reasoning_pool import ReasoningPool, labelled_vectors
+from actors.reasoning_pool import ReasoningPool
 from cluster.settings import ReasoningSettings
 from metasepia.errors import CorruptArtefact, DeadlineExceeded, InvalidRequest, Outdated, Overloaded, UnknownName
 from metasepia.reasoning import audit
@@ -189,7 +190,7 @@ def test_a_build_compiles_and_checks_and_the_context_is_there_then(pool: Reasoni
     built: Built = asyncio.run(pool.build(message))
     assert ask(pool, classify(given.digest))[0].compiled == "before"
     assert shelf.num_read == 0
-    context = Context.of(given.vectors, given.labels, recipe=reasoning_pool._context(given).recipe)
+    context = Context.of(given.vectors, given.labels, recipe=context_of(given).recipe)
     assert built.self_check is not None and built.classes == ("a", "b")
     assert built.self_check.accuracy == pytest.approx(audit.self_check(context, FIRST).accuracy)
     assert built.self_check.num_left_out == 8
@@ -217,7 +218,7 @@ def test_an_explanation_in_steps_is_that_of_the_audit_in_the_order_of_the_messag
     by_value: Explained = asyncio.run(pool.explain(explain(other)))
     np.testing.assert_allclose(by_value.influences, explained.influences[:, shuffled], atol=1e-5)
     np.testing.assert_array_equal(shuffled[by_value.nearest], explained.nearest)
-    context = reasoning_pool._context(given)
+    context = context_of(given)
     whole = audit.influences(context, FIRST, compiling.compile_context(context, FIRST), QUERIES)
     np.testing.assert_allclose(explained.influences, whole.values, atol=1e-5)
 
@@ -231,7 +232,7 @@ def test_audits_leave_questions_their_turn_and_take_turns_themselves(pool: Reaso
         return real(context, module, compiled, queries, only=only)
 
     monkeypatch.setattr(audit, "influences", slow)
-    monkeypatch.setattr(reasoning_pool, "STEP_S", 0.0)  # one example a step
+    monkeypatch.setattr(audits, "STEP_S", 0.0)  # one example a step
     given = [dataclasses.replace(labelled_vectors(stored(i)), seed=i) for i in range(2)]
 
     async def race() -> tuple[float, float]:
@@ -259,7 +260,7 @@ def test_an_audit_whose_time_is_up_ends_and_the_queue_of_audits_is_bounded(shelf
         return real(*args, **options)
 
     monkeypatch.setattr(audit, "influences", slow)
-    monkeypatch.setattr(reasoning_pool, "STEP_S", 0.0)
+    monkeypatch.setattr(audits, "STEP_S", 0.0)
     given = labelled_vectors(stored(0))
     ask(pool, classify(given))
 

@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from metasepia.decoding.generation import RowDecoder
-from metasepia.decoding.scheduling import Answer, Limits, Scheduler
+from metasepia.decoding.inflight import Answer, Limits
+from metasepia.decoding.scheduling import Scheduler
 from metasepia.decoding.steps import Chosen, NewRow, StepPlan, StepResult
 from metasepia.errors import (
     DeadlineExceeded,
