@@ -38,6 +38,8 @@ _DRAWN_STEPS = 8
 TOLERANCE = 1e-3
 """Of losses after a few steps, relative: both sides compute in float32, each in its own order."""
 
+WORKER = (sys.executable, "-m", "benchmarks.sweeps_packing")
+
 Train = Callable[[int], None]
 """Trains every model of a side by so many steps."""
 
@@ -185,7 +187,7 @@ class Processes:
         share = NUM_MODELS // SIDES[side][1]
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.sweeps_packing", side, str(first), str(first + share)],
+                [*WORKER, side, str(first), str(first + share)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -57,7 +57,10 @@ def block(hidden: Tensor, mask: Tensor | None, heads: int, reads: slice | None, 
     attend to none gets no value.
     """
     if takes_fast_path(hidden):
-        return BlockOnCpu.apply(hidden.contiguous(), mask, heads, reads, *weights)  # type: ignore[no-any-return]
+        hidden = hidden.contiguous()
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (hidden, *weights)):
+            return BlockOnCpu.apply(hidden, mask, heads, reads, *weights)  # type: ignore[no-any-return]
+        return _all_forward(hidden, mask, heads, reads, weights, None)
     return batched_block(hidden, mask, heads, reads, weights)
 
 
@@ -173,20 +176,9 @@ class BlockOnCpu(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, mask: Tensor | None, heads: int, reads: slice | None, *weights: Tensor
     ) -> Tensor:
-        may = causal(hidden.shape[2], hidden.device) if mask is None else mask
-        may = may if reads is None else may[..., reads, :]
-        # A finite low number, not -inf: where nothing may be attended the softmax must not be 0 / 0.
-        bias = torch.zeros(may.shape).masked_fill_(~may, torch.finfo(torch.float32).min)
-        some = None if mask is None or bool(may.any(-1).all()) else may.any(-1, keepdim=True).float()
-        needs_grad = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        out = hidden if reads is None else hidden[:, :, reads]
-        out = torch.empty(out.shape)
-        kept = [
-            _forward(one, BlockWeights(*of_model), into, bias, some, heads, reads, needs_grad)
-            for one, into, *of_model in zip(hidden, out, *(w.unbind(0) for w in weights), strict=True)
-        ]
-        if needs_grad:
-            _keep(ctx, hidden, weights, kept, heads, reads)
+        kept: list[_Kept] = []
+        out = _all_forward(hidden, mask, heads, reads, weights, kept)
+        _keep(ctx, hidden, weights, kept, heads, reads)
         return out
 
     @staticmethod
@@ -199,6 +191,28 @@ class BlockOnCpu(torch.autograd.Function):
             _backward(*each, heads, reads) for each in zip(grad_out, hidden, kept, of_models, grad_hidden, strict=True)
         ]
         return grad_hidden, None, None, None, *(torch.stack(of_field) for of_field in zip(*made, strict=True))
+
+
+def _all_forward(
+    hidden: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    reads: slice | None,
+    weights: Sequence[Tensor],
+    keep_in: list[_Kept] | None,
+) -> Tensor:
+    """Every model through the block; what the way back needs goes to `keep_in`, where there is one."""
+    may = causal(hidden.shape[2], hidden.device) if mask is None else mask
+    may = may if reads is None else may[..., reads, :]
+    # A finite low number, not -inf: where nothing may be attended the softmax must not be 0 / 0.
+    bias = torch.zeros(may.shape).masked_fill_(~may, torch.finfo(torch.float32).min)
+    some = None if mask is None or bool(may.any(-1).all()) else may.any(-1, keepdim=True).float()
+    out = torch.empty((hidden if reads is None else hidden[:, :, reads]).shape)
+    for one, into, *of_model in zip(hidden, out, *(w.unbind(0) for w in weights), strict=True):
+        kept = _forward(one, BlockWeights(*of_model), into, bias, some, heads, reads, keep_in is not None)
+        if keep_in is not None:
+            keep_in.append(kept)
+    return out
 
 
 def _keep(
@@ -215,7 +229,7 @@ def _kept(ctx: Any) -> tuple[Tensor, tuple[Tensor, ...], Sequence[_Kept], int, s
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] by weight [out, in]; both may be transposed views, which oneDNN reads as they lie."""
+    """x [rows, in] by weight [out, in]. Both may be transposed views: x is then copied, weight read as it lies."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
@@ -303,7 +317,7 @@ def _backward(
 
 def _through_linear(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a linear layer's input, weight and bias."""
-    # oneDNN reads the second operand as it lies and has the first laid out in rows: better the smaller one.
+    # The first operand is copied: better the smaller one.
     of_weight = _linear(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else _linear(x.t(), grad.t()).t()
     return _linear(grad, weight.t()), of_weight, grad.sum(0)
 

@@ -1,5 +1,7 @@
 """The benchmark of packing compares sides that compute the same, or says that they do not."""
 
+import sys
+
 import pytest
 import torch
 
@@ -38,3 +40,23 @@ def test_every_side_trains_all_its_models(side: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sweeps_packing.StackedAdam, "_update_one", stacked_update)
     make(range(3))(4)
     assert len(updated) == 12 and len({tensor.data_ptr() for tensor in updated}) == 3
+
+
+_OBEYS = "import sys; print('done', flush=True); [print('done', flush=True) for _ in sys.stdin]"
+
+
+def test_a_round_ends_when_every_process_of_the_side_has_answered(monkeypatch: pytest.MonkeyPatch):
+    slow = f"import sys, time; time.sleep(0.2 if sys.argv[2] == '8' else 0); {_OBEYS}"
+    monkeypatch.setattr(sweeps_packing, "WORKER", (sys.executable, "-c", slow))
+    processes = sweeps_packing.Processes("packed")
+    processes.ready()
+    assert processes.round() > 0 and processes.round() > 0
+    processes.close()
+
+
+def test_a_process_that_ends_early_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweeps_packing, "WORKER", (sys.executable, "-c", "raise SystemExit(3)"))
+    processes = sweeps_packing.Processes("threads")
+    with pytest.raises(SystemExit, match="ended with status 3"):
+        processes.ready()
+    processes.close()
