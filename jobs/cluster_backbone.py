@@ -128,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> None:
         ),
     )
     held, held_out_by = held_out(texts, arguments.held_out, arguments.seed, arguments.held_out_by)
+    measures = Measures(texts, held, of_measures)
     for note in texts.notes:
         print(note, flush=True)
 
@@ -151,7 +152,6 @@ def _run(arguments: argparse.Namespace) -> None:
             _read(prepared, wanted, parts, arguments.device, getattr(torch, arguments.dtype))
         states = kept or parts
         assert states is not None
-        measures = Measures(texts, held, of_measures)
         count = len(wanted.layers) * len(of_reading.poolings)
         with Bar("scores", count) as bar:
             layers: list[Scored] = []

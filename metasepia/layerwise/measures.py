@@ -122,12 +122,16 @@ class Measures:
         """The mean embedding and the bag of words."""
         return [
             self.score(states.embedding(), pooling="", features="embedding", layer=-1),
-            self.score(self._words(), pooling="", features="words", layer=-1),
+            # k-means on tf-idf wants rows of length 1: each word to deviation 1 would let the rarest decide
+            self.score(self._words(), pooling="", features="words", layer=-1, scaling="unit"),
         ]
 
-    def score(self, states: np.ndarray, *, pooling: str, features: Any, layer: int) -> Scored:
+    def score(
+        self, states: np.ndarray, *, pooling: str, features: Any, layer: int, scaling: Scaling | None = None
+    ) -> Scored:
+        """`scaling`: None is that of the settings."""
         seed, held_tasks = self.settings.seed, self.held_tasks
-        fit, held = self.scaled(states)
+        fit, held = self.scaled(states, scaling)
         clusters = clustering.clusters(fit, self.k, seed)
         found = clusters.nearest(held)
         centroids = clustering.Centroids.of(fit, self.fit_tasks)
@@ -195,12 +199,13 @@ class Measures:
             ]  # fmt: skip
         return pa.Table.from_pylist(rows, SCHEMA)
 
-    def scaled(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scaled(self, states: np.ndarray, scaling: Scaling | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Fitting and held-out states, without the mean of the fitting ones that hold the same input (where texts say
-        which), scaled as the settings say.
+        which), scaled.
         """
         points = np.asarray(states, np.float64)
-        if self.settings.scaling == "unit":
+        scaling = scaling or self.settings.scaling
+        if scaling == "unit":
             lengths = np.linalg.norm(points, axis=1, keepdims=True)
             points = np.divide(points, lengths, out=np.zeros_like(points), where=lengths > 0)
         if self._inputs is not None:
@@ -208,7 +213,7 @@ class Measures:
             np.add.at(sums, self._inputs[~self.held], points[~self.held])
             points = points - (sums / np.bincount(self._inputs[~self.held])[:, None])[self._inputs]
         fit, held = points[~self.held], points[self.held]
-        if self.settings.scaling == "standard":
+        if scaling == "standard":
             mean, deviation = fit.mean(0), fit.std(0)
             # A dimension that is constant but for rounding would become noise as large as any signal.
             alive = deviation > clustering.ROUNDING * np.abs(mean)

@@ -225,6 +225,21 @@ def test_words_that_give_the_tasks_away_leave_nothing_for_the_layers():
     assert find(measures, layers, controls, "last").apart == ()
 
 
+def test_the_words_are_a_control_that_can_win_whatever_the_scaling_of_states():
+    texts = wordless()
+    rng = np.random.default_rng(0)
+    mixed = tuple(
+        " ".join([f"{task[-1]}v{rng.integers(3)}" for _ in range(5)] + [f"rare{i}"])
+        for i, task in enumerate(texts.tasks)
+    )
+    telling = dataclasses.replace(texts, texts=mixed)
+    held, _ = held_out(telling, 0.5, seed=0)
+    for scaling in ("standard", "raw"):
+        measures = Measures(telling, held, MeasureSettings(resamples=50, scaling=scaling))
+        words = measures.controls(Planted(telling, ()))[1]
+        assert words["ari", "held_out"].value > 0.5
+
+
 def test_constant_states_score_0_and_warn_nothing(recwarn: pytest.WarningsRecorder):
     texts = wordless()
     held, _ = held_out(texts, 0.5, seed=0)
