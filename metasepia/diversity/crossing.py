@@ -81,7 +81,7 @@ def crossing_of(
     with fewer than two M. One seed alone gives an interval over sequences only.
     """
     log2 = np.log2(np.asarray(num_tasks, dtype=float))
-    present = np.isfinite(over + under).all(axis=-1)  # [tasks, seeds]
+    present: np.ndarray = np.isfinite((over + under).sum(axis=-1))  # [tasks, seeds]
     kept = np.flatnonzero(present.sum(axis=1))  # M with a seed at least
     if len(kept) < 2:
         return None
