@@ -55,6 +55,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         figure="flips_shuffled", mask="bottleneck", what="flipped by shuffled labels' centroids, any layer", most=0.2
     ),
+    Claim(figure="flips_layer1", mask="reread", what="flipped at layer 1 where the separator may read words again"),
+    Claim(figure="flips_held_layer1", mask="reread", what="the same, centroids held through all later layers"),
 )
 
 
