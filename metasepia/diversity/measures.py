@@ -132,8 +132,8 @@ class Evaluation:
         index = torch.arange(num_pairs, device=self.device)
         first = sampling.choice(trial.num_tasks, sampling.key_of("path first", seeds.task, 0), index)
         apart = 1 + sampling.choice(trial.num_tasks - 1, sampling.key_of("path second", seeds.task, 0), index)
-        tasks = trial.tasks.pool.tasks(device=self.device)
-        return tasks[first], tasks[(first + apart) % trial.num_tasks]
+        pool = trial.tasks.pool
+        return pool.at(first), pool.at((first + apart) % trial.num_tasks)
 
     def rows(self, outputs: Mapping[str, Tensor], *, last: bool) -> list[Row]:
         """Figures of the model's outputs to `problems`, by split: per position and over all; block means if `last`."""

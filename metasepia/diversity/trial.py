@@ -101,6 +101,7 @@ class DiversityTrial:
         if self.problem == "linear" and not self.noise_variance:
             allowed = "above 0: without noise the posterior over a pool is a point, and dMMSE has no meaning"
             raise InvalidSettings("noise_variance", self.noise_variance, allowed)
+        _ = self.tasks  # refuses here, not in a trial's process, what no pool or problem can have
 
     def _whole(self, name: str, *, least: int, most: int | None = None, way_out: str = "") -> None:
         value = getattr(self, name)
