@@ -24,10 +24,11 @@ from cluster.settings import CentroidSettings
 from jobs import export_expert
 from metasepia.centroids import OnlineCentroids
 from metasepia.experts.peft_files import CONFIG, WEIGHTS
-from metasepia.experts.vectors import ExpertVectors, FactorIndex
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import SHARED
 from serve import prepare
+from serve.accepting import Fits
 from tests.requests import BACKBONE, BAD_BODIES, CHAT, CLASSIFY, ENCODER, QUESTION, STORY
 from tests.serving import REVIEWS, ROOT, Served, new_home
 
@@ -38,8 +39,8 @@ def _put_expert(home: Path, name: str, scale: Callable[[int], np.ndarray]) -> st
     """An expert of the default backbone in the registry of `home`; returns its digest."""
     settings = settings_of.read("laptop", {"METASEPIA_HOME": str(home)})
     prepared = prepare.prepare(settings)[BACKBONE]
-    paths = (home / "factors").glob("*.json")
-    index = next(i for i in (FactorIndex.read(path.stem, home) for path in paths) if i.backbone == prepared.digest)
+    index = Fits.of(settings.backbones[0], prepared, home).index  # others' factors may lie there too
+    assert index is not None
     z = {layer: scale(length).astype(np.float32) for layer, length in index.lengths.items()}
     expert = ExpertVectors(backbone=index.backbone, factors=index.digest, z=z)
     registry = Registry(home / "registry")
