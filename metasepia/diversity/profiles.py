@@ -74,7 +74,7 @@ PROFILES: Mapping[str, Profile] = {
             "dims": (4,),
             "num_steps": (6000,),
             "seed": (0, 1, 2),
-            "num_tasks": (4, 8, 16, 32, 64, 128, 256, None),
+            "num_tasks": (4, 16, 32, 64, 128, 256, 1024, None),
         },
         fixed={"measured_sequences": 1024, "num_measures": 8},
         pack=12,
