@@ -174,7 +174,7 @@ class HiddenStatesRoute:
                 found += chunk
         task = await self._told(plan, seen)
         num_chars = sum(plan.num_bytes(row) for row in plan.rows)
-        return await away(num_chars, lambda: json.dumps(_tree(plan, found, task), separators=(",", ":")).encode())
+        return await away(num_chars, lambda: _body(plan, found, task))
 
     async def _arrow(self, plan: Plan) -> AsyncGenerator[bytes]:
         """The stream in pieces; an error after the first is its last record batch, since the status has left."""
@@ -384,9 +384,12 @@ def _about(plan: Plan, executed: Executed) -> dict[str, Any]:
     }
 
 
-def _tree(plan: Plan, answers: Sequence[HiddenStates], task: dict[str, Any] | None) -> dict[str, Any]:
+def _body(plan: Plan, answers: Sequence[HiddenStates], task: dict[str, Any] | None) -> bytes:
+    """The JSON answer. One call of `json.dumps` holds the interpreter until it returns, a second for 8 MiB of states,
+    and with it all other requests, whatever thread it is in: so each call has one vector.
+    """
     every = plan.body.pooling == "none"
-    data: list[dict[str, Any]] = []
+    data: list[str] = []
     for index, (row, answer) in enumerate(zip(plan.rows, answers, strict=True)):
         for place, layer in enumerate(plan.layers):
             states = np.ascontiguousarray(answer.states[place], dtype="<f4")
@@ -394,10 +397,18 @@ def _tree(plan: Plan, answers: Sequence[HiddenStates], task: dict[str, Any] | No
             entry["shape"] = list(states.shape)
             if every:
                 entry["token_ids"] = list(row.token_ids)
-            as_text = plan.body.encoding_format == "base64"
-            entry["states"] = base64.b64encode(states.tobytes()).decode("ascii") if as_text else states.tolist()
-            data.append(entry)
+            if plan.body.encoding_format == "base64":
+                numbers = f'"{base64.b64encode(states.tobytes()).decode("ascii")}"'
+            elif every:
+                numbers = f"[{','.join([_dumped(one.tolist()) for one in states])}]"
+            else:
+                numbers = _dumped(states.tolist())
+            data.append(f'{_dumped(entry)[:-1]},"states":{numbers}}}')
     about = _about(plan, answers[0].executed)
     receipt = about.pop("receipt")
-    tree = {"object": "list", "data": data, **about, "usage": _usage(plan), "receipt": receipt}
-    return tree if task is None else tree | {"task": task}
+    rest = {**about, "usage": _usage(plan), "receipt": receipt} | ({} if task is None else {"task": task})
+    return f'{{"object":"list","data":[{",".join(data)}],{_dumped(rest)[1:]}'.encode()
+
+
+def _dumped(tree: Any) -> str:
+    return json.dumps(tree, separators=(",", ":"))

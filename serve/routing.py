@@ -16,7 +16,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -78,7 +78,8 @@ class _Table:
 
     centroids: CentroidTable
     cards: Mapping[str, TaskCentroid]
-    """By expert's name: what the cards say, whatever was observed since."""
+    """By expert's name: what the cards say, whatever was observed since. Layers count from 0, as in what is observed.
+    """
     names: Mapping[str, str]
     """By digest."""
     targets: Mapping[str, str]
@@ -194,8 +195,9 @@ class Routing:
         return found
 
     def _key(self, task: str, centroid: TaskCentroid) -> CentroidKey:
-        layer = centroid.layer % (self.backbone.prepared.num_layers + 1)
-        return CentroidKey(backbone=centroid.backbone, task=task, adapter="", layer=layer, pooling=centroid.pooling)
+        return CentroidKey(
+            backbone=centroid.backbone, task=task, adapter="", layer=centroid.layer, pooling=centroid.pooling
+        )
 
     async def registered(self, name: str) -> tuple[CentroidKey, Float[np.ndarray, " hidden"]] | None:
         """Where the card of the expert of this name says that its prompts lie; None without one."""
@@ -211,7 +213,11 @@ class Routing:
             own = {n: one for n, one in experts.items() if one.backbone == digest}
             targets = {name: one for name, one in own.items() if one.dispatcher is None}
             found = {name: one.centroid for name, one in targets.items()}
-            cards = {name: one for name, one in found.items() if one is not None and one.backbone == digest}
+            cards = {
+                name: replace(one, layer=one.layer % (self.backbone.prepared.num_layers + 1))
+                for name, one in found.items()
+                if one is not None and one.backbone == digest
+            }
             learnt = routable(means, {name: cards.get(name) for name in targets})
             described = [
                 Described(digest=one.digest, name=name, about=one.about)

@@ -103,6 +103,21 @@ def test_rows_of_an_expert_and_of_a_mixture_carry_their_digests(bench: Bench) ->
     assert [row.adapter for row in bench.backbone.rows] == [((EXPERT, 1.0),), ((EXPERT, 0.25), (OTHER, 0.75))]
 
 
+def test_no_single_call_turns_more_than_one_vector_into_text(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, longest = json.dumps, 0
+
+    def watched(tree: Any, **options: Any) -> str:
+        nonlocal longest
+        text = whole(tree, **options)
+        longest = max(longest, text.count("7.0"))
+        return text
+
+    monkeypatch.setattr("serve.hidden_states.json.dumps", watched)
+    states = answer(bench, input=[[7] * 60] * 3, layers=[0, 1], pooling="none")["data"]
+    assert [len(one["states"]) for one in states] == [60] * 6
+    assert 0 < longest <= 4  # the hidden size: a call holds the interpreter, and so every other request, to its end
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean", "none"])
 def test_an_arrow_stream_holds_what_json_does(bench: Bench, pooling: str) -> None:
     asked: dict[str, Any] = {"input": [[7, 8, 9], [5, 6]], "layers": [1, 0], "pooling": pooling}
@@ -550,5 +565,27 @@ def test_only_where_the_operator_wishes_do_requests_move_what_auto_chooses(
         else:
             await asyncio.sleep(0.2)
             assert not await chosen()
+
+    bench.run(talk)
+
+
+def test_a_card_whose_layer_is_counted_from_the_end_learns_as_well(
+    auto: Callable[[CentroidSettings], Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.observing.FLUSH_S", 0.05)
+    bench = auto(CentroidSettings(reference_count=4, min_count=4, used_by_auto=True))
+    maths = put(bench, "maths", 1.5, dispatch=CARD)
+    assert CARD["layer"] == -1
+    bench.backbone.state_of = lambda _: np.array([9, -9, 0, 0], np.float32)  # across from the card's centroid, ones
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        assert (await chat(client))["dispatch"] == "abstained"
+        body = {"model": "tiny", "input": [[1]] * 5, "task": "maths", "pooling": "mean"}
+        assert (await client.post("/v1/hidden_states", json=body)).json()["task"]["observed"]
+
+        async def chosen() -> bool:
+            return (await chat(client))["adapter"] == [[maths, 1.0]]
+
+        await soon(chosen)
 
     bench.run(talk)
