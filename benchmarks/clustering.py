@@ -45,14 +45,19 @@ def trained(trials: Sequence[InstructionTrial]) -> tuple[Table, dict[str, float]
 
 
 def rows_of(found: dict[str, list[Summary]]) -> tuple[list[report.Row], list[str]]:
-    """A row a claim, and what is not reached. `found`: by mask, a summary a seed."""
-    rows, missed = [], []
+    """A row a claim, and what is not reached, a seed that diverged too. `found`: by mask, a summary a seed."""
+    rows: list[report.Row] = []
+    missed = [
+        f"mask {mask}: {gone} of {len(each)} seeds diverged, and medians are without them"
+        for mask, each in found.items()
+        if (gone := sum(one.diverged >= 0 for one in each))
+    ]
     for claim in CLAIMS:
         value = medians(found[claim.mask])[claim.figure]
-        seeds = [getattr(one, claim.figure) for one in found[claim.mask]]
+        seeds = [getattr(one, claim.figure) for one in found[claim.mask] if one.diverged < 0]
         held = claim.holds(value)
         note = f"held to {claim.reach}" if claim.is_bound else "measured, no bound"
-        spread = f"; seeds {min(seeds):.3f} to {max(seeds):.3f}"
+        spread = f"; seeds {min(seeds):.3f} to {max(seeds):.3f}" if seeds else "; all seeds diverged"
         rows.append(
             report.figure(
                 f"{claim.figure}-{claim.mask}", claim.what, value, "", note + spread, part="synthetic",

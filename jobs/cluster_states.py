@@ -49,7 +49,6 @@ FIXED = {"num_steps": "--steps", "batch_size": "--batch-size", "measured_sequenc
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--mode", choices=MODES, default="synthetic")
     if first.parse_known_args(argv)[0].mode == "backbone":
@@ -58,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         of_backbone = _parser(cluster_backbone.__doc__)
         cluster_backbone.add_arguments(of_backbone)
         return cluster_backbone.run(of_backbone.parse_args(argv))
+    # Reports look at small models; a backbone's threads are its own mode's to choose.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         return synthetic(parser().parse_args(argv))
     except MetasepiaError as error:

@@ -1,6 +1,8 @@
 """What the sweep is held to: bounds on medians over seeds, at the setting where they were chosen.
 
-The bounds are this project's; no figure of the paper (arXiv:2402.12151) could be verified.
+The bounds are this project's; no figure of the paper (arXiv:2402.12151) could be verified. Patches have a bound under
+the strict mask (`bottleneck`) alone. Under the milder one (`reread`) a patched separator reads the words again and
+mends itself: fewer answers flip, how many depends on the seed, and its figures stand beside, only measured.
 """
 
 import math
@@ -47,16 +49,37 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(figure="last_ari_task", mask="causal", what="ARI(task) at the last token, last layer", most=0.4),
     Claim(figure="spearman", mask="causal", what="rank correlation of ARI and accuracy, first half", least=0.7),
     Claim(figure="flips_layer1", mask="causal", what="answers flipped by a centroid at layer 1, no mask"),
-    Claim(figure="accuracy", mask="bottleneck", what="accuracy on unseen strings, with the mask", least=0.97),
-    Claim(figure="flips_layer1", mask="bottleneck", what="answers flipped at layer 1, with the mask", least=0.95),
-    Claim(figure="flips_added_layer1", mask="bottleneck", what="flipped by adding the difference, with the mask"),
-    Claim(figure="kept_own", mask="bottleneck", what="kept under the own task's centroid, layer 1, with the mask"),
-    Claim(figure="flips_last_layer", mask="bottleneck", what="flipped at the last layer, with the mask", most=0.1),
+    Claim(figure="accuracy", mask="bottleneck", what="accuracy on unseen strings, strict mask", least=0.97),
     Claim(
-        figure="flips_shuffled", mask="bottleneck", what="flipped by shuffled labels' centroids, any layer", most=0.2
+        figure="flips_layer1",
+        mask="bottleneck",
+        what="answers flipped at layer 1, strict mask (after block 1 no token sees the words again)",
+        least=0.95,
     ),
-    Claim(figure="flips_layer1", mask="reread", what="flipped at layer 1 where the separator may read words again"),
-    Claim(figure="flips_held_layer1", mask="reread", what="the same, centroids held through all later layers"),
+    Claim(
+        figure="flips_layer1",
+        mask="reread",
+        what="the same, milder mask (the separator alone sees the words, in every block)",
+    ),
+    Claim(
+        figure="flips_held_layer1",
+        mask="reread",
+        what="milder mask, centroids held through all later layers",
+    ),
+    Claim(figure="flips_added_layer1", mask="bottleneck", what="flipped by adding the difference, strict mask"),
+    Claim(figure="kept_own", mask="bottleneck", what="kept under the own task's centroid, layer 1, strict mask"),
+    Claim(
+        figure="flips_last_layer",
+        mask="bottleneck",
+        what="flipped at the last layer, which no later token reads, strict mask",
+        most=0.1,
+    ),
+    Claim(
+        figure="flips_shuffled",
+        mask="bottleneck",
+        what="flipped by shuffled labels' centroids, any layer, strict mask",
+        most=0.2,
+    ),
 )
 
 

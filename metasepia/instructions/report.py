@@ -217,7 +217,7 @@ def page_of(
 def findings(first: Mapping[str, Group]) -> list[str]:
     """What the sweep says, a sentence or two each. `first`: of `first_groups`."""
     found = []
-    causal, masked = first.get("causal"), first.get("bottleneck")
+    causal, masked, milder = first.get("causal"), first.get("bottleneck"), first.get("reread")
     if causal is not None and causal.whole:
         m = causal.medians
         found.append(
@@ -237,9 +237,17 @@ def findings(first: Mapping[str, Group]) -> list[str]:
         m = masked.medians
         without = f" (without the mask {causal.medians['flips_layer1']:.1%})" if causal and causal.whole else ""
         found.append(
-            f"The cluster is the task: with the bottleneck, moving the state after block 1 to another task's centroid "
-            f"turns {m['flips_layer1']:.1%} of the answers into that task's{without}; at the last layer, where the "
-            f"information has moved on, {m['flips_last_layer']:.1%}, with shuffled labels {m['flips_shuffled']:.1%}."
+            "The cluster is the task: where after block 1 no token sees the words again, moving the separator's state "
+            f"there to another task's centroid turns {m['flips_layer1']:.1%} of the answers into that task's{without}. "
+            f"Centroids under shuffled labels turn {m['flips_shuffled']:.1%} at most, and the last layer, which no "
+            f"later token reads, {m['flips_last_layer']:.1%}."
+        )
+    if milder is not None and milder.whole:
+        m, each = milder.medians, [one.flips_layer1 for one in milder.summaries if one.diverged < 0]
+        found.append(
+            f"Where the separator sees the words in every block, the same turns {m['flips_layer1']:.1%} (seeds "
+            f"{min(each):.1%} to {max(each):.1%}): it reads them again and mends itself. With centroids held in all "
+            f"later layers too it is {m['flips_held_layer1']:.1%}."
         )
     return found or ["Every trial diverged; there is nothing to say."]
 

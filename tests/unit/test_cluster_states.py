@@ -1,16 +1,21 @@
 import argparse
+import dataclasses
 import html
+import math
 import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from jobs import cluster_states
+from benchmarks import clustering
+from jobs import cluster_backbone, cluster_states
 from metasepia.instructions import report
 from metasepia.instructions.claims import CLAIMS
+from metasepia.instructions.model import MASKS
 from metasepia.instructions.profiles import AXES, PROFILES, plan_of, trials_of
-from metasepia.instructions.results import Table
+from metasepia.instructions.results import Summary, Table
 from metasepia.instructions.trial import OWN, SHARED_IN_PACK
 from metasepia.instructions.work import InstructionPack
 from metasepia.sweeps.plan import SweepPlan
@@ -178,3 +183,21 @@ def test_a_report_of_an_unfinished_sweep_says_so_and_leaves_the_rest_out(tmp_pat
     run_pack(InstructionPack, store, 0)
     assert cluster_states.main(["--report-only", "--out", store.uri]) == 0
     assert "1 of 2 packs are finished; the others are left out." in capsys.readouterr().out
+
+
+def test_a_benchmark_of_which_a_seed_diverged_is_not_reached():
+    names = {field.name: 1.0 for field in dataclasses.fields(Summary)}
+    whole = Summary(**{**names, "layer": 1, "diverged": -1})
+    gone = Summary(**{**dict.fromkeys(names, math.nan), "layer": -1, "diverged": 7})
+    rows, missed = clustering.rows_of({mask: [whole, gone] for mask in MASKS})
+    assert [one for one in missed if "1 of 2 seeds diverged" in one] == missed[: len(MASKS)]
+    assert {row.id: row.ours for row in rows}["accuracy-causal"] == 1.0
+    assert all(row.extra["seeds"] in ([1.0], [1]) for row in rows)
+
+
+def test_a_backbone_is_read_with_all_threads_that_it_is_given(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(cluster_backbone, "run", lambda _: 0)
+    assert cluster_states.main(["--mode", "backbone", "--texts", "texts"]) == 0
+    assert chosen == []
