@@ -75,6 +75,7 @@ class Observer:
         self.part, self._settings, self._clock = part, settings, clock
         self._pending = self._bounded()
         self._flushing: asyncio.Task[None] | None = None
+        self._num_left_out = 0
         self._known: tuple[KnownMean, ...] = ()
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
@@ -101,11 +102,22 @@ class Observer:
         while len(self._pending):
             seen, self._pending = tuple(self._pending), self._bounded()
             try:
-                await asyncio.wait_for(self.part.absorb(seen), TIMEOUT_S)
+                facts = await asyncio.wait_for(self.part.absorb(seen), TIMEOUT_S)
             except Exception as error:
                 logger.warning("routed requests were not counted in their centroids: %s", unwrap(error))
                 return
+            self._tell_left_out(len(seen) - len(facts))
             await asyncio.sleep(FLUSH_S)
+
+    def _tell_left_out(self, num_left_out: int) -> None:
+        """Clients' tasks may have taken all the room there is; said when it changes, not every second."""
+        if num_left_out > self._num_left_out:
+            logger.warning(
+                "auto's own centroids find no room for %d of its experts; delete tasks, or let centroids.max_tasks and "
+                "centroids.max_centroids be larger",
+                num_left_out,
+            )
+        self._num_left_out = num_left_out
 
     def known_means(self, backbone: str) -> tuple[KnownMean, ...]:
         """What clients' tasks look like, as the part that keeps them said when it was asked last.
