@@ -28,8 +28,10 @@ class Told:
         self.stopped: set[int] = set()
         """By a scheduler."""
         self.problems: dict[int, str] = {}
+        self.stored: dict[int, int] = {}
+        """The last stop that a pack has reached, where its rows and state are kept."""
         self.deaths: dict[int, int] = {}
-        """In a row: a pack that gets further begins at none."""
+        """In a row: a pack that reaches another stop begins at none. Steps beyond the last stop die with a process."""
         self.num_deaths = 0
         self.fatal: tuple[str, str] | None = None
         """Path and problem of what could not be stored."""
@@ -49,11 +51,11 @@ class Told:
             return
         self.last[pack] = int(told["last"])
         if told["at_work"]:
-            further = step - self.step.get(pack, step)
-            self._made += max(0, further)
-            if further > 0 or told["finished"]:
+            self._made += max(0, step - self.step.get(pack, step))
+            if told["stored"] > self.stored.get(pack, -1) or told["finished"]:
                 self.deaths.pop(pack, None)
                 self.problems.pop(pack, None)
+            self.stored[pack] = max(told["stored"], self.stored.get(pack, -1))
         self.step[pack] = step
         if told["finished"]:
             self.done.add(pack)

@@ -12,7 +12,6 @@ whatever the number of workers. Any axis takes several values, with commas betwe
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,7 +37,6 @@ _SPELLINGS = {"num_steps": "--steps"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         return _run(arguments, rest)
     except MetasepiaError as error:
@@ -91,7 +89,11 @@ def plan_from(arguments: argparse.Namespace) -> SweepPlan:
     Raises InvalidSettings where OUT holds a sweep and `--resume` was not said, or none and it was.
     """
     axes = {axis: values_of(axis, text) for axis in AXES if (text := getattr(arguments, axis)) is not None}
-    said = axes or arguments.profile or arguments.pack is not None or arguments.sample is not None
+    said = (
+        axes
+        or arguments.profile
+        or any(one is not None for one in (arguments.pack, arguments.sample, arguments.sample_seed))
+    )
     going_on = arguments.resume or arguments.report_only
     stored = Files.at(arguments.out).exists(MANIFEST)
     if going_on and not stored:
@@ -115,7 +117,9 @@ def plan_from(arguments: argparse.Namespace) -> SweepPlan:
         if pack_size not in (None, 1):
             raise InvalidSettings("pack", pack_size, "1 with --scheduler asha: it stops models one by one")
         pack_size = 1
-    sample = {"sample": arguments.sample, "sample_seed": arguments.sample_seed}
+    if arguments.sample_seed is not None and arguments.sample is None:
+        raise InvalidSettings("sample_seed", arguments.sample_seed, "given with --sample POINTS")
+    sample = {"sample": arguments.sample, "sample_seed": arguments.sample_seed or 0}
     return plan_of(arguments.profile or "laptop", axes, pack_size=pack_size, **sample)
 
 
@@ -229,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
     how = p.add_argument_group("how")
     how.add_argument("--pack", type=int, metavar="MODELS", help="models trained as one, at most")
     how.add_argument("--sample", type=int, metavar="POINTS", help="so many points of the grid, at random, not all")
-    how.add_argument("--sample-seed", type=int, default=0, metavar="SEED")
+    how.add_argument("--sample-seed", type=int, metavar="SEED", help="of that choice (0)")
     how.add_argument(
         "--scheduler", choices=["none", "asha"], default="none", help="asha stops the worse: no promise about the table"
     )

@@ -5,7 +5,7 @@ Imported after `jobs.sweeping.QUIET` is set, since Tune reads some of it when it
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from metasepia.sweeps.store import SweepStore
 SCORE = "score"
 NEVER = 10**12
 """More steps than any trial makes."""
-CHECK_EVERY_S = 5.0
+CHECK_EVERY_S = 1.0
 
 
 class Reports:
     """A trial's reports to Tune, with the seconds spent between them and not in them."""
 
     def __init__(self, pack: int) -> None:
-        self._pack, self._step, self._last = pack, -1, 0
+        self._pack, self._step, self._last, self._stored = pack, -1, 0, -1
         self._since_s = time.perf_counter()
 
     def begin(self) -> None:
@@ -43,7 +43,7 @@ class Reports:
         self._tell(at_work=True)
 
     def stop(self, step: int, score: float | None) -> None:
-        self._step = step
+        self._step = self._stored = step
         self._tell(at_work=True, **({} if score is None else {SCORE: score}))
 
     def done(self) -> None:
@@ -54,7 +54,7 @@ class Reports:
 
     def _tell(self, **more: Any) -> None:
         told = {"at_work": False, "finished": False, "problem": "", "fatal": None, **more}
-        told |= {"pack": self._pack, "step": self._step, "last": self._last}
+        told |= {"pack": self._pack, "step": self._step, "last": self._last, "stored": self._stored}
         tune.report({**told, "seconds": time.perf_counter() - self._since_s})  # waits until Tune has read it
         self._since_s = time.perf_counter()
 
@@ -103,10 +103,10 @@ def score_of(rows: pa.Table, compared: Mapping[str, Any]) -> float:
         for row in rows.select(["metric", "split", "position", "value"]).to_pylist()
         if (row["metric"], row["split"], row["position"]) == (compared["metric"], compared["split"], -1)
     ]
-    if not values:
+    if not values and set(rows["status"].to_pylist()) == {"ok"}:
         known = sorted({(row["metric"], row["split"]) for row in rows.select(["metric", "split"]).to_pylist()})
         raise InvalidSettings("asha.metric", (compared["metric"], compared["split"]), f"one of {known}")
-    mean = float(np.mean(values))
+    mean = float(np.mean(values)) if values else float("nan")  # diverged, and without other figures
     worst = float("inf") if compared["mode"] == "min" else float("-inf")
     return mean if np.isfinite(mean) else worst
 
@@ -124,13 +124,14 @@ class OfDriver:
 class Listener(OfDriver, tune.Callback):
     """Hears of reports and deaths, in the driver."""
 
-    def __init__(self, told: Told, bar: Bar, max_deaths: int, check: Callable[[], None] | None = None) -> None:
-        self._told, self._bar, self._max_deaths, self._check = told, bar, max_deaths, check
+    def __init__(self, told: Told, bar: Bar, max_deaths: int, checks: Sequence[Callable[[], None]] = ()) -> None:
+        self._told, self._bar, self._max_deaths, self._checks = told, bar, max_deaths, checks
         self._checked_s = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self._check is not None and time.monotonic() - self._checked_s > CHECK_EVERY_S:
-            self._check()
+        if time.monotonic() - self._checked_s > CHECK_EVERY_S:
+            for check in self._checks:
+                check()
             self._checked_s = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -192,11 +193,11 @@ def tune_packs(
     workers: int,
     max_deaths: int,
     scratch: Path,
-    check: Callable[[], None] | None,
+    checks: Sequence[Callable[[], None]],
 ) -> None:
     """Runs `told.todo`, `workers` at a time, and returns when each is done, failed or stopped; `told` says which.
 
-    `check` is called every CHECK_EVERY_S; what it raises ends all trials and comes out.
+    `checks` are called every CHECK_EVERY_S; what they raise ends all trials and comes out.
     """
     asha, scheduler = config["compared"], FIFOScheduler()
     if asha is not None:
@@ -215,7 +216,7 @@ def tune_packs(
             name="sweep",
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[Listener(told, bar, max_deaths, check)],
+            callbacks=[Listener(told, bar, max_deaths, checks)],
             stop=StopWhenStorageFails(told),
             failure_config=tune.FailureConfig(max_failures=-1 if max_deaths > 1 else 0),
         ),

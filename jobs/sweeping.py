@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,13 +128,15 @@ def run_sweep(
     the cluster has not the CPU or GPU of one trial; StorageFailed at the first pack that cannot be stored; Unavailable
     where a Ray that it started died, and the same call goes on; PacksFailed, after all the others are done, for packs
     whose work raised or whose process died MAX_DEATHS times in a row at one place. Ctrl-C and SIGTERM stop all
-    processes and exit with 130.
+    processes and exit with 130. Packs that ASHA gave up are run to their end by a call without `asha`, after which the
+    table promises all that it does without.
     """
     _check(plan, workers, gpus_per_trial, cpus_per_trial, asha)
     find_work(work)
     store = SweepStore.open(uri, plan)
     packs = range(len(plan.packs))
-    told = Told(plan, [pack for pack in packs if not (store.done(pack) or store.given_up(pack))])
+    given_up = {pack for pack in packs if store.given_up(pack) and not store.done(pack)} if asha else set[int]()
+    told = Told(plan, [pack for pack in packs if not (pack in given_up or store.done(pack))])
     ran = _Ran()
     if told.todo:
         if progress:
@@ -161,7 +163,7 @@ def run_sweep(
         num_packs=len(packs),
         num_run=len(told.todo),
         num_deaths=told.num_deaths,
-        num_given_up=sum(store.given_up(pack) for pack in packs) if asha else 0,
+        num_given_up=len(given_up | told.stopped),
         pack_s=told.pack_s,
         **dataclasses.asdict(ran),
     )
@@ -199,7 +201,7 @@ def _run(
     workers, began = min(workers, len(told.todo)), time.monotonic()
     with (
         _cluster(address, workers, per_trial) as ours,
-        _sigterm_as_ctrl_c(),
+        _interrupts() as raise_if_interrupted,
         tempfile.TemporaryDirectory(prefix="metasepia-tune-") as scratch,
     ):
         workers = min(workers, _places(per_trial))
@@ -217,7 +219,7 @@ def _run(
                     workers=workers,
                     max_deaths=MAX_DEATHS,
                     scratch=Path(scratch),
-                    check=_check_node if ours else None,
+                    checks=[raise_if_interrupted, *([_check_node] if ours else [])],
                 )
         ran.wall_s = time.monotonic() - began
     return ran
@@ -299,16 +301,25 @@ def _interruptible(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """To be entered after Ray has started, whose own handler exits with another status."""
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """SIGTERM as Ctrl-C, and neither is lost: what it gives raises again what a destructor or a callback swallowed.
+
+    To be entered after Ray has started, whose own handler of SIGTERM exits with another status.
+    """
+    came: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
+    def raise_if_interrupted() -> None:
+        if came:
+            raise KeyboardInterrupt
+
     mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if mine else None
+    before = {one: signal.signal(one, interrupt) for one in (signal.SIGTERM, signal.SIGINT) if mine}
     try:
-        yield
+        yield raise_if_interrupted
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -7,6 +7,7 @@ that of the reasoning module.
 """
 
 import dataclasses
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,12 +141,15 @@ def _value(axis: str, text: str) -> Any:
         return text
     try:
         if axis in _DECIMALS:
-            return float(text)
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
         # 2**14 and 2^14 are how people write numbers of tasks.
         base, power, exponent = text.replace("^", "**").partition("**")
         return int(base) ** int(exponent) if power and 0 <= int(exponent) <= 32 else int(text)
     except ValueError:
-        kind = "a number" if axis in _DECIMALS else "a whole number"
+        kind = "a finite number" if axis in _DECIMALS else "a whole number"
         raise InvalidSettings(f"axis {axis}", text, f"{kind} ({AXES[axis]})") from None
 
 

@@ -5,8 +5,10 @@ or not at all; on a filesystem that does neither, the stamp in an object's name 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,11 @@ import pyarrow.fs as pafs
 
 from metasepia.errors import InvalidSettings
 from metasepia.sweeps.failures import StorageFailed
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}")
+"""What a local writer writes before it renames."""
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+"""What a filesystem without hard links says: FAT, some network and shared ones."""
 
 
 def stamp_of(content: bytes) -> str:
@@ -64,7 +71,8 @@ class Files:
         """Of the files in a folder; none where it does not exist."""
         with self._named(folder):
             selector = pafs.FileSelector(self._path(folder), allow_not_found=True)
-            return [info.base_name for info in self._filesystem.get_file_info(selector)]
+            found = self._filesystem.get_file_info(selector)
+        return [info.base_name for info in found if info.type == pafs.FileType.File]
 
     def read(self, name: str) -> bytes | None:
         """The content, None where there is no such file."""
@@ -102,7 +110,7 @@ class Files:
     def clear_leftovers(self, folder: str) -> None:
         """Deletes what writers that were killed left beside a place; call it when no one else writes there."""
         for name in self.names(folder):
-            if name.startswith("."):
+            if _LEFTOVER.fullmatch(name):
                 self.delete(f"{folder}/{name}")
 
     def _path(self, name: str) -> str:
@@ -127,9 +135,21 @@ def _write_locally(path: Path, content: bytes, *, if_absent: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
         if if_absent:
-            with contextlib.suppress(FileExistsError):
-                os.link(beside, path)
+            _link(beside, path)
         else:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Makes `beside` be `path` too unless that exists; without hard links two at one moment may both think so."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if not path.exists():
+            os.replace(beside, path)

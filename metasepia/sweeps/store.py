@@ -182,12 +182,8 @@ class SweepStore:
         """The pack was finished and its rows are all there. A torn `done.json` counts as none: it is written again."""
         return self._done_rows(pack) is not None
 
-    def last_step(self, pack: int) -> int | None:
-        """The last step whose rows are kept, whole or not; None where there are none."""
-        return max((one.step for one in self._stored(pack) if one.kind == "rows"), default=None)
-
     def give_up(self, pack: int, step: int) -> None:
-        """Writes that a scheduler stopped the pack at `step`; it is not run again."""
+        """Writes that a scheduler stopped the pack at `step`; a sweep with that scheduler does not run it again."""
         self._files.write(f"{_folder(pack)}/stopped.json", canonical_json({"step": step}) + b"\n")
 
     def given_up(self, pack: int) -> bool:

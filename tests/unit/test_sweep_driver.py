@@ -22,7 +22,7 @@ WORK = "benchmarks.sweep_fits:Fits"
 
 def report(pack: int, step: int, **more: Any) -> dict[str, Any]:
     told = {"last": 8, "at_work": True, "finished": False, "problem": "", "fatal": None, "seconds": 0.5}
-    return {"pack": pack, "step": step, **told, **more}
+    return {"pack": pack, "step": step, "stored": step, **told, **more}
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,10 @@ def test_a_pack_may_die_often_if_it_gets_further_in_between_but_not_in_a_row():
         dies()
         dies()
         assert trial.max_failures == 0, "the next death is the last"
-        listener.on_trial_result(0, [], trial, report(0, step - 2))
+        listener.on_trial_result(0, [], trial, report(0, step - 2, stored=step - 3))
         assert trial.max_failures == 0, "being back where it was is no progress"
+        listener.on_trial_result(0, [], trial, report(0, step + 1, stored=step - 3))
+        assert trial.max_failures == 0, "nor are steps beyond the last stop, which the next death takes away"
         listener.on_trial_result(0, [], trial, report(0, step))
         assert trial.max_failures == -1
     assert told.num_deaths == 6 and not told.problems
@@ -123,6 +125,8 @@ def test_what_asha_compares_is_the_mean_over_all_positions_and_a_diverged_trial_
     assert score_of(work.measure(), {**compared, "mode": "max"}) == -math.inf
     with pytest.raises(InvalidSettings, match=r"asha\.metric"):
         score_of(rows, {**compared, "metric": "accuracy"})
+    only = rows.slice(0, 1).set_column(2, "metric", [["diverged"]]).set_column(6, "status", [["diverged"]])
+    assert score_of(only, compared) == math.inf, "a diverged trial may have no other row"
 
 
 @pytest.mark.parametrize("error", [StorageFailed("a/b", "disk full"), PacksFailed("a", ("pack 0: x",), 2)])
