@@ -12,6 +12,8 @@ from metasepia.synthetic.regression import PooledRegression, TaskPool
 from metasepia.synthetic.tasks import Seeds
 
 MAX_TASKS = 1 << 20
+MAX_RATE, MAX_DECAY = 1e30, 1e6
+"""Far beyond what diverges; float32 still holds an update's factors, so that a model fails and not its pack."""
 SHARED_IN_PACK = (
     "problem",
     "dims",
@@ -91,11 +93,12 @@ class DiversityTrial:
             allowed = f"a multiple of the {self.measured_blocks} blocks"
             raise InvalidSettings("measured_sequences", self.measured_sequences, allowed)
         self._within("noise_variance", 0.0, math.inf)
-        self._within("weight_decay", 0.0, math.inf)
+        self._within("weight_decay", 0.0, MAX_DECAY)
         self._within("warmup_share", 0.0, 1.0)
-        for name in ("scale", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidSettings(name, getattr(self, name), "above 0 and finite")
+        for name, most in (("scale", math.inf), ("learning_rate", MAX_RATE)):
+            if not (0 < getattr(self, name) <= most and getattr(self, name) < math.inf):
+                allowed = "above 0 and finite" if most == math.inf else f"above 0, at most {most:g}"
+                raise InvalidSettings(name, getattr(self, name), allowed)
         if self.problem == "logistic" and self.noise_variance:
             raise InvalidSettings("noise_variance", self.noise_variance, "0 for a logistic problem: labels are drawn")
         if self.problem == "linear" and not self.noise_variance:

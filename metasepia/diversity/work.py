@@ -93,6 +93,8 @@ class DiversityPack:
         for i, (evaluation, diverged) in enumerate(
             zip(self._evaluated(), self._training.diverged.tolist(), strict=True)
         ):
+            if diverged < 0 and not all(output[i].isfinite().all() for output in outputs.values()):
+                diverged = self.step  # the last update broke it: no loss has said so yet, the next one would
             rows = [*evaluation.rows({split: output[i] for split, output in outputs.items()}, last=last), *ways[i]]
             if diverged >= 0:
                 rows = [Row("diverged", "", -1, float(diverged))]

@@ -84,8 +84,10 @@ def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
     driver = sweep_kills.start(tmp_path / "here", SIZE, workers=2)
     try:
         until(lambda: list(tmp_path.glob("here/packs/*/rows-*")) or driver.poll() is not None)
+        driver.send_signal(signal.SIGSTOP)  # its trials wait for it, so that the sweep cannot end while we look
         tree = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(number)
+        driver.send_signal(signal.SIGCONT)
         status = driver.wait(100)
     finally:
         driver.kill()
@@ -132,6 +134,9 @@ def test_asha_stops_trials_records_it_and_the_table_says_that_it_promises_nothin
     assert b"timing" in pq.read_schema(swept.table).metadata[b"partial"]
     again = sweep(tmp_path, plan, asha=Asha(metric="error", grace_steps=4, reduction_factor=2))
     assert (again.num_run, again.num_given_up) == (0, swept.num_given_up)
+    whole = sweep(tmp_path, plan)  # without it those are run to their end, and the promise is back
+    assert (whole.num_run, whole.num_given_up) == (swept.num_given_up, 0)
+    assert Path(whole.table).read_bytes() == sweep_kills.undisturbed(plan, tmp_path / "undisturbed")
 
 
 @pytest.mark.usefixtures("cluster")

@@ -253,6 +253,16 @@ def test_a_model_that_diverges_is_recorded_and_its_neighbours_go_on():
     assert {row["status"] for row in mine} == {"ok"} and all(math.isfinite(row["value"]) for row in mine)
 
 
+def test_a_model_that_the_last_update_broke_is_recorded():
+    """No loss has told, as there is no later one."""
+    work = pack([trial(num_tasks=4, num_steps=1, learning_rate=1e30), trial(num_tasks=4, num_steps=1)])
+    work.advance(1)
+    rows = work.measure().to_pylist()
+    (lost,) = [row for row in rows if row["trial"] == 0]
+    assert (lost["metric"], lost["status"], lost["value"]) == ("diverged", "diverged", 1.0)
+    assert {row["status"] for row in rows if row["trial"] == 1} == {"ok"}
+
+
 def test_a_pack_of_two_shapes_is_refused():
     with pytest.raises(InvalidSettings, match=r"width = 16 .* 8, as its pack's first"):
         pack([trial(), trial(width=16)])

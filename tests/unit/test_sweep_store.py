@@ -238,12 +238,25 @@ def test_the_same_step_with_other_figures_is_an_error_and_with_the_same_is_none(
     assert len(list((tmp_path / "packs/00000").iterdir())) == 1
 
 
+def test_a_filesystem_without_hard_links_holds_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_links(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    SweepStore.open(str(tmp_path), PLAN)
+    first = (tmp_path / "manifest.json").read_bytes()
+    files.Files.at(str(tmp_path)).write("manifest.json", b"another", if_absent=True)
+    assert (tmp_path / "manifest.json").read_bytes() == first
+    assert [one.name for one in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def test_what_killed_writers_left_is_cleared_when_the_pack_is_done(tmp_path: Path):
     store = SweepStore.open(str(tmp_path), PLAN)
     (tmp_path / "packs/00000").mkdir(parents=True)
     (tmp_path / "packs/00000/.rows-00000000-aa.parquet.12345678").write_bytes(b"half")
+    (tmp_path / "packs/00000/.snapshot").mkdir()  # as some file servers have in every folder
     run_pack(Fits, store, 0)
-    assert not list((tmp_path / "packs/00000").glob(".*"))
+    assert [one.name for one in (tmp_path / "packs/00000").glob(".*")] == [".snapshot"]
 
 
 # -- measures
