@@ -59,7 +59,10 @@ HELD_OUT = 4
 Split = Literal["seen", "unseen"]
 SPLITS: tuple[Split, ...] = ("seen", "unseen")
 
-_SLOTS, _MAX_SEQUENCES = 16, 1 << 20
+MAX_SEQUENCES = 1 << 20
+"""Of one batch."""
+
+_SLOTS = 16
 _INVERSE = pow(sampling.GOLDEN, -1, 1 << 64)
 _INVERSE -= (_INVERSE >> 63) << 64  # as int64
 
@@ -230,8 +233,8 @@ def draw(
     for tasks in sets:
         if tasks.vocabulary != first.vocabulary or tasks.families_per_task != first.families_per_task:
             raise InvalidSettings("sets", tasks, f"alike in words and families a task, as the first one: {first}")
-    if not 0 < num_sequences <= _MAX_SEQUENCES:
-        raise InvalidSettings("num_sequences", num_sequences, f"from 1 to {_MAX_SEQUENCES}")
+    if not 0 < num_sequences <= MAX_SEQUENCES:
+        raise InvalidSettings("num_sequences", num_sequences, f"from 1 to {MAX_SEQUENCES}")
     keys = torch.tensor([sampling.key_of(f"instructions {stream}", seed, step) for seed in data_seeds])
     model = torch.arange(len(sets)).repeat_interleave(num_sequences)
     sequence = torch.arange(num_sequences).repeat(len(sets))
@@ -239,7 +242,7 @@ def draw(
     made = torch.empty(len(model), NUM_POSITIONS + 4, dtype=torch.int64)
     waiting, attempt = torch.arange(len(model)), 0
     while len(waiting):
-        index = (attempt * _MAX_SEQUENCES + sequence[waiting]) * _SLOTS
+        index = (attempt * MAX_SEQUENCES + sequence[waiting]) * _SLOTS
         # key + index * golden = (index + key / golden) * golden: so one call serves many keys.
         drawn = sampling.bits(0, (index + keys[model[waiting]] * _INVERSE)[:, None] + torch.arange(_SLOTS))
         rows = tables.sequences(model[waiting], drawn)

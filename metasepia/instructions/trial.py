@@ -8,7 +8,7 @@ from typing import Any
 
 from metasepia.errors import InvalidSettings
 from metasepia.instructions.model import MASKS, MaskKind
-from metasepia.instructions.tasks import NUM_POSITIONS, InstructionTasks
+from metasepia.instructions.tasks import MAX_SEQUENCES, NUM_POSITIONS, InstructionTasks
 from metasepia.stacked.decoder import DecoderShape
 
 OWN = ("seed", "num_tasks", "learning_rate", "weight_decay")
@@ -50,6 +50,9 @@ class InstructionTrial:
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "num_steps", "batch_size", "measured_sequences", "num_measures"):
             self._whole(name, 1)
+        for name in ("batch_size", "measured_sequences"):
+            if getattr(self, name) > MAX_SEQUENCES:
+                raise InvalidSettings(name, getattr(self, name), f"at most {MAX_SEQUENCES}")
         for name in ("seed", "warmup_steps"):
             self._whole(name, 0)
         if self.mask not in MASKS:

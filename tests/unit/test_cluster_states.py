@@ -85,6 +85,7 @@ def test_the_command_of_a_plan_makes_the_plan_again(tmp_path):
         (("--width", "63"), "width = 63 .* multiple of the 4 heads"),
         (("--layers", "-1"), "layers = -1"),
         (("--steps", "0"), "num_steps = 0"),
+        (("--batch-size", "2000000"), "batch_size = 2000000 .* at most 1048576"),
         (("--pack", "0"), "pack = 0"),
         (("--gpus-per-trial", "-1"), "gpus_per_trial = -1"),
         (("--resume",), "there is none to go on with"),
