@@ -399,7 +399,7 @@ def test_many_clients_at_once_get_the_answers_that_each_gets_alone(served: Serve
 
 
 def test_beyond_the_queue_clients_are_told_when_to_come_back(served: Served):
-    body, headers = STORY | {"max_tokens": 1000}, {"x-request-timeout-seconds": "4"}
+    body, headers = STORY | {"max_tokens": 1000}, {"x-request-timeout-seconds": "8"}
 
     async def flood() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=200)
