@@ -77,15 +77,17 @@ def test_a_killed_trial_is_begun_again_and_leaves_no_trace(tmp_path: Path, expec
     "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
 )
 def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
-    tmp_path: Path, expected: bytes, number: signal.Signals
+    tmp_path: Path, expected: bytes, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ):
     """SIGINT as from Ctrl-C, which also leaves no process and no scratch."""
-    before = set(Path("/tmp").glob("metasepia-tune-*"))
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))  # of the driver
     driver = sweep_kills.start(tmp_path / "here", SIZE, workers=2)
     try:
         until(lambda: list(tmp_path.glob("here/packs/*/rows-*")) or driver.poll() is not None)
         driver.send_signal(signal.SIGSTOP)  # its trials wait for it, so that the sweep cannot end while we look
         tree = psutil.Process(driver.pid).children(recursive=True)
+        assert list(scratch.glob("metasepia-tune-*"))
         driver.send_signal(number)
         driver.send_signal(signal.SIGCONT)
         status = driver.wait(100)
@@ -97,7 +99,7 @@ def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
         assert status == INTERRUPTED
         _, alive = psutil.wait_procs(tree, timeout=60)
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
-        assert set(Path("/tmp").glob("metasepia-tune-*")) <= before
+        assert not list(scratch.glob("metasepia-tune-*"))
     swept = sweep(tmp_path / "there")
     assert Path(swept.table).read_bytes() == expected
 
