@@ -33,6 +33,10 @@ from metasepia.sweeps.store import MANIFEST, SweepStore
 
 WORK = "metasepia.diversity.work:DiversityPack"
 _SPELLINGS = {"num_steps": "--steps"}
+_PARTIAL = (
+    "Part of the trials did not run to their end, and which ones may depend on timing; they are left out of what "
+    "follows."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +83,7 @@ def _run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     print(f"table: {swept.table}", flush=True)
     store = SweepStore.read(arguments.out)
-    write_report(store, store.table(partial=asha is not None), partial=asha is not None)
+    write_report(store, store.table(partial=asha is not None), partial=not _whole(store))
     return 0
 
 
@@ -192,7 +196,7 @@ def write_report(store: SweepStore, table: pa.Table, *, partial: bool = False) -
     """Figures and the page beside the table, replaced if they are there; prints what the sweep says."""
     findings = Findings(Results(trials_of(store.plan), table), store.plan.settings["profile"])
     files = Files.at(store.uri)
-    notes = ["Part of the trials did not run to their end; they are left out of what follows."] if partial else []
+    notes = [_PARTIAL] if partial else []
     drawn: list[Picture] = []
     try:
         drawn = pictures(findings)
