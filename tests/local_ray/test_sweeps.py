@@ -82,6 +82,7 @@ def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
     """SIGINT as from Ctrl-C, which also leaves no process and no scratch."""
     (scratch := tmp_path / "scratch").mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))  # of the driver
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # its sockets want a short path
     driver = sweep_kills.start(tmp_path / "here", SIZE, workers=2)
     try:
         until(lambda: list(tmp_path.glob("here/packs/*/rows-*")) or driver.poll() is not None)
