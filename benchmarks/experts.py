@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -444,7 +445,7 @@ def main() -> None:
     subject = Subject.of(arguments.dtype)
     note = f"{arguments.dtype}, {arguments.threads} threads"
     print(subject.check(arguments.dtype))
-    rows = [row for part in arguments.parts for row in PARTS[part](subject, arguments, note)]
+    rows = report.rows_of({name: partial(part, subject, note=note) for name, part in PARTS.items()}, arguments)
     report.publish("experts", rows, json_file=arguments.json, started_on=started_on)
 
 
