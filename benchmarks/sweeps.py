@@ -109,8 +109,10 @@ def nodes(arguments: Namespace) -> list[Row]:
 @contextmanager
 def local_nodes(number: int) -> Iterator[str]:
     """A Ray of `number` nodes with one CPU each, all on this machine and on loopback; gives its address."""
+    from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
+    ray_constants.ENABLE_RAY_CLUSTER = False  # else this driver takes 127.0.0.1 for the machine's outer address
     os.environ["RAY_AUTH_MODE"] = "disabled"  # before the nodes start; cluster.connect sets it for drivers alone
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
