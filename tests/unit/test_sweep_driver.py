@@ -52,7 +52,7 @@ def test_asha_that_makes_no_sense_is_refused(bad: dict[str, Any]):
 
 def test_no_gpu_where_one_is_asked_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("jobs.sweeping._num_gpus", lambda: 0)
-    with pytest.raises(CannotPlace, match=r"need 0\.5 GPU \(one trial\) and the cluster has 0"):
+    with pytest.raises(CannotPlace, match=r"need 0\.5 GPU \(one trial, on one node\) and the cluster has 0"):
         run_sweep(PLAN, str(tmp_path), WORK, workers=2, gpus_per_trial=0.5, progress=False)
 
 
