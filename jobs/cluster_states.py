@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-from jobs.sweep_tasks import gpus_of
+from jobs.sweep_tasks import add_run_options, gpus_of
 from metasepia.digests import short
 from metasepia.errors import InvalidSettings, MetasepiaError, NotSupported
 from metasepia.instructions import report
@@ -182,19 +182,10 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
 def parser() -> argparse.ArgumentParser:
     """Of `--mode synthetic`."""
     p = _parser(__doc__)
-    p.add_argument("--profile", help="; ".join(f"{name}: {one.about}" for name, one in PROFILES.items()))
-    p.add_argument("--out", required=True, metavar="URI", help="folder or pyarrow.fs URI, reachable from every node")
-    p.add_argument("--resume", action="store_true", help="go on with the sweep at OUT; it knows its own axes")
-    p.add_argument("--dry-run", action="store_true", help="say what would be run")
-    p.add_argument("--report-only", action="store_true", help="make the report from what OUT holds, run nothing")
-    where = p.add_argument_group("where")
-    where.add_argument("--workers", type=int, help="packs that train at a time; the table does not depend on it")
-    where.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where --gpus-per-trial says so)")
-    where.add_argument("--gpus-per-trial", type=float, metavar="GPUS", help="of one pack; 0.5: two packs share a GPU")
-    where.add_argument("--cpus-per-trial", type=float, default=1.0, metavar="CPUS")
-    where.add_argument("--address", help="of a Ray cluster, or auto (default: Ray is started here, and stopped)")
-    where.add_argument("--pack", type=int, metavar="MODELS", help="models trained as one, at most")
-    where.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_run_options(p, PROFILES)
+    how = p.add_argument_group("how")
+    how.add_argument("--pack", type=int, metavar="MODELS", help="models trained as one, at most")
+    how.add_argument("--quiet", action="store_true", help="no progress bar")
     axes = p.add_argument_group("axes", "one value or several with commas between")
     for axis, about in AXES.items():
         axes.add_argument(OPTIONS[axis], dest=axis, metavar="A,B,...", help=about)

@@ -14,7 +14,8 @@ whatever the number of workers. Any axis takes several values, with commas betwe
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -215,6 +216,21 @@ def option_of(axis: str) -> str:
     return _SPELLINGS.get(axis, "--" + axis.replace("_", "-"))
 
 
+def add_run_options(p: argparse.ArgumentParser, profiles: Mapping[str, Any]) -> None:
+    """What every sweep's command takes: what it runs, where it is kept, and on which machines."""
+    p.add_argument("--profile", help="; ".join(f"{name}: {one.about}" for name, one in profiles.items()))
+    p.add_argument("--out", required=True, metavar="URI", help="folder or pyarrow.fs URI, reachable from every node")
+    p.add_argument("--resume", action="store_true", help="go on with the sweep at OUT; it knows its own axes")
+    p.add_argument("--dry-run", action="store_true", help="say what would be run")
+    p.add_argument("--report-only", action="store_true", help="make the report from what OUT holds, run nothing")
+    where = p.add_argument_group("where")
+    where.add_argument("--workers", type=int, help="packs that train at a time; the table does not depend on it")
+    where.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where GPUs are asked for)")
+    where.add_argument("--gpus-per-trial", type=float, metavar="GPUS", help="of one pack; 0.5: two packs share a GPU")
+    where.add_argument("--cpus-per-trial", type=float, default=1.0, metavar="CPUS")
+    where.add_argument("--address", help="of a Ray cluster, or auto (default: Ray is started here, and stopped)")
+
+
 def parser() -> argparse.ArgumentParser:
     about, _, more = (__doc__ or "").partition("\n\n")
     p = argparse.ArgumentParser(
@@ -223,17 +239,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--profile", help="; ".join(f"{name}: {one.about}" for name, one in PROFILES.items()))
-    p.add_argument("--out", required=True, metavar="URI", help="folder or pyarrow.fs URI, reachable from every node")
-    p.add_argument("--resume", action="store_true", help="go on with the sweep at OUT; it knows its own axes")
-    p.add_argument("--dry-run", action="store_true", help="say what would be run")
-    p.add_argument("--report-only", action="store_true", help="make the report from what OUT holds, run nothing")
-    where = p.add_argument_group("where")
-    where.add_argument("--workers", type=int, help="packs that train at a time; the table does not depend on it")
-    where.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where the profile or --gpus-per-trial says so)")
-    where.add_argument("--gpus-per-trial", type=float, metavar="GPUS", help="of one pack; 0.5: two packs share a GPU")
-    where.add_argument("--cpus-per-trial", type=float, default=1.0, metavar="CPUS")
-    where.add_argument("--address", help="of a Ray cluster, or auto (default: Ray is started here, and stopped)")
+    add_run_options(p, PROFILES)
     how = p.add_argument_group("how")
     how.add_argument("--pack", type=int, metavar="MODELS", help="models trained as one, at most")
     how.add_argument("--sample", type=int, metavar="POINTS", help="so many points of the grid, at random, not all")

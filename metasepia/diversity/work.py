@@ -10,9 +10,9 @@ from torch import Tensor
 
 from metasepia.diversity.measures import SPLITS, Evaluation, Problem, Row, Shared
 from metasepia.diversity.trial import SHARED_IN_PACK, DiversityTrial
-from metasepia.errors import InvalidSettings
 from metasepia.stacked.regressor import StackedRegressor
 from metasepia.stacked.training import StackedAdam, StackedTraining, triangle
+from metasepia.sweeps.plan import check_pack
 from metasepia.sweeps.store import ROWS
 from metasepia.synthetic.regression import batches_of_many
 
@@ -30,13 +30,8 @@ class DiversityPack:
 
     def __init__(self, trials: Sequence[Mapping[str, Any]], device: str = "cpu") -> None:
         self.trials = tuple(DiversityTrial.from_json(trial) for trial in trials)
-        if not self.trials:
-            raise InvalidSettings("trials", (), "one or more")
+        check_pack(self.trials, SHARED_IN_PACK)
         first = self.trials[0]
-        for trial in self.trials:
-            for name in SHARED_IN_PACK:
-                if getattr(trial, name) != getattr(first, name):
-                    raise InvalidSettings(name, getattr(trial, name), f"{getattr(first, name)!r}, as its pack's first")
         self.device = torch.device(device)
         self.stops = first.stops
         self._problems = [trial.tasks for trial in self.trials]

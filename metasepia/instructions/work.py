@@ -7,12 +7,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from metasepia.errors import InvalidSettings
 from metasepia.instructions.measures import Evaluation, Figure, Seen
 from metasepia.instructions.model import InstructionModel
 from metasepia.instructions.tasks import draw
 from metasepia.instructions.trial import SHARED_IN_PACK, InstructionTrial
 from metasepia.stacked.training import StackedAdam, StackedTraining
+from metasepia.sweeps.plan import check_pack
 from metasepia.sweeps.store import ROWS
 
 DRAWN_POINTS = 200
@@ -30,13 +30,8 @@ class InstructionPack:
     def __init__(self, trials: Sequence[Mapping[str, Any]], device: str = "cpu") -> None:
         """Raises InvalidSettings for no trials, or for two that differ in what a pack shares."""
         self.trials = tuple(InstructionTrial.from_json(trial) for trial in trials)
-        if not self.trials:
-            raise InvalidSettings("trials", (), "one or more")
+        check_pack(self.trials, SHARED_IN_PACK)
         first = self.trials[0]
-        for trial in self.trials:
-            for name in SHARED_IN_PACK:
-                if getattr(trial, name) != getattr(first, name):
-                    raise InvalidSettings(name, getattr(trial, name), f"{getattr(first, name)!r}, as its pack's first")
         self.device = torch.device(device)
         self.stops = first.stops
         self._sets, self._seeds = [one.tasks for one in self.trials], [one.seed for one in self.trials]

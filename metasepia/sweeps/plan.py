@@ -151,3 +151,14 @@ def pack(trials: Sequence[Mapping[str, Any]], same: Sequence[str], size: int) ->
         edges = [len(members) * i // number for i in range(number + 1)]
         packs += [tuple(members[a:b]) for a, b in itertools.pairwise(edges)]
     return tuple(sorted(packs))
+
+
+def check_pack(trials: Sequence[Any], same: Sequence[str]) -> None:
+    """Raises InvalidSettings for a pack without trials, or one in which two differ in a setting named by `same`."""
+    if not trials:
+        raise InvalidSettings("trials", (), "one or more")
+    for trial in trials:
+        for name in same:
+            if getattr(trial, name) != getattr(trials[0], name):
+                allowed = f"{getattr(trials[0], name)!r}, as its pack's first"
+                raise InvalidSettings(name, getattr(trial, name), allowed)
