@@ -1,13 +1,12 @@
 """One model of a task-diversity sweep: all that its weights and its rows of the table are a function of."""
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from metasepia.errors import InvalidSettings
 from metasepia.stacked.decoder import DecoderShape
+from metasepia.sweeps.trial import TrialSettings
 from metasepia.synthetic.regression import PooledRegression, TaskPool
 from metasepia.synthetic.tasks import Seeds
 
@@ -34,7 +33,7 @@ SHARED_IN_PACK = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiversityTrial:
+class DiversityTrial(TrialSettings):
     """A model pretrained on `num_tasks` tasks. Defaults are the paper's base model."""
 
     problem: Literal["linear", "logistic"] = "linear"
@@ -106,12 +105,6 @@ class DiversityTrial:
             raise InvalidSettings("noise_variance", self.noise_variance, allowed)
         _ = self.tasks  # refuses here, not in a trial's process, what no pool or problem can have
 
-    def _whole(self, name: str, *, least: int, most: int | None = None, way_out: str = "") -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
-            allowed = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
-            raise InvalidSettings(name, value, allowed + way_out)
-
     def _within(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if not low <= value <= high or value == math.inf:  # written so that NaN fails too
@@ -160,14 +153,3 @@ class DiversityTrial:
         """Steps at which it is measured and checkpointed, ascending; the last is the end."""
         even = [round(self.num_steps * i / self.num_measures) for i in range(1, self.num_measures + 1)]
         return tuple(sorted({step for step in (even[0] // 8, even[0] // 4, even[0] // 2, *even) if step > 0}))
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "DiversityTrial":
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise InvalidSettings(name, values[name], f"one of {', '.join(sorted(known))}")
-        return cls(**values)

@@ -2,21 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from metasepia.errors import InvalidSettings
 from metasepia.instructions.model import MASKS, MaskKind
 from metasepia.instructions.tasks import MAX_SEQUENCES, NUM_POSITIONS, InstructionTasks
 from metasepia.stacked.decoder import DecoderShape
+from metasepia.sweeps.trial import TrialSettings
 
 OWN = ("seed", "num_tasks", "learning_rate", "weight_decay")
 """What models of one pack may differ in."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionTrial:
+class InstructionTrial(TrialSettings):
     """A model trained from scratch on instruction tasks; the loss is on the answer alone."""
 
     num_tasks: int = 8
@@ -49,12 +48,12 @@ class InstructionTrial:
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "num_steps", "batch_size", "measured_sequences", "num_measures"):
-            self._whole(name, 1)
+            self._whole(name, least=1)
         for name in ("batch_size", "measured_sequences"):
             if getattr(self, name) > MAX_SEQUENCES:
                 raise InvalidSettings(name, getattr(self, name), f"at most {MAX_SEQUENCES}")
         for name in ("seed", "warmup_steps"):
-            self._whole(name, 0)
+            self._whole(name, least=0)
         if self.mask not in MASKS:
             raise InvalidSettings("mask", self.mask, " or ".join(MASKS))
         if self.width % self.heads:
@@ -67,11 +66,6 @@ class InstructionTrial:
         _ = self.tasks  # refuses what no set of tasks can be
         if self.measured_sequences < 2 * self.num_tasks:
             raise InvalidSettings("measured_sequences", self.measured_sequences, "two a task, or more")
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidSettings(name, value, f"a whole number, {least} or more")
 
     @property
     def tasks(self) -> InstructionTasks:
@@ -108,18 +102,6 @@ class InstructionTrial:
     def patched_stops(self) -> tuple[int, ...]:
         """Steps at which states are patched: those of `kept_stops` at which something was learnt."""
         return self.kept_stops[1:]
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "InstructionTrial":
-        """Raises InvalidSettings for a name that no trial has."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise InvalidSettings(name, values[name], f"one of {', '.join(sorted(known))}")
-        return cls(**values)
 
 
 SHARED_IN_PACK = tuple(field.name for field in dataclasses.fields(InstructionTrial) if field.name not in OWN)
