@@ -9,6 +9,7 @@
     ├── DeletedName            (LookupError)     a name that stood for something until it was deleted
     ├── NameTaken              (ValueError)      a name that stands for something else already
     ├── Outdated               (RuntimeError)    made with a part that is served in another version now
+    ├── DifferentSpaces        (ValueError)      two task embeddings that no cosine compares
     ├── NotSupported           (NotImplementedError)  a backbone, family or route lacks what was asked
     ├── CorruptArtefact        (ValueError)      a file that is not what its digest or kind says
     ├── CannotPlace            (RuntimeError)    the cluster has less than the settings add up to
@@ -113,6 +114,23 @@ class Outdated(MetasepiaError, RuntimeError):
         return (
             f"{self.what} was made with the {self.part} {self.made_with}, and this server has "
             f"{', '.join(self.served) or 'none'}; create it again from its examples, or serve the {self.part} of then"
+        )
+
+
+class DifferentSpaces(MetasepiaError, ValueError):
+    """Two task embeddings of different surrogates, methods, settings or probe texts: their cosine would mean nothing.
+
+    `parts` names those that differ, out of surrogate, method, settings and probes.
+    """
+
+    def __init__(self, ours: str, theirs: str, parts: tuple[str, ...]) -> None:
+        super().__init__(ours, theirs, parts)
+        self.ours, self.theirs, self.parts = ours, theirs, parts
+
+    def __str__(self) -> str:
+        return (
+            f"task embeddings of the spaces {self.ours} and {self.theirs} cannot be compared: they differ in "
+            f"{' and '.join(self.parts)}; embed one of the two tasks again in the other's space"
         )
 
 
