@@ -19,12 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import ACT2FN
 
 from metasepia.encoders import TextEncoder
-from metasepia.errors import InvalidRequest
 from metasepia.packing import PackedLinear
-
-MAX_CHARACTERS_PER_TOKEN = 32
-"""Characters beyond this many a wanted token are not given to the tokenizer: a text of megabytes costs what its
-beginning costs."""
 
 
 class FrozenLinear:
@@ -110,22 +105,12 @@ class Surrogate:
         return len(self.layers)
 
     def tokenize(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Token ids with the special tokens, at most `max_tokens` or the encoder's window; longer texts lose their end.
+        """Token ids with the special tokens. Of more than `max_tokens` the last ones are left out, the very last kept.
 
-        Raises InvalidRequest, naming `texts[i]`, for a text that is not Unicode.
+        Raises as `TextEncoder.tokenize` does, so WindowExceeded for a text beyond the encoder's window.
         """
-        for i, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidRequest(f"texts[{i}]", f"not valid Unicode ({error.reason})") from None
-        if not texts:
-            return []
-        longest = min(max_tokens, self.window)
-        begun = [text[: MAX_CHARACTERS_PER_TOKEN * longest] for text in texts]
-        prepared = [text.lower() for text in begun] if self.encoder._lowercase else begun
-        tokenizer: Any = self.encoder._tokenizer
-        return tokenizer(prepared, padding=False, truncation=True, max_length=longest, verbose=False)["input_ids"]
+        found = self.encoder.tokenize(texts)
+        return [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in found]
 
     def padded(self, token_ids: Sequence[Sequence[int]]) -> Padded:
         rows = [torch.tensor(ids) for ids in token_ids]
@@ -205,7 +190,7 @@ class Surrogate:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], max_tokens: int | None = None) -> Float[np.ndarray, "texts width"]:
-        """`TextEncoder.embed` by way of these layers; texts beyond `max_tokens` lose their end instead of an error."""
+        """`TextEncoder.embed` by way of these layers, of the first `max_tokens` of each text."""
         token_ids = self.tokenize(texts, max_tokens or self.window)
         vectors = np.empty((len(texts), self.width), np.float32)
         for group in self.encoder.plan([len(ids) for ids in token_ids]):

@@ -22,7 +22,6 @@ from transformers import (
 from metasepia import encoders
 from metasepia.embedding.surrogate import FrozenLinear, Surrogate
 from metasepia.encoders import TextEncoder
-from metasepia.errors import InvalidRequest
 
 SIZES: dict[str, Any] = {
     "vocab_size": 12,
@@ -118,11 +117,5 @@ def test_gradients_through_frozen_layers_are_those_of_autograd():
 
 
 def test_texts_beyond_the_bound_lose_their_end_and_nothing_else(minilm: TextEncoder):
-    surrogate = Surrogate(minilm)
-    ids = surrogate.tokenize(["film " * 500_000, "film"], 10)
-    assert ids == [minilm.tokenize(["film " * 8])[0], minilm.tokenize(["film"])[0]]
-
-
-def test_a_text_that_is_not_unicode_is_refused_by_its_place(minilm: TextEncoder):
-    with pytest.raises(InvalidRequest, match=r"texts\[1\]: not valid Unicode"):
-        Surrogate(minilm).tokenize(["good", "bad \ud800"], 10)
+    ids = Surrogate(minilm).tokenize(["film " * 200, "film"], 10)
+    assert ids == minilm.tokenize(["film " * 8, "film"])
