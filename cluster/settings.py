@@ -323,9 +323,16 @@ class DispatchMargins:
     """Probability of the best label above the second's. From 0 to 1."""
     prompt: float = 0.0
     """Geometric mean of the probabilities of the tokens generated. From 0 to 1."""
+    task: float = 0.02
+    """Cosine by which the nearest data set must be nearer than one of another expert. From 0 to 2."""
+    task_level: float = 0.05
+    """Share of a data set's own texts that may be taken for foreign ones: `task` abstains for a text whose conformal
+    p-value is no larger. 0 takes every text for one of the nearest data set. From 0 to 0.5."""
 
     def __post_init__(self) -> None:
         _between("dispatch_margins", "centroid", self.centroid, 0, 2)
+        _between("dispatch_margins", "task", self.task, 0, 2)
+        _between("dispatch_margins", "task_level", self.task_level, 0, 0.5)
         _between("dispatch_margins", "classifier", self.classifier, 0, 1)
         _between("dispatch_margins", "prompt", self.prompt, 0, 1)
 

@@ -88,7 +88,7 @@ class Door:
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         first = backbones[0]
         self._centroids, observer = centroids, Observer(centroids, observing)
-        self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id], observer)
+        self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id], observer, encoders)
         self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding

@@ -202,5 +202,5 @@ def _backbone_info(backbone: Backbone) -> dict[str, Any]:
 
 
 def short_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the dispatch centroid: two vectors of the hidden size that nobody reads in a list."""
-    return {key: value for key, value in card.items() if key != "dispatch"}
+    """Without what `auto` reads alone: vectors that nobody reads in a list."""
+    return {key: value for key, value in card.items() if key not in ("dispatch", "text_region")}

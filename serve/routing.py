@@ -1,11 +1,12 @@
 """The model `auto`: the settings' chain of dispatch stages picks an expert by the request, or the base weights answer.
 
 `centroid`    one short pass of the base model over the prompt, then the nearest task centroid among the experts' cards
+`task`        one pass of the text encoder, then the nearest registered data set that the message could be a text of
 `classifier`  a dispatch expert's answer to "who should answer this?", from one forward
 `prompt`      the base model's own answer to that, generated
 
 A stage that cannot tell abstains and the next one is asked; one that finds the request to be for no expert ends the
-chain. `classifier` and `prompt` read the text of a chat's last message by its user, and abstain for anything else.
+chain. All but `centroid` read the text of a chat's last message by its user, and abstain for anything else.
 `auto` is listed while some stage of the settings has something to choose from.
 
 The state by which `centroid` chose is told to the graph's online centroids, as the task `auto:<expert>`. With the
@@ -26,19 +27,21 @@ from metasepia.centroids import ROUTED, CentroidKey, KnownMean
 from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
 from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
 from metasepia.dispatch.observed import routable
+from metasepia.dispatch.task import RegionTable, TextRegion
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, UnknownName
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Row, Scores, TokenChunk
 from serve.deadlines import Deadline
 from serve.names import AUTO, OWNER, Chosen
 from serve.observing import Observer
-from serve.parts import Backbone, Catalogue
+from serve.parts import Backbone, Catalogue, TextEncoder
 from serve.prompts import Prompts
 from serve.shelf import Shelf
+from serve.task_stage import TaskStage, region_of
 
 logger = logging.getLogger("ray.serve")
 
-SERVED_STAGES = ("centroid", "classifier", "prompt")
+SERVED_STAGES = ("centroid", "task", "classifier", "prompt")
 MAX_DESCRIBED = 32
 """Experts that the stage `prompt` chooses among, the first by name; a small model reads no longer list."""
 
@@ -70,6 +73,7 @@ class _Known:
     about: str | None
     centroid: TaskCentroid | None
     dispatcher: Dispatcher | None
+    region: TextRegion | None
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,17 @@ class _Table:
     """Digests by name of all that may be chosen: experts of this backbone that do not dispatch."""
     described: tuple[Described, ...]
     dispatcher: Dispatcher | None
+    described_texts: Mapping[str, TextRegion]
+    """By digest of targets: where the card says that its task's texts lie."""
+    regions: RegionTable | None = None
+    """Those and the data sets registered since; known where a stage `task` is asked."""
 
     def has(self, stage: str) -> bool:
         """Whether a stage has something to choose from."""
         if stage == "centroid":
             return len(self.centroids) > 0
+        if stage == "task":
+            return self.regions is not None
         return bool(self.described) if stage == "prompt" else self.dispatcher is not None and bool(self.targets)
 
 
@@ -105,16 +115,20 @@ class Routing:
         margins: DispatchMargins | None = None,
         prompts: Prompts | None = None,
         observer: Observer | None = None,
+        encoders: Sequence[TextEncoder] = (),
     ) -> None:
-        """`prompts` None: the stages that read text abstain; `observer` None: nobody is told of states."""
+        """`prompts` None: `classifier` and `prompt` abstain; `observer` None: nobody is told of states; without a text
+        encoder `task` has nothing to choose from.
+        """
         self.backbone, self.stages, self._observer = backbone, tuple(stages), observer
         self._margins, self._prompts = margins or DispatchMargins(), prompts
         self._experts: Shelf[_Known] = Shelf(catalogue, "expert", OWNER, _known)
         self._read: tuple[Mapping[str, _Known] | None, tuple[KnownMean, ...]] = (None, ())
-        self._table = _Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, {}, (), None)
+        self._table = _Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, {}, (), None, {})
+        self._task_stage = TaskStage(catalogue, encoders, self._margins)
 
     async def is_served(self) -> bool:
-        table = await self._known() if self.stages else self._table
+        table = await self._known(self.stages) if self.stages else self._table
         return any(table.has(stage) for stage in self.stages)
 
     async def route(
@@ -128,7 +142,7 @@ class Routing:
         for stage in stages:
             if stage not in SERVED_STAGES:
                 raise NotSupported(f"the dispatch stage {stage}", f"use {', '.join(SERVED_STAGES)}")
-        table = await self._known()
+        table = await self._known((*stages, *self.stages))
         if not any(table.has(stage) for stage in SERVED_STAGES):
             raise UnknownName("model", AUTO, (self.backbone.id,))
         margin: float | None = None
@@ -150,7 +164,12 @@ class Routing:
     ) -> Dispatched:
         if stage == "centroid":
             return await self._by_centroid(table, token_ids, deadline)
-        if text is None or not text.strip() or self._prompts is None:
+        if text is None or not text.strip():
+            return Dispatched(expert=None, margin=0.0, stage=stage)
+        if stage == "task":
+            assert table.regions is not None  # `has` has seen to it
+            return await self._task_stage.choose(text, table.regions, deadline)
+        if self._prompts is None:
             return Dispatched(expert=None, margin=0.0, stage=stage)
         prepared, rows = self.backbone.prepared, _Rows(self.backbone)
         about = {
@@ -204,8 +223,8 @@ class Routing:
         card = (await self._known()).cards.get(name)
         return None if card is None else (self._key(name, card), card.mean)
 
-    async def _known(self) -> _Table:
-        """The experts that stand now; made anew only after a change."""
+    async def _known(self, stages: Sequence[str] = ()) -> _Table:
+        """The experts that stand now; made anew only after a change. The data sets too, where `stages` has `task`."""
         digest = self.backbone.prepared.digest
         means = () if self._observer is None else self._observer.known_means(digest)
         experts = await self._experts.all()
@@ -231,9 +250,14 @@ class Routing:
                 targets={name: one.digest for name, one in targets.items()},
                 described=tuple(described[:MAX_DESCRIBED]),
                 dispatcher=next((one.dispatcher for one in own.values() if one.dispatcher is not None), None),
+                described_texts={one.digest: one.region for one in targets.values() if one.region is not None},
             )
             self._read = experts, means
-        return self._table
+        if "task" not in stages:
+            return self._table
+        return replace(
+            self._table, regions=await self._task_stage.table(self._table.targets, self._table.described_texts)
+        )
 
 
 class _Rows:
@@ -263,4 +287,4 @@ def _known(artefact: Artefact) -> _Known:
         logger.warning("%s", error)
         if card.get("dispatcher") is not None:
             about = None  # whatever it is, it is no target
-    return _Known(artefact.digest, str(card.get("backbone")), about, centroid, dispatcher)
+    return _Known(artefact.digest, str(card.get("backbone")), about, centroid, dispatcher, region_of(artefact))

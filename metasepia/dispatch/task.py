@@ -121,7 +121,7 @@ def describe(
         centroids = _centroids(vectors[learn], rng)
         similarities = (vectors[rest] @ centroids.T).max(1)
     else:
-        fold = rng.permutation(count) % min(count, max(_FOLDS, count if count < 2 * _FOLDS else 0))
+        fold = rng.permutation(count) % (count if count < 2 * _FOLDS else _FOLDS)
         similarities = np.empty(count)
         for one in np.unique(fold):
             out = fold == one
