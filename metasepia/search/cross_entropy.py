@@ -6,8 +6,9 @@ scores give the same bytes whoever computes them, however often it is written do
 Where we differ from the reference: it samples weights in a box, [0, 1] for each expert, where every multiple of a
 renormalised mixture is the same model. Here a sample is the point of the simplex nearest to the Gaussian draw
 (Euclidean; in each layer by itself where weights are by layer), so single experts and the base are met often. The
-first generation holds every candidate alone. Equal scores are ranked by the likelihood of the right answers and then
-by position, for elites as for the best. numpy only.
+first generation holds every candidate alone; one that starts warm (`warm_start`) holds the most promising alone, for
+half of its places. Equal scores are ranked by the likelihood of the right answers and then by position, for elites as
+for the best. numpy only.
 """
 
 import json
@@ -23,6 +24,7 @@ from metasepia.digests import canonical_json
 from metasepia.errors import CorruptArtefact, InvalidRequest
 from metasepia.experts.mixing import adapter_of
 from metasepia.rows import Adapter
+from metasepia.search.warm_start import Start
 
 FORMAT = "metasepia.search.1"
 GRID = 10_000
@@ -115,8 +117,8 @@ class Generation:
 class CrossEntropySearch:
     """Ask for a population, tell its scores, until `stopped`.
 
-    Slot 0 of every population is the incumbent: at first equal weights, later the best mixture so far. `perfect` is a
-    score that cannot be beaten (accuracy 1), if there is one.
+    Slot 0 of every population is the incumbent: at first the start's mean, which is equal weights by default, later the
+    best mixture so far. `perfect` is a score that cannot be beaten (accuracy 1), if there is one.
     """
 
     def __init__(
@@ -126,17 +128,25 @@ class CrossEntropySearch:
         *,
         num_layers: int = 1,
         perfect: float | None = None,
+        start: Start | None = None,
     ) -> None:
         """`candidates` are digests of experts, the base among them where it takes part; their order does not matter.
 
-        `num_layers`: factored layers, for weights by layer. Raises InvalidRequest for less than two candidates.
+        `num_layers`: factored layers, for weights by layer. `start` None: equal weights and a deviation of 0.5. Raises
+        InvalidRequest for less than two candidates, and for a start of another number of them.
         """
         if len(set(candidates)) < 2 or len(set(candidates)) != len(candidates):
             raise InvalidRequest("experts", f"a search needs two different candidates or more, got {len(candidates)}")
+        if start is not None and len(start.mean) != len(candidates):
+            raise InvalidRequest("start", f"is for {len(start.mean)} candidates, not {len(candidates)}")
         self.candidates, self.settings, self.perfect = tuple(sorted(candidates)), settings, perfect
+        self.start = start
         self._shape = (len(candidates), num_layers if settings.per_layer else 1)
         self._mean = np.full(self._shape, 1 / len(candidates))
         self._std = np.full(self._shape, 0.5)
+        if start is not None:
+            self._mean = np.repeat(np.array(start.mean)[:, None], self._shape[1], axis=1)
+            self._std = np.repeat(np.array(start.std)[:, None], self._shape[1], axis=1)
         self._incumbent = _on_grid(self._mean[None])[0]
         self._generator: Any = np.random.PCG64(settings.seed).state
         self.generation = 0
@@ -172,9 +182,11 @@ class CrossEntropySearch:
         noise = np.random.Generator(bits).standard_normal((self.settings.population, *self._shape))
         alpha = to_simplex(self._mean + self._std * noise)
         alpha[0] = self._incumbent
-        num_alone = min(len(self.candidates), self.settings.population - 1)
         if self.generation == 0:
-            alpha[1 : 1 + num_alone] = np.eye(len(self.candidates))[:num_alone, :, None]
+            first = range(len(self.candidates)) if self.start is None else self.start.order
+            room = self.settings.population - 1 if self.start is None else self.settings.population // 2
+            alone = np.eye(len(self.candidates))[list(first)[:room]]
+            alpha[1 : 1 + len(alone)] = alone[:, :, None]
         return _on_grid(alpha), bits.state
 
     # -- telling -------------------------------------------------------------------------------------------------------
@@ -227,8 +239,10 @@ class CrossEntropySearch:
 
     def to_bytes(self) -> bytes:
         """Everything that the rest of the search depends on; the same bytes for the same past."""
+        warm = {} if self.start is None else {"start": self.start.to_json()}  # none: the bytes of searches before it
         return canonical_json(
             {
+                **warm,
                 "format": FORMAT,
                 "candidates": self.candidates,
                 "settings": asdict(self.settings),
@@ -257,6 +271,7 @@ class CrossEntropySearch:
                 SearchSettings(**tree["settings"]),
                 num_layers=tree["num_layers"],
                 perfect=tree["perfect"],
+                start=Start.from_json(tree["start"]) if "start" in tree else None,
             )
             search._mean, search._std, search._incumbent = (
                 np.array(tree[name]).reshape(search._shape) for name in ("mean", "std", "incumbent")
