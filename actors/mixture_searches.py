@@ -9,15 +9,14 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from metasepia.errors import DeadlineExceeded, MetasepiaError, Outdated, Overloaded, Unavailable
+from actors.yielding import Rows, Yielding
+from metasepia.errors import MetasepiaError, Outdated, Overloaded, Unavailable
 from metasepia.registry.entries import Artefact
-from metasepia.rows import Adapter, Row, Scores, TokenChunk
+from metasepia.rows import Adapter
 from metasepia.search.cross_entropy import Generation
 from metasepia.search.fewshot import search, split
 from metasepia.search.jobs import ID, Progress, SearchJob, found_json, job_shots
@@ -29,19 +28,6 @@ logger = logging.getLogger("metasepia.search")
 
 MAX_FINISHED = 100
 """Finished jobs that are kept; the oldest are deleted when a new one comes."""
-ROWS_A_CALL = 32
-CALLS_AT_ONCE = 4
-ROW_TIMEOUT_S = 120.0
-"""A row that waits longer in the backbone's queue is taken out and asked for again."""
-PATIENCE_S = 900.0
-"""A backbone that refuses everything for so long ends the job; asking for the same search again goes on."""
-
-
-class Rows(Protocol):
-    """A backbone as it is reached from the actor."""
-
-    def generate(self, row: Row) -> AsyncIterator[TokenChunk]: ...
-    async def score(self, rows: Sequence[Row]) -> list[Scores]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +209,7 @@ class Searches:
             written = {**card, **_progress_json(now, job)}
             await self._patiently(lambda: self._write(job.id, now, written))
 
-        rows = Yielding(backbone)
+        rows = Yielding(backbone.digest, backbone.rows)
         found = await search(rows, shots, held_out, now.state, job.scoring, told=told)
         result = found_json(found, job, len(held_out))
         facts: dict[str, object] = {"search": {"id": job.id, "job": job.digest, **result}}
@@ -307,78 +293,3 @@ def _progress_json(progress: Progress, job: SearchJob) -> dict[str, Any]:
         weights = dict(zip(job.names, last["weights"], strict=True))
         best = {"value": value, "likelihood": likelihood, "weights": weights}
     return {"generations": progress.state.generation, "evaluations": progress.state.evaluations, "best": best}
-
-
-Asking = tuple[Row, "asyncio.Future[Scores]"]
-
-
-class Yielding:
-    """A backbone for a search: rows that come at the same time are asked for together, a few at a time, and wait as
-    long as the backbone is full or away.
-    """
-
-    def __init__(self, backbone: Searched, *, patience_s: float = PATIENCE_S) -> None:
-        self.digest, self._rows, self._patience_s = backbone.digest, backbone.rows, patience_s
-        self._waiting: list[Asking] = []
-        self._calls = asyncio.Semaphore(CALLS_AT_ONCE)
-        self._streams = asyncio.Semaphore(ROWS_A_CALL)
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def score(self, row: Row) -> Scores:
-        answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._waiting.append((row, answer))
-        return await answer
-
-    async def generate(self, row: Row) -> AsyncIterator[TokenChunk]:
-        """All chunks at its end: an answer that broke off is asked for anew."""
-        async with self._streams:
-            for chunk in await self._again(lambda: self._whole(row)):
-                yield chunk
-
-    async def _whole(self, row: Row) -> list[TokenChunk]:
-        async with aclosing(self._rows.generate(_dated(row))) as chunks:  # pyright: ignore[reportArgumentType]
-            return [chunk async for chunk in chunks]
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for begin in range(0, len(waiting), ROWS_A_CALL):
-            part = waiting[begin : begin + ROWS_A_CALL]
-            task = asyncio.create_task(self._call(part))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            for _, answer in part:
-                answer.add_done_callback(partial(_drop_unwanted, task, part))
-
-    async def _call(self, part: Sequence[Asking]) -> None:
-        try:
-            async with self._calls:
-                answers = await self._again(lambda: self._rows.score([_dated(row) for row, _ in part]))
-        except Exception as error:
-            for _, answer in part:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        for (_, answer), scores in zip(part, answers, strict=True):
-            if not answer.done():
-                answer.set_result(scores)
-
-    async def _again(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        give_up = time.monotonic() + self._patience_s
-        while True:
-            try:
-                return await ask()
-            except (Overloaded, Unavailable, DeadlineExceeded) as error:
-                if time.monotonic() > give_up:
-                    raise
-                await asyncio.sleep(min(getattr(error, "retry_after_s", 1.0), 5.0))
-
-
-def _drop_unwanted(task: "asyncio.Task[None]", part: Sequence[Asking], _: object) -> None:
-    if all(answer.cancelled() for _, answer in part):
-        task.cancel()
-
-
-def _dated(row: Row) -> Row:
-    return replace(row, deadline_unix_s=time.time() + ROW_TIMEOUT_S)

@@ -95,12 +95,14 @@ class DeletedName(MetasepiaError, LookupError):
 class NameTaken(MetasepiaError, ValueError):
     """The name stands for something else, and the request did not say that it may be replaced."""
 
-    def __init__(self, kind: str, name: str, digest: str) -> None:
-        super().__init__(kind, name, digest)
-        self.kind, self.name, self.digest = kind, name, digest
+    def __init__(
+        self, kind: str, name: str, digest: str, way_out: str = "replace it with PUT, or choose another name"
+    ) -> None:
+        super().__init__(kind, name, digest, way_out)
+        self.kind, self.name, self.digest, self.way_out = kind, name, digest, way_out
 
     def __str__(self) -> str:
-        return f"the {self.kind} {self.name!r} exists ({self.digest}); replace it with PUT, or choose another name"
+        return f"the {self.kind} {self.name!r} exists ({self.digest}); {self.way_out}"
 
 
 class Outdated(MetasepiaError, RuntimeError):

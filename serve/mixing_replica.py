@@ -3,13 +3,10 @@
 It may die at any time: mixtures are in the registry, and searches go on from their last generation when it is back.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from actors.centroids import Centroids, Seen
@@ -19,22 +16,21 @@ from actors.mixture_searches import Searched, Searches
 from actors.registry import RegistryClient
 from cluster.settings import CentroidSettings, MixingSettings
 from metasepia.centroids import CentroidFacts, CentroidKey, KnownMean
-from metasepia.errors import InvalidRequest, Unavailable, UnknownName
+from metasepia.errors import InvalidRequest, UnknownName
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.mixing import BASE
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact
-from metasepia.rows import Adapter, Row, Scores, TokenChunk
+from metasepia.rows import Adapter
 from metasepia.search.jobs import SearchJob
-from serve.failures import unwrap
 from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, Weights
 from serve.prompts import Prompts
+from serve.reached import Reached
 
 MAX_CANDIDATES = 64
 """Experts of one search; each is scored alone in the first generation where the population has room."""
-_AWAY = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError)
 
 
 class ExpertMixingPart:
@@ -50,7 +46,7 @@ class ExpertMixingPart:
             Searched(
                 id=one.id,
                 digest=one.prepared.digest,
-                rows=_Reached(one),
+                rows=Reached(one),
                 text_of=Prompts(Path(one.prepared.tokenizer_dir), one.id).text,
             )
             for one in backbones
@@ -150,30 +146,6 @@ class ExpertMixingPart:
     async def _register_found(self, job: SearchJob, adapter: Adapter, facts: Mapping[str, object]) -> str:
         candidates = Candidates(named=job.candidates, factors=job.factors, bases=frozenset(job.bases))
         return await self._mixing.put(job.backbone, adapter, candidates, self._owner, facts)
-
-
-class _Reached:
-    """A backbone's rows, with every way of its being away as Unavailable."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone = backbone
-
-    async def score(self, rows: Sequence[Row]) -> list[Scores]:
-        try:
-            return await self._backbone.score(rows)
-        except Exception as error:
-            raise self._told(error) from error
-
-    async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
-        try:
-            async with aclosing(self._backbone.generate(row)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except Exception as error:
-            raise self._told(error) from error
-
-    def _told(self, error: Exception) -> BaseException:
-        return Unavailable(f"backbone {self._backbone.id}", 2.0) if isinstance(error, _AWAY) else unwrap(error)
 
 
 class MixingReplica(ExpertMixingPart):

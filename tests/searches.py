@@ -9,7 +9,7 @@ import numpy as np
 from metasepia.errors import MetasepiaError
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Kind
-from metasepia.rows import Adapter, Executed, Row, Scores, TokenChunk
+from metasepia.rows import Adapter, Executed, HiddenStates, Row, Scores, TokenChunk
 from metasepia.search.cross_entropy import SearchSettings
 from metasepia.search.jobs import Example, SearchJob
 
@@ -77,6 +77,9 @@ class PretendedRows:
             )
             for row in rows
         ]
+
+    async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
+        raise AssertionError("a search asks for no states")
 
     async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
         self.rows.append(row)

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from actors import mixture_searches
+from actors import mixture_searches, yielding
 from actors.mixture_searches import Searched, Searches
 from metasepia.errors import CorruptArtefact, InvalidRequest, Overloaded, Unavailable, UnknownName
 from metasepia.registry.catalogue import Registry
@@ -158,8 +158,8 @@ def test_few_rows_are_asked_for_at_a_time_and_all_behind_other_peoples(registry:
         job = a_job(num_examples=40, num_shots=30, generations=1)
         await graph.searches.submit(job)
         await graph.ended(job.id)
-        assert max(graph.rows.calls) <= mixture_searches.ROWS_A_CALL
-        assert graph.rows.most_open <= mixture_searches.CALLS_AT_ONCE
+        assert max(graph.rows.calls) <= yielding.ROWS_A_CALL
+        assert graph.rows.most_open <= yielding.CALLS_AT_ONCE
         assert {row.priority for row in graph.rows.rows} == {-1}
         assert all(row.deadline_unix_s < float("inf") for row in graph.rows.rows)
 
