@@ -6,7 +6,7 @@
 The texts come out of OUT/grammar.toml: genres of templates, and lists for their slots. Texts go round the genres, and a
 template is used again only when all of its genre were; so the first n are as varied as all, and no two of the shipped
 ones share a template. The same grammar, number and seed give the same bytes. --check composes the texts anew and
-compares them with what is there. Changing the shipped set changes its digest, and with it every space of task embeddings.
+compares them with what is there. Another set of texts is another digest, and with it another space of embeddings.
 """
 
 import argparse
