@@ -232,7 +232,7 @@ def _cluster(address: str | None, workers: int, per_trial: Mapping[str, float]) 
     if ours and address is None:
         num_gpus = _num_gpus() if per_trial["gpu"] else 0
         if num_gpus < per_trial["gpu"]:
-            raise CannotPlace("GPU", float(per_trial["gpu"]), float(num_gpus), "one trial")
+            raise CannotPlace("GPU", float(per_trial["gpu"]), float(num_gpus), "one trial, on one node")
         connect(RaySettings(num_cpus=math.ceil(workers * per_trial["cpu"]), num_gpus=num_gpus, object_store_gib=0.2))
     elif ours:
         connect(RaySettings(address=str(address)))

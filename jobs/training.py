@@ -24,6 +24,7 @@ from jobs.workbench import EXPERT_LAYERS, Workbench, read_answers, read_labels
 from metasepia.errors import CorruptArtefact, InvalidSettings, NoLearningSignal
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.vectors import ExpertVectors
+from metasepia.local_disk import replace_text
 from metasepia.rows import Sampling
 from metasepia.training.policy import Baseline, Choice, KlForm, PolicyLoss, Sampled, row_seed
 from metasepia.training.rollouts import Rollouts, check_executed
@@ -393,7 +394,7 @@ class _Training:
         lines = log.read_text().splitlines()[: self.trainer.step] if log.exists() else []
         if len(lines) < self.trainer.step:
             raise CorruptArtefact(str(log), f"it has {len(lines)} of {self.trainer.step} steps; delete {out}")
-        log.write_text("".join(line + "\n" for line in lines))
+        replace_text(log, "".join(line + "\n" for line in lines))
         self.log = [json.loads(line) for line in lines]
         return json.loads(timing.read_text())["cpu_s"] if resumed and timing.exists() else 0.0
 
@@ -414,7 +415,7 @@ class _Training:
     def _save(self, cpu_s: float) -> None:
         if self.run.out is not None:
             self.trainer.save(self.run.out / "checkpoint.safetensors")
-            (self.run.out / "timing.json").write_text(json.dumps({"cpu_s": round(cpu_s, 1)}) + "\n")
+            replace_text(self.run.out / "timing.json", json.dumps({"cpu_s": round(cpu_s, 1)}) + "\n")
 
     @contextmanager
     def _shown(self, wanted: bool) -> Iterator[Callable[[dict[str, float]], None]]:
