@@ -99,9 +99,7 @@ class AnswerCache:
         if tables and found[0] != APPLICATION_ID:
             raise CacheFailed(self._name, "is a database of something else; choose another file")
         if tables and version[0] != VERSION:
-            raise CacheFailed(
-                self._name, f"is of version {version[0]}, and {VERSION} is read here; choose another file"
-            )
+            raise CacheFailed(self._name, f"is of version {version[0]}, not {VERSION}; choose another file")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         with self._transaction():
@@ -275,7 +273,7 @@ def _words(error: sqlite3.Error) -> str:
         ("full", "cannot be written: the disk is full. What was answered before is kept; free space and run again"),
         (
             "readonly",
-            "cannot be written: it is read-only. Answers could not be kept; choose a file that can be written",
+            "cannot be written: it is read-only; choose a file that can be written",
         ),
         ("unable to open", "cannot be opened: does its directory exist, and may this user write there?"),
         ("locked", "is being written by another process for longer than a write takes; run again when that is done"),

@@ -1,4 +1,4 @@
-"""Keys of endpoints: read from the environment when a request leaves, held nowhere, and scrubbed from all that comes back.
+"""Keys of endpoints: read from the environment when a request leaves, scrubbed from all that comes back.
 
 Nothing here keeps a key: objects hold the variable's name, so that none shows in a repr, a pickle, a digest or a cache.
 """
@@ -18,6 +18,8 @@ SCRUBBED = "[key]"
 SURE_SECRET = 12
 """Characters. What is shorter (`EMPTY`, `none`) is scrubbed from what people read, but not from a model's answers,
 where it may be a word."""
+SHORTEST_PART = 6
+"""Characters of a key that are scrubbed where an answer breaks off inside it."""
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
 
@@ -70,12 +72,15 @@ class Key:
 
 
 def scrubbed(text: str, variable: str | None) -> str:
-    """The text without what an environment variable holds, plain or quoted as in a URL."""
+    """The text without what an environment variable holds: plain, quoted as in a URL, or cut off at the text's end."""
     key = "" if variable is None else os.environ.get(variable, "").strip()
     if not key:
         return text
     for spelling in sorted({key, quote(key, safe=""), quote(key)}, key=len, reverse=True):
         text = text.replace(spelling, SCRUBBED)
+    for length in range(min(len(key) - 1, len(text)), SHORTEST_PART - 1, -1):
+        if text.endswith(key[:length]):
+            return text[:-length] + SCRUBBED
     return text
 
 

@@ -130,8 +130,10 @@ class Meter:
         if self.max_cost is not None and prices is None:
             raise InvalidSettings("prices", None, f"given for {name}, since max_cost is: what it takes is not known")
 
-    def reserve(self, prices: Prices | None, prompt_tokens: int, completion_tokens: int, kept: str) -> Reservation:
-        """Room for one request at its worst. Raises BudgetReached where that could go beyond a limit.
+    def reserve(
+        self, prices: Prices | None, prompt_tokens: int, completion_tokens: int, kept: Callable[[], str]
+    ) -> Reservation:
+        """Room for one request at its worst. Raises BudgetReached, with what `kept` says, where that could go beyond a limit.
 
         While others are in flight there may be room again once they are settled (`in_flight`).
         """
@@ -141,9 +143,9 @@ class Meter:
             held_tokens = sum(one.prompt_tokens + one.completion_tokens for one in self._reserved)
             tokens = prompt_tokens + completion_tokens
             if self.max_cost is not None and self.cost + held_cost + wanted.cost > self.max_cost:
-                raise BudgetReached("max_cost", self.max_cost, self.cost + held_cost, wanted.cost, kept)
+                raise BudgetReached("max_cost", self.max_cost, self.cost + held_cost, wanted.cost, kept())
             if self.max_tokens is not None and self.tokens + held_tokens + tokens > self.max_tokens:
-                raise BudgetReached("max_tokens", self.max_tokens, self.tokens + held_tokens, tokens, kept)
+                raise BudgetReached("max_tokens", self.max_tokens, self.tokens + held_tokens, tokens, kept())
             self._reserved.add(wanted)
         return wanted
 

@@ -73,7 +73,6 @@ class EndpointSettings:
     """What must stay as it is for answers to be one model's: the response's `model`, and its `system_fingerprint`."""
     on_change: Literal["stop", "ask again"] = "stop"
     """When another model begins to answer: ModelChanged, or all texts are asked of what answers now."""
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More fields of the request's body, as JSON; no keys."""
     prices: Prices | None = None
