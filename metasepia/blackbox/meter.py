@@ -133,7 +133,7 @@ class Meter:
     def reserve(
         self, prices: Prices | None, prompt_tokens: int, completion_tokens: int, kept: Callable[[], str]
     ) -> Reservation:
-        """Room for one request at its worst. Raises BudgetReached, with what `kept` says, where that could go beyond a limit.
+        """Room for one request at its worst. Raises BudgetReached, saying what is `kept`, where that may cross a limit.
 
         While others are in flight there may be room again once they are settled (`in_flight`).
         """

@@ -145,7 +145,8 @@ class OpenAIEndpoint:
         boxes.check_texts(texts)
         wanted = self._wanted(texts)
         form = self._form_of_before()
-        candidates = self._forms(Abilities()) if form is None else [form]
+        plainest = Abilities(batched=False, several=False)
+        candidates = self._forms(plainest) if form is None else [form]
         return max((self._estimate(one, wanted, form is None) for one in candidates), key=_dearest)
 
     def _estimate(self, form: Form, wanted: Sequence[str], is_bound: bool) -> Estimate:
