@@ -71,7 +71,7 @@ class Http:
 
 @dataclass
 class Endpoint:
-    """What it serves, and what it was asked. `behave(count, body)` may answer in place of the model; counts begin at 0."""
+    """What it serves, and what it was asked. `behave(count, body)` may answer in place of the model."""
 
     echo: bool = False
     prompt_logprobs: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from metasepia.digests import digest_of
-from metasepia.errors import InvalidSettings
+from metasepia.errors import InvalidRequest
 
 PLACE = "{text}"
 
@@ -30,23 +30,39 @@ class Prompt:
     """For people; no part of the digest."""
 
     def __post_init__(self) -> None:
-        """Raises InvalidSettings naming the field."""
-        if self.template.count(PLACE) != 1:
-            raise InvalidSettings("template", self.template, f"a text with {PLACE} in it exactly once")
-        if not self.max_tokens >= 1:
-            raise InvalidSettings("max_tokens", self.max_tokens, "at least 1")
+        """Raises InvalidRequest naming `prompt.<field>`."""
+        if not isinstance(self.template, str) or self.template.count(PLACE) != 1:
+            raise InvalidRequest("prompt.template", f"must have {PLACE} in it exactly once, where each text goes")
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise InvalidRequest("prompt.max_tokens", f"must be 1 or more, got {self.max_tokens!r}")
+        for field, text in (("template", self.template), ("system", self.system or "")):
+            if not _is_utf8(text):
+                raise InvalidRequest(f"prompt.{field}", "holds half of a surrogate pair, which no UTF-8 can spell")
         if self.labels is None:
             return
         object.__setattr__(self, "labels", dict(self.labels))
         if len(self.labels) < 2:
-            raise InvalidSettings("labels", dict(self.labels), "two labels or more, or none at all for open replies")
+            raise InvalidRequest(
+                "prompt.labels", f"two labels or more are needed, or none for open replies; got {len(self.labels)}"
+            )
         told: dict[str, str] = {}
         for label, verbaliser in self.labels.items():
-            if not label or not isinstance(verbaliser, str) or not plain(verbaliser):
-                raise InvalidSettings("labels", {label: verbaliser}, "names with a verbaliser that has letters in it")
+            if (
+                not label
+                or not isinstance(verbaliser, str)
+                or not plain(verbaliser)
+                or not _is_utf8(label + verbaliser)
+            ):
+                raise InvalidRequest(
+                    "prompt.labels", f"the verbaliser of {label!r} must have a letter or a digit in it"
+                )
             other = told.setdefault(plain(verbaliser), label)
             if other != label:
-                raise InvalidSettings("labels", verbaliser, f"one verbaliser a label; {other} and {label} say the same")
+                raise InvalidRequest(
+                    "prompt.labels",
+                    f"{other!r} and {label!r} have the same verbaliser {verbaliser!r}; replies could "
+                    "not tell them apart",
+                )
 
     @property
     def is_open(self) -> bool:
@@ -84,6 +100,14 @@ class Prompt:
     def document(self, text: str) -> str:
         """As plain text to be continued: the system's words, if any, go before it."""
         return self.filled(text) if self.system is None else f"{self.system}\n\n{self.filled(text)}"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain(text: str) -> str:
