@@ -120,7 +120,7 @@ class _Words:
         """The next word, but none that this text has already; lists are longer than any template's slots."""
         while True:
             if not self._left[slot]:
-                self._left[slot] = [self._slots[slot][i] for i in self._rng.permutation(len(self._slots[slot]))]
+                self._left[slot] = [self._slots[slot][int(i)] for i in self._rng.permutation(len(self._slots[slot]))]
             place = next((i for i, one in enumerate(self._left[slot]) if one not in used), None)
             if place is not None:
                 return self._left[slot].pop(place)

@@ -7,16 +7,23 @@ U-centred, as in the unbiased HSIC of Song et al. (JMLR 2012; Szekely and Rizzo,
 that sum to zero. So unrelated tasks have cosine 0 in expectation, not about labels / probes; and the noise of sampled
 answers, which is independent from text to text, adds nothing in expectation, for only the diagonal would hold it.
 
+What all tasks share is that like texts get like answers. So the encoder's own U-centred Gram matrix of the probe texts
+is projected out, which leaves the partial alignment beyond text similarity (partial distance correlation: Szekely and
+Rizzo, Annals of Statistics 2014).
+
 The matrix is sketched: its entries are dealt at random to `dims` coordinates, with random signs, and added up (the
 count sketch of Charikar et al., 2002, with equal shares). Dot products are those of the matrices in expectation, with a
 standard error of cosines c of about (1 - c^2) / sqrt(dims).
 
 What is no answer to the probe texts (a data set's labels, answers to other texts, open replies to them) goes through
 the surrogate: a head on the frozen encoder's vectors is fitted to it and answers the probes in its place (`heads`).
+Open replies are vectors of that encoder; beside which texts get like replies, an embedding of open answers holds what
+replies are like: the direction of their mean, in coordinates of its own, which are zero for answers with labels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -55,6 +62,10 @@ class AgreementSettings:
     """Whose answers count. needed: the task's own where it answered the probe texts, else the head's. always: the
     head's, so that models and data sets pass through one filter, and what the encoder does not see is lost. half: of a
     task that answered the probe texts the mean of both Gram matrices, each at unit norm."""
+    partial: bool = True
+    """Leaves out what similarity of the texts explains."""
+    replies: float = 0.5
+    """In [0, 1): share of the squared norm of an embedding of open answers that their mean reply has."""
     sketch_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +73,8 @@ class AgreementSettings:
             raise InvalidSettings("dims", self.dims, "between 64 and 65536")
         if self.imitate not in ("needed", "always", "half"):
             raise InvalidSettings("imitate", self.imitate, "one of needed, always, half")
+        if not 0 <= self.replies < 1:
+            raise InvalidSettings("replies", self.replies, "at least 0 and below 1")
 
 
 class AgreementMethod:
@@ -81,8 +94,7 @@ class AgreementMethod:
         self._encoder = encoder
         self._rows = {text: i for i, text in enumerate(probes.texts)}
         self._sketch = Sketch.of(len(probes), self.settings.dims, self.settings.sketch_seed)
-        self.dims = len(self._sketch.begins)
-        self._probe_vectors: np.ndarray | None = None
+        self.dims = len(self._sketch.begins) + encoder.width
 
     def embed(
         self, tasks: Sequence[Answers], *, seed: int = 0, told: Callable[[int, int], None] | None = None
@@ -108,7 +120,7 @@ class AgreementMethod:
                     if features is None:
                         features = Features.of(self._vectors(texts))
                     parts.append(self._imitated(tasks[i], features))
-                vectors[i] = self._embedded(parts, _named(i, tasks))
+                vectors[i] = self._embedded(tasks[i], parts, _named(i, tasks))
                 done += 1
                 if told is not None:
                     told(done, len(tasks))
@@ -139,13 +151,9 @@ class AgreementMethod:
         targets = self._targets(task)
         used = np.ptp(targets, axis=0) > 0  # a label that is never given has nothing to be fitted to
         head = Ridge.fit(features, targets[:, used])
-        if self._probe_vectors is None:
-            self._probe_vectors = self._encoder.embed(self.probes.texts)
-        return (
-            head.scores(self._probe_vectors)
-            if task.is_open
-            else head.probabilities(self._probe_vectors, targets[:, used])
-        )
+        if task.is_open:
+            return head.scores(self._probe_vectors)
+        return head.probabilities(self._probe_vectors, targets[:, used])
 
     def _targets(self, task: Answers) -> np.ndarray:
         if not task.is_open:
@@ -160,20 +168,38 @@ class AgreementMethod:
         return vectors[[distinct[reply] for reply in task.replies]]
 
     def _vectors(self, texts: tuple[str, ...]) -> np.ndarray:
-        if texts != self.probes.texts:
-            return self._encoder.embed(texts)
-        if self._probe_vectors is None:
-            self._probe_vectors = self._encoder.embed(texts)
-        return self._probe_vectors
+        return self._probe_vectors if texts == self.probes.texts else self._encoder.embed(texts)
 
-    def _embedded(self, parts: Sequence[np.ndarray], name: str) -> np.ndarray:
-        total = np.zeros(self.dims)
+    @cached_property
+    def _probe_vectors(self) -> np.ndarray:
+        return self._encoder.embed(self.probes.texts)
+
+    @cached_property
+    def _similarity(self) -> np.ndarray:
+        """The encoder's own matrix, at unit norm."""
+        matrix = u_centred(self._probe_vectors)
+        return matrix / np.linalg.norm(matrix)
+
+    def _embedded(self, task: Answers, parts: Sequence[np.ndarray], name: str) -> np.ndarray:
+        total = np.zeros(len(self._sketch.begins))
         for answers in parts:
-            if np.ptp(answers, axis=0).max() < 1e-6:
+            matrix = u_centred(answers)
+            if (whole := np.linalg.norm(matrix)) <= 1e-12:
                 raise InvalidRequest(name, "nothing of its answers can be told from its texts")
-            sketched = self._sketch.of_matrix(u_centred(answers))
+            if self.settings.partial:
+                matrix -= (matrix * self._similarity).sum() * self._similarity
+                if np.linalg.norm(matrix) <= 1e-6 * whole:
+                    raise InvalidRequest(name, "its answers are the similarity of texts itself, and nothing beyond")
+            sketched = self._sketch.of_matrix(matrix)
             total += sketched / np.linalg.norm(sketched)
-        return (total / np.linalg.norm(total)).astype(np.float32)
+        total /= np.linalg.norm(total)
+        reply = np.zeros(self._encoder.width)
+        if task.is_open and self.settings.replies:
+            reply = self._targets(task).mean(0) - self._probe_vectors.mean(0)
+            total *= np.sqrt(1 - self.settings.replies)
+            reply *= np.sqrt(self.settings.replies) / max(float(np.linalg.norm(reply)), 1e-12)
+        joined = np.concatenate([total, reply])
+        return (joined / np.linalg.norm(joined)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -200,9 +226,20 @@ class Sketch:
         return np.add.reduceat(matrix.ravel()[self.places] * self.signs, self.begins)
 
 
-def aligned(a: Float[np.ndarray, "probes outputs_a"], b: Float[np.ndarray, "probes outputs_b"]) -> float:
-    """The exact cosine of two tasks' U-centred Gram matrices, which embeddings' cosines approach."""
+def aligned(
+    a: Float[np.ndarray, "probes outputs_a"],
+    b: Float[np.ndarray, "probes outputs_b"],
+    beyond: Float[np.ndarray, "probes width"] | None = None,
+) -> float:
+    """The exact cosine of two tasks' U-centred Gram matrices, which embeddings' cosines approach.
+
+    With `beyond`, vectors of the probe texts, it is the partial one that leaves out their own Gram matrix.
+    """
     x, y = u_centred(a), u_centred(b)
+    if beyond is not None:
+        z = u_centred(beyond)
+        z /= np.linalg.norm(z)
+        x, y = x - (x * z).sum() * z, y - (y * z).sum() * z
     return float((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()))
 
 

@@ -69,8 +69,8 @@ class Answers:
             raise InvalidRequest("labels", f"one a text is needed: there are {len(texts)} texts, {len(labels)} labels")
         if not texts:
             raise InvalidRequest("texts", "the data set is empty")
-        names = tuple(sorted(set(labels)))
-        if len(names) < 2:
+        names: tuple[str, ...] = tuple(sorted(set(labels)))
+        if len(names) == 1:
             raise InvalidRequest(
                 "labels",
                 f"every text has the label {names[0]!r}; a task is what tells texts apart, so two labels are needed",
@@ -266,20 +266,15 @@ def _too_many(count: int) -> str:
 def _stratified(labels: Sequence[str], most: int, seed: int) -> list[int]:
     """Indices, ascending: `most` in all, from each label its share by largest remainders, and one at least."""
     counts = Counter(labels)
-    names = sorted(counts)
-    exact = {name: max(1.0, counts[name] * most / len(labels)) for name in names}
-    taken = {name: int(exact[name]) for name in names}
-    by_remainder = sorted(names, key=lambda name: (taken[name] - exact[name], name))
-    while (missing := most - sum(taken.values())) != 0:
-        # The floor of one may have taken too many: those come off the largest.
-        if missing > 0:
-            name = next(n for n in by_remainder if taken[n] < counts[n])
-            by_remainder.append(by_remainder.pop(by_remainder.index(name)))
-            taken[name] += 1
-        else:
-            taken[max(names, key=lambda n: (taken[n], n))] -= 1
+    exact = {name: max(1.0, count * most / len(labels)) for name, count in sorted(counts.items())}
+    taken = {name: int(share) for name, share in exact.items()}
+    while sum(taken.values()) > most:  # the floor of one took too many; they come off the largest
+        taken[max(taken, key=lambda name: (taken[name], name))] -= 1
+    by_remainder = sorted(taken, key=lambda name: (taken[name] - exact[name], name))
+    for name in by_remainder[: most - sum(taken.values())]:
+        taken[name] += 1
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(labels)).tolist()
+    order: list[int] = rng.permutation(len(labels)).tolist()
     left = dict(taken)
     chosen: list[int] = []
     for i in order:
