@@ -8,11 +8,14 @@ import numpy as np
 
 from metasepia.decoding.inflight import Answer
 from metasepia.decoding.leases import Moves
+from metasepia.embedding.answers import Answers
+from metasepia.embedding.space import MethodName, TaskKind
 from metasepia.modalities.media import Modality
 from metasepia.rows import Adapter, Executed
 from metasepia.search.cross_entropy import SearchSettings
 from metasepia.search.fewshot import By
 from metasepia.search.jobs import Example, Match
+from metasepia.search.warm_start import Nearness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +211,31 @@ class SearchAsked:
     match: Match
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    near: Nearness | None = None
+    """What a warm start is made from; None: the uniform start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAsked:
+    """A task embedding as the door hands it on: names are digests, answers are at hand or a black box's to ask for."""
+
+    name: str | None
+    """None: the id that its content gives."""
+    kind: TaskKind
+    method: MethodName | None
+    seed: int
+    answers: Answers | None
+    box: Mapping[str, Any] = field(default_factory=dict)
+    """Where there are no answers yet: the model to ask, by digests (`backbone`, `adapter`), and its `prompt`."""
+    expert: str | None = None
+    """Its name: requests like these go there."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """What the door knows of where the answers are from, in values that JSON has; `model` is its name."""
+    background: bool = False
+    """Acknowledged once it is written down, embedded later."""
+    leave_out: bool = False
+    """Of the answers, texts longer than the surrogate's window are left out; else they are refused."""
+    deadline_unix_s: float = float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)

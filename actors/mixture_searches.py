@@ -55,6 +55,7 @@ class Catalogue(Protocol):
         name: str | None,
         owner: str,
         card: dict[str, object] | None = None,
+        replace: bool = True,
     ) -> Artefact: ...
     async def delete(self, kind: Any, name: str, owner: str) -> Artefact: ...
 
@@ -265,6 +266,7 @@ class Searches:
             "backbone": self._backbones[job.backbone].id,
             "experts": [name for name, _ in job.candidates],
             "score": job.by,
+            "start": job.start_json,
             "per_layer": job.settings.per_layer,
             "population": job.settings.population,
             "max_generations": job.settings.generations,

@@ -26,6 +26,7 @@ def parts(settings: Settings) -> list[tuple[str, float, float]]:
         ("gateway", settings.gateway.cpus, 0.0),
         ("registry", settings.registry.cpus, 0.0),
         ("expert mixing", settings.mixing.cpus, 0.0),
+        ("task embedding", settings.tasks.cpus, 0.0),
         (
             f"reasoning pool x {settings.reasoning.num_replicas}",
             settings.reasoning.num_replicas * settings.reasoning.cpus,

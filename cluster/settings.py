@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from cluster import tables
 from metasepia.centroids import CentroidLimits
+from metasepia.embedding.space import MethodName
 from metasepia.errors import InvalidSettings
 from metasepia.modalities.media import Modality
 
@@ -310,6 +311,43 @@ class MixingSettings:
         _between("mixing", "max_searches", self.max_searches, 1, 10**4)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Task embeddings: where they lie, and how much of them waits or is kept at hand."""
+
+    method: MethodName = "agreement"
+    """The method of requests that name none. Embeddings by different ones are never compared."""
+    encoder: str = ""
+    """The id of the text encoder that is the surrogate. Empty: the first of texts."""
+    num_probes: int = 512
+    """Of the shipped probe texts, the first so many are what models and prompts are asked. From 16 to 512."""
+    cpus: float = 0.1
+    threads: int = 1
+    """Of the methods that train (prefix, fisher). From 1 to 1024."""
+    max_batch: int = 16
+    """Tasks that are embedded in one go. From 1 to 1000."""
+    max_queued: int = 64
+    """Tasks whose answers are at hand and that wait; beyond it requests are refused with 429. From 1 to 10**5."""
+    max_jobs: int = 256
+    """Tasks that are embedded in the background, models and prompts above all; one is asked at a time, and beyond it
+    they are refused with 429. From 1 to 10**5."""
+    max_compared: int = 256
+    """Tasks of one comparison. From 2 to 4096."""
+    index_mib: float = 256.0
+    """Vectors kept at hand for the search of the nearest; others are read from the registry each time. From 0 to
+    10**6."""
+
+    def __post_init__(self) -> None:
+        _between("tasks", "num_probes", self.num_probes, 16, 512)
+        _between("tasks", "cpus", self.cpus, 0.01, 1000)
+        _between("tasks", "threads", self.threads, 1, 1024)
+        _between("tasks", "max_batch", self.max_batch, 1, 1000)
+        _between("tasks", "max_queued", self.max_queued, 1, 10**5)
+        _between("tasks", "max_jobs", self.max_jobs, 1, 10**5)
+        _between("tasks", "max_compared", self.max_compared, 2, 4096)
+        _between("tasks", "index_mib", self.index_mib, 0, 10**6)
+
+
 DispatchStage = Literal["centroid", "task", "classifier", "prompt"]
 
 
@@ -394,6 +432,16 @@ class Settings:
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     mixing: MixingSettings = field(default_factory=MixingSettings)
     centroids: CentroidSettings = field(default_factory=CentroidSettings)
+    tasks: TaskSettings = field(default_factory=TaskSettings)
+
+    @property
+    def surrogate(self) -> EncoderSettings:
+        """The encoder of task embeddings. Raises InvalidSettings where none of the encoders of texts is meant."""
+        texts = {one.id: one for one in self.encoders if one.modality == "text"}
+        found = texts.get(self.tasks.encoder or next(iter(texts), ""))
+        if found is None:
+            raise InvalidSettings("tasks.encoder", self.tasks.encoder, f"an encoder of texts ({', '.join(texts)})")
+        return found
 
     def __post_init__(self) -> None:
         if not self.backbones:

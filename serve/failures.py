@@ -47,6 +47,7 @@ TABLE: dict[type[BaseException], Failure] = {
     errors.DeletedName: Failure(410, "invalid_request_error", "deleted", grpc.StatusCode.NOT_FOUND),
     errors.NameTaken: Failure(409, "invalid_request_error", "already_exists", grpc.StatusCode.ALREADY_EXISTS),
     errors.Outdated: Failure(409, "invalid_request_error", "outdated", grpc.StatusCode.FAILED_PRECONDITION),
+    errors.DifferentSpaces: Failure(400, "invalid_request_error", "different_spaces", grpc.StatusCode.INVALID_ARGUMENT),
     errors.NotSupported: Failure(400, "invalid_request_error", "not_supported", grpc.StatusCode.UNIMPLEMENTED),
     errors.Overloaded: Failure(429, "rate_limit_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED),
     errors.DeadlineExceeded: Failure(504, "timeout_error", "deadline_exceeded", grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -80,6 +81,8 @@ _PARAM_OF_KIND = {
     "registered mixture": "digest",
     "reasoning module": "module",
     "task": "task",
+    "embedded task": "id",
+    "task's expert": "expert",
 }
 """The field that held the name; `model` otherwise. Plain `expert` is one that a mixture names."""
 
@@ -116,6 +119,8 @@ def answer(error: BaseException) -> Answer:
     param = getattr(error, "param", None)
     if isinstance(error, errors.NameTaken):
         param = "name"
+    elif isinstance(error, errors.DifferentSpaces):
+        param = "tasks"
     elif isinstance(error, errors.UnknownName | errors.DeletedName):
         param = _PARAM_OF_KIND.get(error.kind, "model")
     return envelope(failure, message, param, getattr(error, "retry_after_s", None))

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cluster.settings import CentroidSettings, DispatchMargins, HttpSettings
+from cluster.settings import CentroidSettings, DispatchMargins, HttpSettings, TaskSettings
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX
@@ -62,6 +62,8 @@ from serve.schemas import (
 )
 from serve.searching import Searches, Searching, ServedSearches
 from serve.shipped import ModuleCard
+from serve.task_part import ServedTasks, TaskPart
+from serve.tasks import TaskRoutes
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -83,6 +85,8 @@ class Door:
         fits: Mapping[str, Fits],
         centroids: Centroids,
         observing: CentroidSettings,
+        tasks: TaskPart,
+        embedding_tasks: TaskSettings,
     ) -> None:
         self._http, self._mixing, self._reasoning = http, mixing, reasoning
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
@@ -97,15 +101,19 @@ class Door:
         self._classification = Classification(http, self._contexts, vectors, reasoning)
         self.experts = Experts(http, fits, catalogue)
         self.mixtures = Mixtures(http, self.names.backbones, catalogue)
-        self.searching = Searching(http, self.names.backbones, self.prompts, searches)
+        self.searching = Searching(http, self.names.backbones, self.prompts, searches, tasks)
         self.metrics = Metrics()
         self.hidden_states = HiddenStatesRoute(
             http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens
         )
         self.tasks = ObservedTasks(http, self.names.backbones, centroids)
+        self.task_part = tasks
+        self.task_embeddings = TaskRoutes(
+            http, embedding_tasks, self.names, self._contexts, reasoning, catalogue, tasks
+        )
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
-        self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check})
+        self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check, "task embedding": tasks.check})
 
     async def classify(self, request: Request) -> Response:
         asked = await Asked.of(request, self._http)
@@ -232,7 +240,8 @@ class Door:
         return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
 
     async def prometheus(self, request: Request) -> Response:
-        text = await self.metrics.text(list(self.names.backbones.values()), self._reasoning, self._centroids)
+        backbones = list(self.names.backbones.values())
+        text = await self.metrics.text(backbones, self._reasoning, self._centroids, self.task_part)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def version(self, request: Request) -> Response:
@@ -256,6 +265,8 @@ class Gateway:
         margins: DispatchMargins,
         fits: Mapping[str, Fits],
         centroids: CentroidSettings,
+        tasks: DeploymentHandle[Any],
+        embedding_tasks: TaskSettings,
     ) -> None:
         self._door = Door(
             http,
@@ -270,6 +281,8 @@ class Gateway:
             fits,
             ServedCentroids(mixing),
             centroids,
+            ServedTasks(tasks),
+            embedding_tasks,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -302,6 +315,7 @@ def create_app(door: Door) -> ASGIApp:
         ("POST", "/v1/mixtures", door.mix),
         ("GET", "/v1/mixtures", door.mixtures.list),
         *door.searching.routes(),
+        *door.task_embeddings.routes(),
         ("GET", "/v1/mixtures/{digest}", door.mixtures.get),
         ("DELETE", "/v1/mixtures/{digest}", door.mixtures.delete),
         ("GET", "/v1/models", door.models),

@@ -4,6 +4,7 @@
               +-- encoder <id>
               +-- reasoning pool
               +-- expert mixing: mixtures, few-shot searches over the backbones, online centroids
+              +-- task embedding: data sets, prompts and models in one space, over an encoder and the backbones
               +-- registry: a detached actor beside Serve, since it outlives deployments
 
 Every class here is plain; only these lines make them remote. Queues are bounded where the work is (tokens, texts,
@@ -30,6 +31,7 @@ from serve.mixing_replica import MixingReplica
 from serve.routing import check_stages
 from serve.schemas import MAX_CHOICES
 from serve.shipped import ModuleCard
+from serve.task_replica import TaskEmbeddingReplica
 
 NAME = "metasepia"
 _ALL: dict[str, Any] = {
@@ -44,6 +46,7 @@ GatewayDeployment: Deployment = serve.deployment(**_ALL)(serve.ingress()(Gateway
 BackboneDeployment: Deployment = serve.deployment(**_ALL)(BackboneReplica)
 EncoderDeployment: Deployment = serve.deployment(**_ALL)(Encoder)
 MixingDeployment: Deployment = serve.deployment(**_ALL)(MixingReplica)
+TaskDeployment: Deployment = serve.deployment(**_ALL)(TaskEmbeddingReplica)
 ReasoningDeployment: Deployment = serve.deployment(**_ALL)(ReasoningPool)
 
 
@@ -88,6 +91,12 @@ def build(
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.mixing.cpus},
     ).bind(settings.mixing, str(settings.home), registry, backbones, dict(prepared), settings.centroids)
+    surrogate = settings.surrogate
+    tasks = TaskDeployment.options(
+        name="task-embedding",
+        max_ongoing_requests=inside + margin,
+        ray_actor_options={"num_cpus": settings.tasks.cpus},
+    ).bind(settings.tasks, surrogate, registry, encoders[surrogate.id], backbones, dict(prepared))
     return GatewayDeployment.options(
         name="gateway",
         max_ongoing_requests=inside,
@@ -107,4 +116,6 @@ def build(
         settings.dispatch_margins,
         {one.id: Fits.of(one, prepared[one.id], settings.home) for one in settings.backbones},
         settings.centroids,
+        tasks,
+        settings.tasks,
     )

@@ -12,6 +12,7 @@ from metasepia.digests import short
 from metasepia.experts.mixing import BASE
 from serve.observing import Centroids
 from serve.parts import Backbone, Reasoning
+from serve.task_part import TaskPart
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SCRAPE_TIMEOUT_S = 1.0
@@ -46,6 +47,13 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._tasks = Gauge(
+            "metasepia_task_embedding",
+            "The part that embeds tasks: tasks and batches so far, those that wait, jobs, vectors kept at hand.",
+            ("what",),
+            registry=self._registry,
+        )
+
         labels = ("backbone", "task", "expert", "layer", "pooling")
         self._drift = Gauge(
             "metasepia_centroid_drift",
@@ -75,20 +83,26 @@ class Metrics:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("answer").inc(answer)
 
-    async def text(self, backbones: Sequence[Backbone], reasoning: Reasoning, centroids: Centroids) -> bytes:
+    async def text(
+        self, backbones: Sequence[Backbone], reasoning: Reasoning, centroids: Centroids, tasks: TaskPart
+    ) -> bytes:
         """Prometheus text. A part that does not answer within a second keeps no gauges."""
-        for gauge in (self._queue, self._reasoning, self._drift, self._centroid_states, self._quality):
+        for gauge in (self._queue, self._reasoning, self._tasks, self._drift, self._centroid_states, self._quality):
             gauge.clear()
         about_tasks = asyncio.create_task(asyncio.wait_for(centroids.facts(), _SCRAPE_TIMEOUT_S))
+        about_part = asyncio.create_task(asyncio.wait_for(tasks.statistics(), _SCRAPE_TIMEOUT_S))
         statistics, *loads = await asyncio.gather(
             asyncio.wait_for(reasoning.statistics(), _SCRAPE_TIMEOUT_S),
             *(asyncio.wait_for(one.load(), _SCRAPE_TIMEOUT_S) for one in backbones),
             return_exceptions=True,
         )
-        (facts,) = await asyncio.gather(about_tasks, return_exceptions=True)
+        facts, embedded = await asyncio.gather(about_tasks, about_part, return_exceptions=True)
         if not isinstance(statistics, BaseException):
             for what, value in statistics.items():
                 self._reasoning.labels(what).set(value)
+        if not isinstance(embedded, BaseException):
+            for what, value in embedded.items():
+                self._tasks.labels(what).set(value)
         if not isinstance(facts, BaseException):
             self._tell_centroids(facts, {one.prepared.digest: one.id for one in backbones})
         for backbone, load in zip(backbones, loads, strict=True):

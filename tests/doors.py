@@ -25,7 +25,14 @@ from actors.messages import (
     SelfChecked,
     Texts,
 )
-from cluster.settings import CentroidSettings, DispatchMargins, EncoderSettings, HttpSettings, MixingSettings
+from cluster.settings import (
+    CentroidSettings,
+    DispatchMargins,
+    EncoderSettings,
+    HttpSettings,
+    MixingSettings,
+    TaskSettings,
+)
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path
 from metasepia.models.prepared import PreparedBackbone
@@ -39,6 +46,8 @@ from serve.mixing_replica import ExpertMixingPart
 from serve.parts import Catalogue, Mixing, Weights
 from serve.searching import Searches
 from serve.shipped import ModuleCard
+from serve.task_part import TaskPart
+from serve.task_replica import TaskEmbeddingPart
 
 HTTP = HttpSettings(max_body_mib=0.25)
 DIGEST, EXPERT, OTHER = "b" * 64, "e" * 64, "f" * 64
@@ -255,6 +264,20 @@ class NearSearches:
         self.trace, self.picture, self.cancel = part.search_trace, part.search_picture, part.search_cancel
 
 
+class NoTasks:
+    """Nobody embeds any."""
+
+    async def make(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("no task was to be embedded")
+
+    cancel = embed = search = nearest = nearest_of = make
+
+    async def statistics(self) -> dict[str, float]:
+        return {"tasks": 3.0}
+
+    async def check(self) -> None: ...
+
+
 class FakeMixing:
     """Every mixture of known experts is the one in the catalogue."""
 
@@ -362,6 +385,8 @@ class Bench:
         catalogue: Catalogue,
         searches: Searches,
         dispatch: Sequence[str] = ("centroid",),
+        tasks: TaskPart | None = None,
+        embedding_tasks: TaskSettings | None = None,
     ) -> None:
         self.door = Door(
             http,
@@ -376,6 +401,8 @@ class Bench:
             {"tiny": Fits(id="tiny", prepared=self.backbone.prepared, shapes=SHAPES, index=INDEX, s=SINGULAR)},
             self.centroids,
             self.observing,
+            tasks or NoTasks(),
+            embedding_tasks or TaskSettings(),
         )
         self.app = create_app(self.door)
 
@@ -392,6 +419,21 @@ class Bench:
         index_path(INDEX.digest, root).write_text(INDEX.to_json())
         self.part = ExpertMixingPart(self.real, [self.backbone], MixingSettings(max_searches=3), root)
         self._open(http, (), self.part, self.real, NearSearches(self.part))
+        return self
+
+    def with_tasks(
+        self, root: Path, encoder: FakeEncoder, settings: TaskSettings, http: HttpSettings = HTTP
+    ) -> "Bench":
+        """With a real registry, and the real part that embeds tasks, over this encoder."""
+        self.real = RealCatalogue(root)
+        self.reasoning.blobs = self.real.registry.get
+        self.encoder = encoder
+
+        def load() -> Any:
+            raise AssertionError("no method was to be trained")
+
+        self.task_part = TaskEmbeddingPart(settings, self.real, encoder, load, [self.backbone])
+        self._open(http, (), FakeMixing(), self.real, NoSearches(), (), self.task_part, settings)
         return self
 
     def says(self, text: str) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -170,6 +170,7 @@ def cosines(query: TaskEmbedding, many: Sequence[TaskEmbedding]) -> Float[np.nda
     return np.clip(np.stack([one.vector for one in many]) @ query.vector, -1, 1)
 
 
+@runtime_checkable
 class EmbeddingMethod(Protocol):
     """What turns answers into vectors of one space. Methods are in `metasepia.embedding.methods`."""
 
