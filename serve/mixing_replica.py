@@ -3,6 +3,7 @@
 It may die at any time: mixtures are in the registry, and searches go on from their last generation when it is back.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter
 from metasepia.search.jobs import SearchJob
+from metasepia.search.warm_start import Nearness
 from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, Weights
 from serve.prompts import Prompts
@@ -66,7 +68,8 @@ class ExpertMixingPart:
     async def search(self, asked: SearchAsked) -> dict[str, Any]:
         """Queues a search; see `Searches.submit`.
 
-        Raises UnknownName, and InvalidRequest for candidates that cannot be mixed and for fewer than two.
+        Raises UnknownName, and InvalidRequest for candidates that cannot be mixed, for fewer than two, and for a warm
+        start of which nothing is known.
         """
         names = await self._all_experts(asked.backbone) if asked.experts is None else asked.experts
         if not names:
@@ -87,6 +90,10 @@ class ExpertMixingPart:
             if found.factors is None:
                 raise InvalidRequest("per_layer", "is for expert vectors; low-rank adapters have a weight each")
             num_layers = len(self._layers(found.factors).lengths)
+        start = None
+        if asked.near is not None:
+            known = await self._digests(asked.near, asked.owner)
+            start = asked.near.start(known, list(found.digests.values()), found.bases)
         return await self.searches.submit(
             SearchJob(
                 backbone=asked.backbone,
@@ -101,6 +108,7 @@ class ExpertMixingPart:
                 match=asked.match,
                 max_tokens=asked.max_tokens,
                 stop_token_ids=asked.stop_token_ids,
+                start=start,
             )
         )
 
@@ -139,6 +147,16 @@ class ExpertMixingPart:
             return "low rank"
         assert isinstance(expert, ExpertVectors)
         return "renormalised" if expert.renormalise else "plain"
+
+    async def _digests(self, near: Nearness, owner: str) -> dict[str, str]:
+        """What the names of experts stand for now; one that is gone stands for nothing."""
+        names = list(dict.fromkeys(name for name, _ in near.experts))
+        asked = (self._catalogue.resolve("expert", name, owner) for name in names)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, UnknownName):
+                raise one
+        return {name: one.digest for name, one in zip(names, found, strict=True) if isinstance(one, Artefact)}
 
     def _layers(self, factors: str) -> FactorIndex:
         return FactorIndex.read(factors, self._home)

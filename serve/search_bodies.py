@@ -9,6 +9,7 @@ from metasepia.errors import InvalidRequest
 from metasepia.search.cross_entropy import SearchSettings
 from metasepia.search.fewshot import By
 from metasepia.search.jobs import Match
+from metasepia.search.warm_start import WarmStartSettings
 from serve.inputs import check_number
 from serve.schemas import MAX_SEED, Message, Text, _Body
 
@@ -17,6 +18,7 @@ MAX_ROWS = 16_384
 DEFAULT_SHOTS = 10
 DEFAULT_ANSWER_LEN = 64
 _SEARCH = SearchSettings()
+_WARM = WarmStartSettings()
 
 
 class SearchExample(_Body):
@@ -25,6 +27,21 @@ class SearchExample(_Body):
     prompt: Text | None = None
     messages: list[Message] | None = Field(default=None, min_length=1)
     answer: Text
+
+
+class SearchStart(_Body):
+    """A search that begins near the experts whose tasks are nearest to the task at hand."""
+
+    task: Text | None = None
+    """A registered task embedding, by its id or name. None: the shots themselves are embedded."""
+    temperature: Annotated[float, Field(allow_inf_nan=False)] = _WARM.temperature
+    base: Annotated[float, Field(allow_inf_nan=False)] = _WARM.base
+    uniform: Annotated[float, Field(allow_inf_nan=False)] = _WARM.uniform
+    std: Annotated[float, Field(allow_inf_nan=False)] = _WARM.std
+
+    def settings(self) -> WarmStartSettings:
+        """Raises InvalidRequest naming the field."""
+        return WarmStartSettings(temperature=self.temperature, base=self.base, uniform=self.uniform, std=self.std)
 
 
 class SearchRequest(_Body):
@@ -54,6 +71,7 @@ class SearchRequest(_Body):
     patience: int = _SEARCH.patience
     max_evaluations: int | None = None
     smoothing: Annotated[float, Field(allow_inf_nan=False)] = _SEARCH.smoothing
+    start: Literal["uniform", "nearest"] | SearchStart = "uniform"
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     def check(self, http: HttpSettings) -> Self:
@@ -80,6 +98,13 @@ class SearchRequest(_Body):
         name = self.backbone or self.model
         assert name is not None  # `check` has seen to it
         return name
+
+    @property
+    def warm(self) -> SearchStart | None:
+        """None: the uniform start."""
+        if self.start == "uniform":
+            return None
+        return self.start if isinstance(self.start, SearchStart) else SearchStart()
 
     def settings(self) -> SearchSettings:
         """Raises InvalidRequest naming the field."""

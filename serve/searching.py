@@ -9,15 +9,23 @@ from starlette.responses import JSONResponse, Response
 
 from actors.messages import SearchAsked
 from cluster.settings import HttpSettings
+from metasepia.embedding.answers import Answers
 from metasepia.errors import InvalidRequest, UnknownName, WindowExceeded
+from metasepia.search.fewshot import Shot, split
 from metasepia.search.jobs import Example
+from metasepia.search.warm_start import Nearness
 from serve.asked import Asked, deadline_of
+from serve.deadlines import Deadline
+from serve.failures import unwrap
 from serve.names import OWNER
 from serve.parts import Backbone, answered
 from serve.prompts import Prompts, away
-from serve.search_bodies import DEFAULT_ANSWER_LEN, SearchExample, SearchRequest
+from serve.search_bodies import DEFAULT_ANSWER_LEN, SearchExample, SearchRequest, SearchStart
+from serve.task_part import TaskPart
 
 PATH = "/v1/mixtures/search"
+MAX_NEAR = 256
+"""Nearest tasks with an expert that a warm start is made from."""
 
 
 class Searches(Protocol):
@@ -65,8 +73,11 @@ class Searching:
         backbones: Mapping[str, Backbone],
         prompts: Mapping[str, Prompts],
         searches: Searches,
+        tasks: TaskPart | None = None,
     ) -> None:
+        """`tasks` None: no search starts warm."""
         self._http, self._backbones, self._prompts, self._searches = http, backbones, prompts, searches
+        self._tasks = tasks
 
     def routes(self) -> list[tuple[str, str, Any]]:
         """(method, path, handler); they stand before /v1/mixtures/{digest}."""
@@ -92,6 +103,7 @@ class Searching:
         max_tokens = max(longest, DEFAULT_ANSWER_LEN) if asked.max_tokens is None else asked.max_tokens
         if asked.score == "accuracy":
             self._check_answers_fit(examples, max_tokens, backbone, asked.max_tokens)
+        near = None if asked.warm is None else await self._near(asked, asked.warm, examples, deadline)
         async with deadline.limit("queueing the search"):
             job = await self._searches.submit(
                 SearchAsked(
@@ -106,6 +118,7 @@ class Searching:
                     match=asked.match,
                     max_tokens=max_tokens,
                     stop_token_ids=backbone.prepared.eos_token_ids,
+                    near=near,
                 )
             )
         return JSONResponse(job, 202 if job["status"] == "queued" else 200, headers={"location": f"{PATH}/{job['id']}"})
@@ -129,6 +142,36 @@ class Searching:
     async def cancel(self, request: Request) -> Response:
         async with deadline_of(request, self._http).limit("cancelling the search"):
             return JSONResponse(await self._searches.cancel(_id(request)))
+
+    async def _near(
+        self, asked: SearchRequest, warm: SearchStart, examples: Sequence[Example], deadline: Deadline
+    ) -> Nearness:
+        """How near the tasks that have an expert are to the one at hand: a registered one, or the shots themselves. The
+        held-out examples are not looked at.
+
+        Raises UnknownName for a task that is not there, and InvalidRequest naming `start`.
+        """
+        settings = warm.settings()
+        if self._tasks is None:
+            raise InvalidRequest("start", "this server embeds no tasks; leave it out, or send uniform")
+        async with deadline.limit("comparing the task with those of experts"):
+            try:
+                if warm.task is not None:
+                    source = f"task {warm.task}"
+                    found = await self._tasks.nearest(warm.task, k=MAX_NEAR, with_expert=True)
+                else:
+                    source = "the shots"
+                    found = await self._tasks.nearest_of(
+                        _answers_of(asked, examples), k=MAX_NEAR, with_expert=True, deadline_unix_s=deadline.unix_s
+                    )
+            except Exception as error:
+                raise _of_start(unwrap(error)) from None
+        if not found:
+            raise InvalidRequest(
+                "start", "no task with an expert is registered in this space (POST /v1/tasks); start uniform"
+            )
+        experts = tuple((str(one["expert"]), float(one["cosine"])) for one in found)
+        return Nearness(experts=experts, source=source, settings=settings)
 
     def _tokenise(self, examples: Sequence[SearchExample], backbone: Backbone) -> tuple[Example, ...]:
         """Raises WindowExceeded naming the example, and what `Prompts.chat` raises."""
@@ -160,6 +203,41 @@ class Searching:
         longest, window = max(len(one.prompt) for one in examples), backbone.prepared.window
         if longest + max_tokens > window:
             raise WindowExceeded("examples" if asked is None else "max_tokens", longest + max_tokens, window)
+
+
+def _answers_of(asked: SearchRequest, examples: Sequence[Example]) -> Answers:
+    """The shots as a data set: what was asked last, and the answer. Answers that hardly repeat are open ones.
+
+    Raises InvalidRequest for shots that are all answered alike, and what `split` raises.
+    """
+    shots = [Shot(prompt=one.prompt, answer=one.answer) for one in examples]
+    chosen = {shot.id for shot in split(shots, asked.shots, asked.seed)[0]}
+    pairs = [
+        (_question_of(one), one.answer.strip())
+        for one, shot in zip(asked.examples, shots, strict=True)
+        if shot.id in chosen
+    ]
+    texts, answers = [text for text, _ in pairs], [answer for _, answer in pairs]
+    if 2 * len(set(answers)) > len(answers) > 2:
+        return Answers.of_replies(texts, answers)
+    return Answers.of_labelled(texts, answers)
+
+
+def _question_of(example: SearchExample) -> str:
+    if example.prompt is not None:
+        return example.prompt
+    messages = example.messages or ()
+    asked = [one.content for one in messages if one.role == "user"]
+    return asked[-1] if asked else messages[-1].content
+
+
+def _of_start(error: BaseException) -> BaseException:
+    """A complaint about the task as one about the field that asked for it."""
+    if isinstance(error, UnknownName):
+        return UnknownName("start.task", error.name, error.known)
+    if isinstance(error, InvalidRequest) and not error.param.startswith("examples"):
+        return InvalidRequest("start", f"the task has no embedding: {error.param}: {error.message}")
+    return error
 
 
 def _text_of(example: SearchExample) -> str:

@@ -14,6 +14,7 @@ from metasepia.digests import canonical_json, digest_of
 from metasepia.errors import CorruptArtefact
 from metasepia.search.cross_entropy import CrossEntropySearch, Generation, Score, SearchSettings
 from metasepia.search.fewshot import By, Found, Scoring, Shot
+from metasepia.search.warm_start import Start
 
 Match = Literal["exact", "contains"]
 """When a generated answer is right: it is the wanted one, or it holds it. Case, outer spaces and a full stop at the end
@@ -52,6 +53,8 @@ class SearchJob:
     match: Match
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    start: Start | None = None
+    """None: equal weights."""
 
     @property
     def digest(self) -> str:
@@ -72,7 +75,10 @@ class SearchJob:
         return canonical_json(self._tree())
 
     def _tree(self) -> dict[str, Any]:
-        return {"kind": "search", **asdict(self)}
+        tree = {"kind": "search", **asdict(self)}
+        if self.start is None:
+            del tree["start"]  # the digest of a search that says nothing of its start
+        return tree
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> "SearchJob":
@@ -89,6 +95,8 @@ class SearchJob:
             )
             for name in ("bases", "stop_token_ids"):
                 tree[name] = tuple(tree[name])
+            if "start" in tree:
+                tree["start"] = Start.from_json(tree["start"])
             return cls(**tree)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtefact("the search's request", f"it cannot be read ({error})") from error
@@ -96,7 +104,19 @@ class SearchJob:
     def begin(self) -> CrossEntropySearch:
         perfect = self.scoring.perfect
         digests = [digest for _, digest in self.candidates]
-        return CrossEntropySearch(digests, self.settings, num_layers=self.num_layers, perfect=perfect)
+        return CrossEntropySearch(digests, self.settings, num_layers=self.num_layers, perfect=perfect, start=self.start)
+
+    @property
+    def start_json(self) -> Any:
+        """Where it began, for cards and clients: `uniform`, or by name what was known and what was made of it."""
+        if self.start is None:
+            return "uniform"
+        return {
+            "source": self.start.source,
+            "similarities": dict(zip(self.names, self.start.similarities, strict=True)),
+            "weights": {name: round(one, 4) for name, one in zip(self.names, self.start.mean, strict=True)},
+            "std": dict(zip(self.names, self.start.std, strict=True)),
+        }
 
     @property
     def scoring(self) -> Scoring:
@@ -130,7 +150,10 @@ class Progress:
     """`Generation.to_json` of each generation."""
 
     def told(self, generation: Generation) -> "Progress":
-        return Progress(self.state, (*self.trace, generation.to_json()))
+        entry = generation.to_json()
+        if generation.number == 0 and self.state.start is not None:
+            entry["start"] = self.state.start.to_json()
+        return Progress(self.state, (*self.trace, entry))
 
     def to_bytes(self) -> bytes:
         return canonical_json({"state": self.state.to_bytes().decode(), "trace": self.trace})
@@ -152,6 +175,7 @@ def found_json(found: Found, job: SearchJob, num_held_out: int) -> dict[str, Any
         "weights": {names[digest]: weight for digest, weight in found.adapter},
         "best_single": names[found.best_single],
         "score": job.by,
+        "start": job.start_json,
         "chosen_on": {"split": "shots", "examples": job_shots(job), **_scores(found.shots)},
         "measured_on": {"split": "held_out", "examples": num_held_out, **_scores(found.held_out)},
         "stopped": found.stopped,
