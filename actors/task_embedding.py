@@ -161,7 +161,15 @@ class TaskEmbedder:
         return sum(one.num_queued for one in self._workers.values())
 
     async def check(self, timeout_s: float = 10.0) -> None:
-        """One real embedding, of two labels by turns, past the queue's limit. Raises Unavailable."""
+        """One real embedding, of two labels by turns, past the queue's limit. Raises Unavailable.
+
+        Until the first task comes nothing is made that one needs (the probe texts' vectors take seconds), so that a
+        graph starts without it: then this says only that the part and its encoder answer.
+        """
+        if not any(one.num_batches for one in self._workers.values()):
+            async with _within(timeout_s):
+                await self._vectors.ready()
+            return
         labels = np.eye(2, dtype=np.float32)[np.arange(len(self.probes)) % 2]
         answers = Answers(texts=self.probes.texts, labels=("a", "b"), probabilities=labels)
         worker = self._worker(TORCH_FREE[0])

@@ -206,8 +206,10 @@ class TaskJobs:
         if job.box:
             self._open_box(job.box)  # what cannot be asked is refused now, and not in a while
         async with self._submitting:
-            if id_ in self._tasks:
-                return await self._find(id_), True
+            if (before := self._tasks.get(id_)) is not None:
+                if is_unfinished(now := await self._find(id_)):
+                    return now, True
+                await asyncio.gather(before, return_exceptions=True)  # it has failed, and is about to end
             if self.num_unfinished >= self._settings.max_jobs:
                 raise Overloaded("the queue of tasks to embed in the background", 30.0)
             progress = TaskProgress(job=job)
