@@ -191,7 +191,10 @@ class Run:
         )
 
     def _fill(self) -> None:
-        self._queue = deque(text for text in self.known.texts if self.known.missing(self.current, text))
+        """Texts that nobody has answered come first: their answers are of use whichever model gives them."""
+        parts = self.known.parts.values()
+        lacking = [text for text in self.known.texts if self.known.missing(self.current, text)]
+        self._queue = deque(sorted(lacking, key=lambda text: any(text in have for have in parts)))
 
     async def _work(self) -> None:
         while self._queue and not self.has_failed:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from metasepia.blackbox.meter import Estimate
 from metasepia.embedding.answers import MAX_EXAMPLES, Answers
@@ -53,6 +53,7 @@ class Progress:
 Told = Callable[[Progress], None]
 
 
+@runtime_checkable
 class BlackBox(Protocol):
     """Whatever answers texts: no gradients, no weights, no states."""
 

@@ -285,5 +285,5 @@ def _words(error: sqlite3.Error) -> str:
     return f"cannot be used: {said}"
 
 
-def _checksum(box: str, item: str, identity: str, value: str, counts: Sequence[float]) -> str:
+def _checksum(box: str, item: str, identity: str, value: str, counts: Sequence[int | float]) -> str:
     return digest_of([box, item, identity, value, *counts])

@@ -22,7 +22,7 @@ from metasepia.blackbox.keys import Key
 from metasepia.blackbox.meter import CHARS_PER_TOKEN, Meter, Reservation
 from metasepia.blackbox.pace import Pace
 from metasepia.blackbox.settings import EndpointSettings
-from metasepia.blackbox.shapes import WrongShape
+from metasepia.blackbox.shapes import NotServed, WrongShape
 from metasepia.blackbox.ways import Ask
 from metasepia.digests import canonical_json, digest_of
 
@@ -80,6 +80,15 @@ class _Failed:
     problem: str
     may_be_paid: bool
     """The endpoint may have computed an answer that did not get here."""
+
+
+@dataclass(frozen=True)
+class _Bad:
+    """What is wrong with an answer."""
+
+    words: str
+    is_served: bool = True
+    """False: the answer is whole, and the endpoint does not give what was asked for."""
 
 
 class Counter:
@@ -169,8 +178,8 @@ class EndpointClient:
                 answered = self._read(ask, read, got, reservation)
                 if isinstance(answered, Answered):
                     return answered
-                problem, bad = answered, bad + 1
-                if probing and isinstance(_json(got.text), dict):
+                problem, bad = answered.words, bad + 1
+                if probing and not answered.is_served:
                     return problem
                 gives_up = bad >= settings.max_bad_answers
                 if gives_up:
@@ -251,8 +260,10 @@ class EndpointClient:
                         body += piece
                         if len(body) > limit:
                             return _Failed(f"an answer of more than {settings.max_answer_mib:g} MiB", True)
-                    text = body.decode(errors="replace")
-                    return _Response(response.status_code, dict(response.headers), text)
+                    # Here already, so that no frame above holds what an endpoint may have echoed.
+                    clean = self._key.scrub_answer
+                    said = {name: clean(value) for name, value in response.headers.items()}
+                    return _Response(response.status_code, said, clean(body.decode(errors="replace")))
         except (TimeoutError, httpx.TimeoutException) as error:
             connecting = isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
             failed = _Failed(f"no whole answer within {settings.request_timeout_s:g} s", not connecting)
@@ -265,12 +276,12 @@ class EndpointClient:
             failed = _Failed(f"{type(error).__name__}{f' ({words})' if words else ''}", True)
         return failed
 
-    def _read(self, ask: Ask, read: Read, got: _Response, reservation: Reservation) -> Answered | str:
+    def _read(self, ask: Ask, read: Read, got: _Response, reservation: Reservation) -> "Answered | _Bad":
         """The checked answer, or what is wrong with it."""
         body = _json(got.text)
         if not isinstance(body, dict):
             reservation.keep()
-            return _what_is_it(got, body)
+            return _Bad(_what_is_it(got, body))
         try:
             if isinstance(body.get("error"), dict | str) and body["error"] and "choices" not in body:
                 raise WrongShape(f"an error: {self._words(got)}")
@@ -278,10 +289,10 @@ class EndpointClient:
             identity = Identity(model=self._name(body, "model"), fingerprint=self._name(body, "system_fingerprint"))
         except WrongShape as error:
             reservation.keep()
-            return f"JSON that is no answer: {self._key.scrub(str(error))}"
+            return _Bad(f"JSON that is no answer: {self._key.scrub(str(error))}", not isinstance(error, NotServed))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             reservation.keep()
-            return f"JSON of the wrong shape ({type(error).__name__})"
+            return _Bad(f"JSON of the wrong shape ({type(error).__name__})")
         prompt_tokens, completion_tokens = self._usage(ask, body, got.text, reservation)
         reservation.settle(prompt_tokens, completion_tokens)
         more = prompt_tokens + completion_tokens - reservation.prompt_tokens - reservation.completion_tokens

@@ -39,6 +39,10 @@ MAX_ROWS = 256
 """Asked for at once: enough for a scheduler to find rows of about one length."""
 MAX_PREFIX_TOKENS = 2048
 """Of prompts that are shared by their labels' rows at once; schedulers keep about twice as many."""
+MIN_PREFIX_TOKENS = 16
+"""Schedulers share no fewer."""
+ALONE = 2.0
+"""What reading a token costs in a prefix, which is read by itself, against one in a batch of rows; about, on CPUs."""
 PATIENCE_S = 600.0
 """With a backbone that is full."""
 AGREES = {"float32": 2e-3, "float64": 2e-3}
@@ -186,8 +190,8 @@ class LocalModel:
         prefix = shared_prefix(prompts)
         mean = sum(map(len, prompts)) / len(prompts)
         num_labels = len(self.prompt.names)
-        own = sum(len(ids) for one in asked.values() for ids in one.verbalisers) / len(asked)
-        shares_text = mean + own < num_labels * (mean - len(prefix)) + own
+        shared = len(prefix) if len(prefix) >= MIN_PREFIX_TOKENS else 0
+        shares_text = ALONE * mean < num_labels * (mean - shared)
         return _Run(asked=asked, told=told, prefix=prefix, shares_text=shares_text)
 
     def _item(self, text: str) -> str:

@@ -27,7 +27,7 @@ class Prices:
             if not 0 <= price < float("inf"):
                 raise InvalidSettings(f"prices.{name}_per_million", price, "0 or more")
 
-    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.prompt_per_million + completion_tokens * self.completion_per_million) / 1e6
 
 
@@ -145,7 +145,8 @@ class Meter:
             if self.max_cost is not None and self.cost + held_cost + wanted.cost > self.max_cost:
                 raise BudgetReached("max_cost", self.max_cost, self.cost + held_cost, wanted.cost, kept())
             if self.max_tokens is not None and self.tokens + held_tokens + tokens > self.max_tokens:
-                raise BudgetReached("max_tokens", self.max_tokens, self.tokens + held_tokens, tokens, kept())
+                spent = float(self.tokens + held_tokens)
+                raise BudgetReached("max_tokens", float(self.max_tokens), spent, float(tokens), kept())
             self._reserved.add(wanted)
         return wanted
 

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import logging
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import httpx
@@ -143,7 +145,9 @@ class OpenAIEndpoint:
     def estimate(self, texts: Sequence[str]) -> Estimate:
         """What asking would take now. Nothing is asked. Raises InvalidRequest for texts that cannot be asked for."""
         boxes.check_texts(texts)
-        wanted = self._wanted(texts)
+        return self._estimate_of(self._wanted(texts))
+
+    def _estimate_of(self, wanted: Sequence[str]) -> Estimate:
         form = self._form_of_before()
         plainest = Abilities(batched=False, several=False)
         candidates = self._forms(plainest) if form is None else [form]
@@ -223,7 +227,7 @@ class OpenAIEndpoint:
     async def _ask(self, known: Known, has_form: bool, told: Told | None) -> str:
         self._key.check()
         settings, words = self.settings, [""]
-        estimate = self.estimate(known.texts)
+        estimate = self._estimate_of(known.texts)
         cached = known.num_whole(known.newest) if has_form else 0
 
         def tell() -> None:
@@ -238,7 +242,9 @@ class OpenAIEndpoint:
 
         limits = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
         headers = {"user-agent": "metasepia", "accept": "application/json"}
-        opened = httpx.AsyncClient(limits=limits, headers=headers) if self._client is None else None
+        opened = None
+        if self._client is None:
+            opened = httpx.AsyncClient(limits=limits, headers=headers, verify=_certificates())
         connected = self._client or opened
         assert connected is not None
         client = EndpointClient(
@@ -336,6 +342,12 @@ class OpenAIEndpoint:
             return
         if share < LEAST_MATCHED:
             raise NothingMatched(self.name, share, self.prompt.verbalisers, replies)
+
+
+@lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    """Those that the machine trusts, read once: hundreds of prompts ask one after another."""
+    return httpx.create_ssl_context()
 
 
 def _dearest(estimate: Estimate) -> tuple[float, int]:

@@ -13,6 +13,10 @@ class WrongShape(ValueError):
     """JSON that is not what the request asks for; the words say where."""
 
 
+class NotServed(WrongShape):
+    """An answer as it should be, except that it lacks what only some endpoints give."""
+
+
 def choices_of(body: Mapping[str, Any], count: int | None) -> list[Mapping[str, Any]]:
     """The choices in order of their index; exactly `count` where that is given."""
     choices = body.get("choices")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 
@@ -12,6 +12,7 @@ from metasepia.errors import CorruptArtefact, InvalidRequest, NotSupported
 from metasepia.models.prepared import PreparedBackbone
 
 
+@runtime_checkable
 class PromptTokens(Protocol):
     """A backbone's tokenizer and chat template."""
 

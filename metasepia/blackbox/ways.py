@@ -9,14 +9,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from metasepia.blackbox.prompts import LabelMatcher, Prompt
 from metasepia.blackbox.scores import Scores, begins, of_counts, of_first_tokens, of_log_probabilities
 from metasepia.blackbox.settings import EndpointSettings
-from metasepia.blackbox.shapes import WrongShape, choices_of, log_probability, reply_of
+from metasepia.blackbox.shapes import NotServed, WrongShape, choices_of, log_probability, reply_of
 
 MAX_CHOICES = 16
 """Samples asked for in one request."""
@@ -66,6 +66,7 @@ class Outcome:
     """Plain values for people: what share of replies named a label, and so on."""
 
 
+@runtime_checkable
 class Form(Protocol):
     """One form of asking."""
 
@@ -179,7 +180,7 @@ class Echo(_Form):
     def _echoed(self, choice: Mapping[str, Any], context: str, whole: str) -> dict[str, Any]:
         logprobs = choice.get("logprobs")
         if not isinstance(logprobs, dict):
-            raise WrongShape("choices[].logprobs is missing")
+            raise NotServed("it has no log-probabilities")
         tokens, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
             raise WrongShape("choices[].logprobs has no tokens with as many token_logprobs")
@@ -210,7 +211,7 @@ def _place(echoed: str, context: str, whole: str) -> tuple[int, int]:
     tail = (before[0] if before else "") + whole[len(context) :]
     start = echoed.rfind(tail)
     if start < 0:
-        raise WrongShape("the tokens are not those of an echo of the prompt")
+        raise NotServed("the tokens are not those of an echo of the prompt")
     return start + len(tail) - (len(whole) - len(context)), start + len(tail)
 
 
@@ -252,11 +253,9 @@ class PromptLogprobs(_Form):
         )
 
     def read(self, text: str, ask: Ask, body: Mapping[str, Any]) -> dict[int, Any]:
-        found = body.get("prompt_logprobs")
-        if found is None:
-            found = choices_of(body, 1)[0].get("prompt_logprobs")
+        found = choices_of(body, 1)[0].get("prompt_logprobs", body.get("prompt_logprobs"))
         if not isinstance(found, list) or len(found) < 2:
-            raise WrongShape("prompt_logprobs is missing")
+            raise NotServed("it has no prompt_logprobs")
         (part,) = ask.parts
         # A verbaliser has at most as many tokens as bytes.
         tail_len = len(self.words[part].encode()) + 8
@@ -322,7 +321,7 @@ class FirstToken(_Form):
                 else None
             )
         if not isinstance(top, list) or not top:
-            raise WrongShape("choices[0].logprobs holds no likeliest tokens")
+            raise NotServed("it has no likeliest tokens")
         pairs: list[tuple[str, float]] = []
         for one in top:
             if not isinstance(one, dict) or not isinstance(one.get("token"), str):
@@ -346,7 +345,8 @@ class FirstToken(_Form):
         return None
 
     def outcome(self, texts: Sequence[Mapping[int, Any]]) -> Outcome:
-        scores, named = of_first_tokens([parts[0] for parts in texts], self.words)
+        tops = [[(token, logprob) for token, logprob in parts[0]] for parts in texts]
+        scores, named = of_first_tokens(tops, self.words)
         likeliest = [max(parts[0], key=lambda pair: pair[1])[0][:80] for parts in texts[:3]]
         return Outcome(scores=scores, notes={"named": round(named, 6), "likeliest": likeliest})
 
