@@ -6,9 +6,10 @@ scores give the same bytes whoever computes them, however often it is written do
 Where we differ from the reference: it samples weights in a box, [0, 1] for each expert, where every multiple of a
 renormalised mixture is the same model. Here a sample is the point of the simplex nearest to the Gaussian draw
 (Euclidean; in each layer by itself where weights are by layer), so single experts and the base are met often. The
-first generation holds every candidate alone; one that starts warm (`warm_start`) holds the most promising alone, for
-half of its places. Equal scores are ranked by the likelihood of the right answers and then by position, for elites as
-for the best. numpy only.
+first generation holds every candidate alone. A search that starts warm (`warm_start`) tries them alone in the order of
+their promise, in half of the places of each generation, until all have been tried: so a start that misleads cannot hide
+one. Equal scores are ranked by the likelihood of the right answers and then by position, for elites as for the best.
+numpy only.
 """
 
 import json
@@ -182,12 +183,16 @@ class CrossEntropySearch:
         noise = np.random.Generator(bits).standard_normal((self.settings.population, *self._shape))
         alpha = to_simplex(self._mean + self._std * noise)
         alpha[0] = self._incumbent
-        if self.generation == 0:
-            first = range(len(self.candidates)) if self.start is None else self.start.order
-            room = self.settings.population - 1 if self.start is None else self.settings.population // 2
-            alone = np.eye(len(self.candidates))[list(first)[:room]]
-            alpha[1 : 1 + len(alone)] = alone[:, :, None]
+        alone = np.eye(len(self.candidates))[self._alone()]
+        alpha[1 : 1 + len(alone)] = alone[:, :, None]
         return _on_grid(alpha), bits.state
+
+    def _alone(self) -> list[int]:
+        """Candidates that the next generation holds alone."""
+        if self.start is None:
+            return list(range(len(self.candidates)))[: self.settings.population - 1] if self.generation == 0 else []
+        room = max(1, self.settings.population // 2)
+        return list(self.start.order[self.generation * room : (self.generation + 1) * room])
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
