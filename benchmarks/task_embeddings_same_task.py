@@ -1,9 +1,9 @@
 """Part `same-task`: is the nearest neighbour of an embedding one of the same task?
 
 What "the same task" is stands in `task_embeddings_tasks`. A task counts where it can be learnt at all: a
-LogisticRegression on the encoder's vectors of one half must be `LEARNT` above the largest class on held-out texts; the
-others are left out and named. Regimes, each a leave-one-out search for the nearest neighbour, with AUC of same against different
-pairs; intervals are bootstraps over families.
+LogisticRegression on words or on the encoder's vectors must be `LEARNT` above the largest class on held-out texts; the
+others are left out and named. Each regime is a leave-one-out search for the nearest neighbour, with AUC of same against
+different pairs; intervals are bootstraps over families.
 
 - `shared`: models alone, all asked the shipped probe texts. For every data set: TF-IDF with LogisticRegression and a
   head on the encoder's vectors, learnt from one half; naive Bayes on characters, and the first two with labels in
@@ -11,6 +11,8 @@ pairs; intervals are bootstraps over families.
   SmolLM2 under three wordings, and its experts. The exact Gram matrix of the answers is the baseline.
 - `cross`: the same, and a neighbour must be another kind of model, of another data set if the task has one.
 - `all`: models and both halves of every data set, as labelled data.
+  These three are of models that do their task at all: `LEARNT` above the largest class, as above; a model at chance
+  holds no task to be known again. `shared-models` and `all-models` are of every model.
 - `label sets`: halves of data sets; candidates of the query's own data set or label set are left out of its family.
 - `texts`: halves of data sets; candidates of the query's data set are left out of its family, other tasks on the same
   texts are not.
@@ -23,17 +25,16 @@ Where the Gram matrix does not apply, the baseline is the cosine of the mean enc
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from benchmarks import report
 from benchmarks.task_embeddings_answers import PlainScorer
-from benchmarks.task_embeddings_tasks import DEV, FAMILY, LabelledTask, OpenTask, read_open, read_tasks
+from benchmarks.task_embeddings_tasks import DEV, EMBEDDED, FAMILY, LabelledTask, OpenTask, read_open, read_tasks
 from benchmarks.task_embeddings_transfer import head
 from benchmarks.task_embeddings_vectors import Bench, gram
 from benchmarks.task_embeddings_wordings import THREE
@@ -41,6 +42,8 @@ from metasepia.embedding.answers import Answers
 
 LEARNT = 0.1
 NOISE = 0.2
+NUM_ASKED = 150
+"""Held-out texts that show whether a wording does its task."""
 RESAMPLES = 10_000
 RENAMED = "answer {}"
 
@@ -59,6 +62,8 @@ class Entry:
     answers: Answers
     texts: tuple[str, ...]
     """Of its data set, for the text centroid."""
+    does: bool = True
+    """A model: whether it does its task at all, LEARNT above the largest class on held-out texts."""
 
     @property
     def is_model(self) -> bool:
@@ -72,20 +77,9 @@ def halves_of(tasks: Sequence[LabelledTask]) -> list[Entry]:
     made = []
     for task in tasks:
         for half, examples in enumerate(task.halves):
-            texts = tuple(text for text, _ in examples)
-            answers = Answers.of_labelled(texts, [label for _, label in examples])
-            name = f"{task.name}, half {half}"
-            made.append(
-                Entry(
-                    name=name,
-                    family=task.family,
-                    data=task.name,
-                    texts_of=task.texts_of,
-                    form="half",
-                    answers=answers,
-                    texts=texts,
-                )  # fmt: skip
-            )
+            texts = tuple(text for text, _ in examples[:EMBEDDED])
+            answers = Answers.of_labelled(texts, [label for _, label in examples[:EMBEDDED]])
+            made.append(_entry(task, f"half {half}", "half", answers, texts))
     return made
 
 
@@ -97,14 +91,22 @@ def models_of(tasks: Sequence[LabelledTask], bench: Bench) -> list[Entry]:
         (texts, labels), (other_texts, other_labels) = (
             ([text for text, _ in half], [label for _, label in half]) for half in task.halves
         )
-        words = partial(make_pipeline, TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
         letters = make_pipeline(TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)), MultinomialNB(alpha=0.1))
-        first, second = words().fit(texts, labels), words().fit(other_texts, other_labels)
+        first, second = words_model().fit(texts, labels), words_model().fit(other_texts, other_labels)
         letters.fit(other_texts, other_labels)
         seen = head(bench.encoder.embed(texts), labels)
         seen_other = head(bench.encoder.embed(other_texts), other_labels)
         turned = dict(zip(second.classes_, np.roll(second.classes_, 1), strict=True))
         renamed = {label: RENAMED.format(place) for place, label in enumerate(reversed(seen_other.classes_))}
+        shown = [text for text, _ in task.held_out]
+        held = bench.encoder.embed(shown)
+        does = {
+            "words": does_it(task, first.predict(shown)),
+            "letters": does_it(task, letters.predict(shown)),
+            "head": does_it(task, seen.predict(held)),
+            "words, turned": does_it(task, second.predict(shown)),
+            "head, renamed": does_it(task, seen_other.predict(held)),
+        }
         said = {
             "words": (first.classes_, first.predict_proba(probes)),
             "letters": (letters.classes_, letters.predict_proba(probes)),
@@ -115,7 +117,7 @@ def models_of(tasks: Sequence[LabelledTask], bench: Bench) -> list[Entry]:
         }
         for form, (classes, probabilities) in said.items():
             answers = Answers.of_probabilities(probes, [str(one) for one in classes], np.asarray(probabilities))
-            made.append(_model(task, form, answers))
+            made.append(_model(task, form, answers, does.get(form, True)))
     return made
 
 
@@ -147,7 +149,11 @@ def prompts_of(tasks: Sequence[LabelledTask], bench: Bench, scorer: PlainScorer)
         for place, wording in enumerate(wordings):
             logprobs = scorer.scores(wording, bench.probes.texts)["logprobs"]
             answers = Answers.of_probabilities(bench.probes.texts, sorted(wording.words), softmax(logprobs))
-            made.append(_model(task, f"SmolLM2, wording {place}", answers))
+            held_out = [(text, label) for text, label in task.held_out[:NUM_ASKED] if label in wording.words]
+            said = scorer.scores(wording, [text for text, _ in held_out])["logprobs"].argmax(1)
+            words = sorted(wording.words)
+            right = does_it(task, np.array([words[i] for i in said]), [label for _, label in held_out])
+            made.append(_model(task, f"SmolLM2, wording {place}", answers, right))
     return made
 
 
@@ -156,18 +162,44 @@ def softmax(logprobs: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(1, keepdims=True)
 
 
-def _model(task: LabelledTask, form: str, answers: Answers) -> Entry:
+def does_it(task: LabelledTask, said: np.ndarray, truth: Sequence[str] | None = None) -> bool:
+    right = np.array([label for _, label in task.held_out] if truth is None else truth)
+    return bool(
+        (np.asarray(said) == right).mean() >= np.unique(right, return_counts=True)[1].max() / len(right) + LEARNT
+    )
+
+
+def _model(task: LabelledTask, form: str, answers: Answers, does: bool) -> Entry:
+    return _entry(task, form, form, answers, [text for text, _ in task.train], does)
+
+
+def _entry(
+    task: LabelledTask, name: str, form: str, answers: Answers, texts: Sequence[str], does: bool = True
+) -> Entry:
     return Entry(
-        name=f"{task.name}, {form}", family=task.family, data=task.name, texts_of=task.texts_of, form=form,
-        answers=answers, texts=tuple(text for text, _ in task.train),
-    )  # fmt: skip
+        name=f"{task.name}, {name}",
+        family=task.family,
+        data=task.name,
+        texts_of=task.texts_of,
+        form=form,
+        answers=answers,
+        texts=tuple(texts),
+        does=does,
+    )
 
 
 def learnable(task: LabelledTask, bench: Bench) -> bool:
-    fitted = head(bench.encoder.embed([text for text, _ in task.halves[0]]), [label for _, label in task.halves[0]])
-    truth = np.array([label for _, label in task.held_out])
-    right = (fitted.predict(bench.encoder.embed([text for text, _ in task.held_out])) == truth).mean()
-    return bool(right >= np.unique(truth, return_counts=True)[1].max() / len(truth) + LEARNT)
+    (texts, labels), (shown, truth) = (zip(*part, strict=True) for part in (task.train, task.held_out))
+    sides = (
+        words_model().fit(texts, labels).predict(shown),
+        head(bench.encoder.embed(texts), labels).predict(bench.encoder.embed(shown)),
+    )
+    right = max(float((said == np.array(truth)).mean()) for said in sides)
+    return right >= np.unique(truth, return_counts=True)[1].max() / len(truth) + LEARNT
+
+
+def words_model() -> Pipeline:
+    return make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
 
 
 # -- judging ---------------------------------------------------------------------------------------------------------
@@ -265,9 +297,14 @@ def in_texts(a: Entry, b: Entry) -> bool:
 
 
 REGIMES: Mapping[str, tuple[str, Allowed]] = {
-    "shared": ("models of a task, asked the same texts", in_shared),
-    "cross": ("the same, other kind of model and other data", in_cross),
-    "all": ("models and data halves together", lambda a, b: True),
+    "shared": ("models that do their task, asked the same texts", lambda a, b: in_shared(a, b) and a.does and b.does),
+    "cross": (
+        "the same, of another kind and from other data",
+        lambda a, b: in_cross(a, b) and a.does and b.does,
+    ),
+    "all": ("models that do their task and data halves together", lambda a, b: a.does and b.does),
+    "all-models": ("models, also those that fail, and data halves", lambda a, b: True),
+    "shared-models": ("models, also those that fail, asked the same texts", in_shared),
     "label-sets": ("data halves, other label set", in_label_sets),
     "texts": ("data halves, other texts", in_texts),
 }
@@ -289,10 +326,15 @@ def same_task(bench: Bench, arguments: Namespace) -> list[report.Row]:
         found = {
             side: judge(matrix, names, families, lambda q, c, allowed=allowed: allowed(entries[q], entries[c]))
             for side, matrix in similarities.items()
-            if side != GRAM or regime in ("shared", "cross")
+            if side not in (GRAM, CENTROID) or side == BASELINES.get(regime)
         }
-        baseline = GRAM if GRAM in found else CENTROID
-        note = f"{len(kept)} data sets" + (f"; not learnt and left out: {', '.join(left)}" if left else "")
+        baseline = BASELINES.get(regime)
+        failing = [one.form.split(",")[0] for one in entries if not one.does]
+        counted = ", ".join(f"{failing.count(form)} {form}" for form in dict.fromkeys(failing))
+        models = f"{sum(one.is_model for one in entries)} models of {len(kept)} data sets"
+        note = f"{models}, that fail: {counted or 'none'}" + (
+            f"; not learnt and left out: {', '.join(left)}" if left else ""
+        )
         rows += rows_of(regime, what, found, baseline, note if regime == "shared" else "")
     for regime, name, by in (
         ("open-instructions", "instruction_induction", "task"),
@@ -305,6 +347,14 @@ def same_task(bench: Bench, arguments: Namespace) -> list[report.Row]:
 
 
 GRAM, CENTROID = "Gram of the answers", "text centroid"
+BASELINES: Mapping[str, str] = {
+    "shared": GRAM,
+    "shared-models": GRAM,
+    "cross": GRAM,
+    "label-sets": CENTROID,
+    "texts": CENTROID,
+}
+"""A model's own texts are not known, and a data set has no answers to the probes: between them neither applies."""
 
 
 def similarities_of(entries: Sequence[Entry], bench: Bench) -> dict[str, np.ndarray]:
@@ -334,16 +384,16 @@ def open_rows(regime: str, tasks: Sequence[OpenTask], bench: Bench) -> list[repo
     return rows_of(regime, what[regime], found, CENTROID, f"{len(tasks)} sets of pairs")
 
 
-def rows_of(regime: str, what: str, found: Mapping[str, Judged], baseline: str, note: str) -> list[report.Row]:
+def rows_of(regime: str, what: str, found: Mapping[str, Judged], baseline: str | None, note: str) -> list[report.Row]:
     """A row a side of ours against the baseline; other baselines stand alone, in detail."""
-    against, rows = found[baseline], []
+    against, rows = None if baseline is None else found[baseline], []
     for side, one in found.items():
         low, high = one.interval()
         each = one.by_family()
         least = sorted(each, key=each.__getitem__)[:3]
         said = [
             f"95 % {low:.3f} to {high:.3f} over {len(each)} tasks, {len(one.hits)} queries",
-            f"AUC {one.auc:.3f} ({baseline} {against.auc:.3f})",
+            f"AUC {one.auc:.3f}" + (f" ({baseline} {against.auc:.3f})" if against and one is not against else ""),
             f"tasks not for choosing settings {one.mean(lambda f: f not in DEV):.3f}",
             f"least: {', '.join(f'{name} {each[name]:.2f}' for name in least)}",
             note,
@@ -352,10 +402,11 @@ def rows_of(regime: str, what: str, found: Mapping[str, Judged], baseline: str, 
             f"same-{regime}-{side.replace(' ', '-').lower()}",
             f"nearest neighbour is the same task, {what}: {side}",
             one.mean(),
-            against.mean() if side != baseline else None,
+            against.mean() if against and one is not against else None,
             "of queries",
             "; ".join(part for part in said if part),
-            detail=side in (GRAM, CENTROID, "reply centroid") and side != baseline,
+            detail=regime in ("all-models", "shared-models")
+            or (side in (GRAM, CENTROID, "reply centroid") and side != baseline),
             extra={
                 "baseline": baseline,
                 "auc": one.auc,

@@ -27,8 +27,10 @@ FAMILY: Mapping[str, str] = {
 }
 """Of data sets that share one; others are a family of their own."""
 DEV = ("emotion", "snips", "banking77", "first person", "length")
-HALF = 300
-"""Examples of one half of a data set, at most."""
+HALF = 1000
+"""Examples of one half of a data set, at most: what a model learns from."""
+EMBEDDED = 300
+"""Of a half, the examples that a data-set embedding is made of."""
 HELD_OUT = 300
 FEWEST_OF_LABEL = 20
 """Of trec's fine labels, rarer ones are left out."""
@@ -117,20 +119,25 @@ def _task(
     taken: set[str],
     rule: Rule | None = None,
 ) -> LabelledTask:
-    """Balanced draws of the train split by a fixed seed, classes in turn, one half after the other."""
-    drawn: list[Example] = []
-    for i in datasets.balanced_order([label for _, label in train], seed=0):
-        text, label = train[int(i)]
-        if (key := plain(text)) and key not in taken and len(drawn) < 2 * HALF:
+    """Halves of the train split by a fixed seed, each with its classes in turn, so that its beginning is balanced."""
+    once: list[Example] = []
+    for text, label in train:
+        if (key := plain(text)) and key not in taken:
             taken.add(key)
-            drawn.append((cut(text), label))
+            once.append((cut(text), label))
+    first = datasets.halves([label for _, label in once])
+    halves: list[tuple[Example, ...]] = []
+    for want in (True, False):
+        half = [example for example, own in zip(once, first, strict=True) if own == want]
+        order = datasets.balanced_order([label for _, label in half], seed=0)[:HALF]
+        halves.append(tuple(half[int(i)] for i in order))
     held_out = [(cut(text), label) for text, label in test if plain(text) and plain(text) not in taken]
     chosen = np.random.default_rng(0).permutation(len(held_out))[:HELD_OUT]
     return LabelledTask(
         name=name,
         family=family,
         texts_of=texts_of,
-        halves=(tuple(drawn[: len(drawn) // 2]), tuple(drawn[len(drawn) // 2 :])),
+        halves=(halves[0], halves[1]),
         held_out=tuple(held_out[int(i)] for i in chosen),
         rule=rule,
     )
@@ -163,7 +170,8 @@ class OpenTask:
 
 def read_open(path: Path, *, by: str, longest: int = 600) -> list[OpenTask]:
     """`by` = "task": two halves of every task, each an OpenTask of that family. `by` = "dataset": a task a template,
-    and the data set it is made from is the family. Replies and inputs are cut to `longest` characters.
+    and the data set it is made from is the family. Replies and inputs are cut to `longest` characters. Tasks whose
+    replies are all the same are left out.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for row in pq.read_table(path).to_pylist():
@@ -179,4 +187,4 @@ def read_open(path: Path, *, by: str, longest: int = 600) -> list[OpenTask]:
         middle = len(pairs) // 2
         for half, part in enumerate((pairs[:middle], pairs[middle:])):
             made.append(OpenTask(name=f"{name}, half {half}", family=name, pairs=tuple(part)))
-    return made
+    return [one for one in made if len({reply for _, reply in one.pairs}) > 1]

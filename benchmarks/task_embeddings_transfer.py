@@ -14,6 +14,7 @@ import json
 import os
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,12 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import report
 from benchmarks.datasets import balanced_order
-from benchmarks.task_embeddings_tasks import LabelledTask, plain
+from benchmarks.task_embeddings_tasks import EMBEDDED, LabelledTask, plain, read_tasks
+from benchmarks.task_embeddings_vectors import Bench
 from metasepia.digests import digest_of
+from metasepia.embedding.answers import Answers
 
 TARGETS = (
     *("sst2", "sst5", "rotten_tomatoes", "mpqa", "amazon_reviews_polarity", "sms_spam", "ag_news", "trec"),
@@ -158,3 +162,87 @@ def rank_of_best(scores: np.ndarray, gains: np.ndarray) -> float:
     """1 is first; among equal scores the mean of their places."""
     best = scores[int(gains.argmax())]
     return float((scores > best).sum() + ((scores == best).sum() + 1) / 2)
+
+
+CENTROID = "text centroid"
+
+
+def transfer(bench: Bench, arguments: Namespace) -> list[report.Row]:
+    """The part."""
+    tasks = [task for task in read_tasks(arguments.data, rules=False) if task.name != "trec_fine"]
+    names = [task.name for task in tasks]
+    targets = [name for name in (DEV_TARGETS if arguments.dev else TARGETS) if name in names]
+    gains = truths(tasks, bench.encoder.embed, targets, bench.folder)
+    shown = [(*task.halves[0][:EMBEDDED], *task.halves[1][:EMBEDDED]) for task in tasks]
+    answers = [Answers.of_labelled(*zip(*examples, strict=True)) for examples in shown]
+    centroids = bench.centroids([one.texts for one in answers])
+    similarities = {CENTROID: centroids @ centroids.T}
+    for method in bench.methods:
+        vectors = bench.embed(method, answers).astype(np.float64)
+        similarities[method] = vectors @ vectors.T
+    found: dict[str, dict[str, list[float]]] = {}
+    for side, similarity in similarities.items():
+        for target in targets:
+            scores = np.array([similarity[names.index(target), names.index(one)] for one in gains.sources[target]])
+            of = gains.of(target)
+            found.setdefault(side, {})[target] = [
+                ndcg(scores, of),
+                rank_of_best(scores, of),
+                float(of[scores.argmax()]),
+            ]
+    found["random"] = {
+        target: [random_ndcg(of := gains.of(target)), (len(of) + 1) / 2, float(of.mean())] for target in targets
+    }
+    rows = [row for side in similarities for row in _rows(side, found, targets, gains)]
+    reliable = ", ".join(f"{name} {gains.reliability(name):.2f}" for name in targets)
+    best = float(np.mean([gains.of(name).max() for name in targets]))
+    note = f"{len(tasks) - 1} sources each, {gains.draws[targets[0]].shape[0]} draws; agreement of two halves of the "
+    note += f"draws on the sources: {reliable}"
+    rows.append(
+        report.figure("transfer-best-gain", "gain of the best source, mean over targets", best, "accuracy", note)
+    )
+    return rows
+
+
+def _rows(
+    side: str, found: Mapping[str, Mapping[str, Sequence[float]]], targets: Sequence[str], gains: Gains
+) -> list[report.Row]:
+    rows = []
+    for place, (id, what, unit, make) in enumerate(
+        (
+            ("ndcg", "NDCG of the sources' order", "NDCG", report.rate),
+            ("rank", "place of the best source", "place", report.duration),
+            ("gain", "gain of the source it puts first", "accuracy", report.figure),
+        )
+    ):
+        own, centroid, chance = (
+            np.array([found[of][target][place] for target in targets]) for of in (side, CENTROID, "random")
+        )
+        each = ", ".join(f"{target} {value:.3g}" for target, value in zip(targets, own, strict=True))
+        note = f"random {chance.mean():.3g}; {each}"
+        if side != CENTROID:
+            low, high = difference(own, centroid)
+            note = (
+                f"less the text centroid's {own.mean() - centroid.mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}; {note}"
+            )
+        against = {} if id == "gain" else {"against": float(centroid.mean()) if side != CENTROID else None}
+        rows.append(
+            make(
+                f"transfer-{id}-{side.replace(' ', '-')}",
+                f"transfer, {what}, {len(targets)} targets: {side}",
+                ours=float(own.mean()),
+                **against,
+                unit=unit,
+                note=note,
+                detail=id == "gain",
+                extra={"by_target": dict(zip(targets, own.tolist(), strict=True)), "random": float(chance.mean())},
+            )
+        )
+    return rows
+
+
+def difference(ours: np.ndarray, against: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean difference, a paired bootstrap over targets."""
+    drawn = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+    low, high = np.quantile((ours - against)[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)

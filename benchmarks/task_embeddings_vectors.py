@@ -45,7 +45,8 @@ class KeptEncoder:
         missing = list(dict.fromkeys(text for text in texts if text not in self._memory))
         if missing:
             self._memory.update(zip(missing, self._kept(missing), strict=True))
-        return np.stack([self._memory[text] for text in texts])
+        found = [self._memory[text] for text in texts]
+        return np.stack(found) if found else np.zeros((0, self._encoder.width), np.float32)
 
 
 class Bench:
