@@ -1,9 +1,11 @@
-"""`metasepia`: experts and mixtures of a running server, from a shell.
+"""`metasepia`: experts, mixtures and task embeddings of a running server, from a shell.
 
     metasepia experts list
     metasepia experts add maths path/to/directory --card about.json
     metasepia mixtures add maths=0.25 law=0.75 --backbone smollm2-135m --name both
     metasepia mixtures search examples.jsonl --backbone smollm2-135m
+    metasepia tasks add reviews.jsonl --name reviews
+    metasepia tasks nearest reviews
 
 What the server refuses is printed in its own words, and the exit status says of what kind it was: 1 refused, 2 misuse,
 3 unknown or deleted, 4 try again later (busy, being rebuilt, out of time), 5 nobody answers there.
@@ -14,74 +16,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # imported when something is asked: help and misuse need no client
-    import httpx
+from metasepia import cli_tasks
+from metasepia.shell import (
+    POLL_S,
+    REFUSED,
+    URL,
+    Door,
+    Failed,
+    add_verb,
+    cell,
+    examples_of,
+    existing,
+    json_file,
+    quoted,
+    show,
+    show_fields,
+    table,
+)
 
-URL = "http://127.0.0.1:8000"
-REFUSED, UNKNOWN, LATER, NOBODY = 1, 3, 4, 5
-_EXIT_OF_STATUS = {404: UNKNOWN, 410: UNKNOWN, 429: LATER, 503: LATER, 504: LATER}
 _FILE, _CARD = "expert.safetensors", "card.json"
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-POLL_S = 1.0
-
-
-class Failed(Exception):
-    """What ends the program: words for stderr, and its exit status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message, status)
-        self.message, self.status = message, status
-
-
-class Door:
-    """The server's routes, its errors as `Failed`."""
-
-    def __init__(self, url: str, timeout_s: float) -> None:
-        import httpx
-
-        self._url = url.rstrip("/")
-        headers = {"x-request-timeout-seconds": f"{timeout_s:g}"}
-        self._client = httpx.Client(base_url=self._url, timeout=timeout_s + 5.0, headers=headers)
-
-    def ask(self, method: str, path: str, **what: Any) -> "httpx.Response":
-        import httpx
-
-        try:
-            response = self._client.request(method, path, **what)
-        except httpx.TimeoutException:
-            raise Failed(f"{self._url} did not answer in time; give more with --timeout", LATER) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Failed(
-                f"nobody answers at {self._url} ({error}); is it running? --url or METASEPIA_URL says where", NOBODY
-            ) from None
-        if response.is_success:
-            return response
-        try:
-            error = response.json()["error"]
-            words, code = str(error["message"]), str(error["code"])
-        except (ValueError, KeyError, TypeError):
-            words, code = f"an answer that is not this server's: {response.text[:200]!r}", "unknown"
-        wait = response.headers.get("retry-after")
-        words += f" (retry after {wait} s)" if wait else ""
-        raise Failed(f"{words} [{response.status_code} {code}]", _EXIT_OF_STATUS.get(response.status_code, REFUSED))
-
-    def json(self, method: str, path: str, **what: Any) -> Any:
-        return self.ask(method, path, **what).json()
-
-    def everything(self, path: str) -> list[dict[str, Any]]:
-        """All pages of a list."""
-        found: list[dict[str, Any]] = []
-        params: dict[str, Any] = {"limit": 1000}
-        while True:
-            page = self.json("GET", path, params=params)
-            found += page["data"]
-            if not page.get("has_more"):
-                return found
-            params["after"] = page["last_id"]
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -90,11 +48,11 @@ class Door:
 def list_experts(door: Door, options: argparse.Namespace) -> None:
     found = door.everything("/v1/experts")
     columns = ("id", "model", "form", "rank", "parameters", "owner", "digest")
-    _print(options, found, lambda: _table(columns, [[_cell(one[c], c) for c in columns] for one in found]))
+    show(options, found, lambda: table(columns, [[cell(one[c], c) for c in columns] for one in found]))
 
 
 def show_expert(door: Door, options: argparse.Namespace) -> None:
-    _print_fields(options, door.json("GET", f"/v1/experts/{_quoted(options.name)}"))
+    show_fields(options, door.json("GET", f"/v1/experts/{quoted(options.name)}"))
 
 
 def add_expert(door: Door, options: argparse.Namespace) -> None:
@@ -102,7 +60,7 @@ def add_expert(door: Door, options: argparse.Namespace) -> None:
 
 
 def replace_expert(door: Door, options: argparse.Namespace) -> None:
-    _send(door, options, "PUT", f"/v1/experts/{_quoted(options.name)}")
+    _send(door, options, "PUT", f"/v1/experts/{quoted(options.name)}")
 
 
 def _send(door: Door, options: argparse.Namespace, method: str, path: str) -> None:
@@ -115,7 +73,7 @@ def _send(door: Door, options: argparse.Namespace, method: str, path: str) -> No
     finally:
         for file in files.values():
             file.close()
-    _print(options, made, lambda: print(f"{made['model'] or made['id']}: {made['form']}, digest {made['digest']}"))
+    show(options, made, lambda: print(f"{made['model'] or made['id']}: {made['form']}, digest {made['digest']}"))
 
 
 def parts_of(path: Path, card: Path | None) -> dict[str, Path]:
@@ -138,23 +96,23 @@ def parts_of(path: Path, card: Path | None) -> dict[str, Path]:
         parts["file"] = path
     else:
         raise Failed(f"{path} does not exist", REFUSED)
-    return parts if card is None else parts | {"card": _existing(card)}
+    return parts if card is None else parts | {"card": existing(card)}
 
 
 def delete_expert(door: Door, options: argparse.Namespace) -> None:
     for name in options.names:
-        gone = door.json("DELETE", f"/v1/experts/{_quoted(name)}")
-        _print(options, gone, lambda gone=gone: print(f"{gone['id']}: deleted"))
+        gone = door.json("DELETE", f"/v1/experts/{quoted(name)}")
+        show(options, gone, lambda gone=gone: print(f"{gone['id']}: deleted"))
 
 
 def download_expert(door: Door, options: argparse.Namespace) -> None:
-    shown = door.json("GET", f"/v1/experts/{_quoted(options.name)}")
+    shown = door.json("GET", f"/v1/experts/{quoted(options.name)}")
     blob = door.ask("GET", f"/v1/experts/{shown['digest']}/content").content
     out: Path = options.out or Path(options.name)
     out.mkdir(parents=True, exist_ok=True)
     (out / _FILE).write_bytes(blob)
     (out / _CARD).write_text(json.dumps(shown["card"], indent=1, ensure_ascii=False) + "\n")
-    _print(options, shown, lambda: print(f"{out / _FILE}: {len(blob):,} bytes, digest {shown['digest']}"))
+    show(options, shown, lambda: print(f"{out / _FILE}: {len(blob):,} bytes, digest {shown['digest']}"))
 
 
 # -- mixtures ----------------------------------------------------------------------------------------------------------
@@ -163,15 +121,15 @@ def download_expert(door: Door, options: argparse.Namespace) -> None:
 def list_mixtures(door: Door, options: argparse.Namespace) -> None:
     found = door.everything("/v1/mixtures")
     rows = [[one["id"], one["backbone"] or "-", ", ".join(one["experts"] or ()), one["owner"]] for one in found]
-    _print(options, found, lambda: _table(("id", "backbone", "experts", "owner"), rows))
+    show(options, found, lambda: table(("id", "backbone", "experts", "owner"), rows))
 
 
 def show_mixture(door: Door, options: argparse.Namespace) -> None:
-    _print_fields(options, door.json("GET", f"/v1/mixtures/{_quoted(options.id)}"))
+    show_fields(options, door.json("GET", f"/v1/mixtures/{quoted(options.id)}"))
 
 
 def add_mixture(door: Door, options: argparse.Namespace) -> None:
-    weights = _json_file(options.weights_file) if options.weights_file else {}
+    weights = json_file(options.weights_file) if options.weights_file else {}
     for given in options.weights:
         name, equals, number = given.partition("=")
         try:
@@ -183,16 +141,16 @@ def add_mixture(door: Door, options: argparse.Namespace) -> None:
         weights[name] = weight  # pyright: ignore[reportPossiblyUnboundVariable]
     body = {"backbone": options.backbone, "weights": weights} | ({"name": options.name} if options.name else {})
     made = door.json("POST", "/v1/mixtures", json=body)
-    _print(options, made, lambda: print(made["model"]))
+    show(options, made, lambda: print(made["model"]))
 
 
 def delete_mixture(door: Door, options: argparse.Namespace) -> None:
-    gone = door.json("DELETE", f"/v1/mixtures/{_quoted(options.id)}")
-    _print(options, gone, lambda: print(f"{gone['id']}: deleted"))
+    gone = door.json("DELETE", f"/v1/mixtures/{quoted(options.id)}")
+    show(options, gone, lambda: print(f"{gone['id']}: deleted"))
 
 
 def search_mixture(door: Door, options: argparse.Namespace) -> None:
-    body: dict[str, Any] = {"backbone": options.backbone, "examples": _examples(options.examples)}
+    body: dict[str, Any] = {"backbone": options.backbone, "examples": examples_of(options.examples)}
     for name in ("shots", "population", "generations", "seed", "score", "match"):
         if getattr(options, name) is not None:
             body[name] = getattr(options, name)
@@ -213,18 +171,7 @@ def search_mixture(door: Door, options: argparse.Namespace) -> None:
     if job["status"] in ("failed", "cancelled"):
         raise Failed(f"search {job['id']} {job['status']}: {job['error'] or 'nothing was registered'}", REFUSED)
     done = job["result"] is not None
-    _print(options, job, lambda: print(job["result"]["model"] if done else f"{job['id']}: {job['status']}"))
-
-
-def _examples(path: Path) -> list[Any]:
-    """A JSON array, or an object a line."""
-    text = _existing(path).read_text()
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise Failed(f"{path} is neither a JSON array nor JSON lines: {error}", REFUSED) from None
+    show(options, job, lambda: print(job["result"]["model"] if done else f"{job['id']}: {job['status']}"))
 
 
 # -- the shell ---------------------------------------------------------------------------------------------------------
@@ -253,35 +200,37 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--url", default=os.environ.get("METASEPIA_URL", URL), help="also METASEPIA_URL (%(default)s)")
     top.add_argument("--timeout", type=_seconds, default=120.0, metavar="S", help="seconds a request (%(default)g)")
-    things = top.add_subparsers(title="things", required=True, metavar="experts | mixtures")
+    things = top.add_subparsers(title="things", required=True, metavar="experts | mixtures | tasks")
 
     experts = things.add_parser("experts", help="expert vectors and LoRA adapters").add_subparsers(required=True)
-    _verb(experts, "list", list_experts, "all of them", shared)
-    _verb(experts, "show", show_expert, "one, with its card", shared).add_argument("name", help="or a digest")
+    add_verb(experts, "list", list_experts, "all of them", shared)
+    add_verb(experts, "show", show_expert, "one, with its card", shared).add_argument("name", help="or a digest")
     for verb, run, about in (
         ("add", add_expert, "register one under a new name"),
         ("replace", replace_expert, "register one under a name, new or in use"),
     ):
-        one = _verb(experts, verb, run, about, shared)
+        one = add_verb(experts, verb, run, about, shared)
         one.add_argument("name")
         one.add_argument("path", type=Path, help=f"{_FILE}, a directory with one, or a PEFT LoRA directory")
         one.add_argument("--backbone", metavar="ID", help="a PEFT directory's, where the server has several")
         one.add_argument("--card", type=Path, metavar="FILE", help="JSON; a directory's card.json where not given")
-    _verb(experts, "delete", delete_expert, "take names away", shared).add_argument("names", nargs="+", metavar="name")
-    one = _verb(experts, "download", download_expert, "write its file and card to a directory", shared)
+    add_verb(experts, "delete", delete_expert, "take names away", shared).add_argument(
+        "names", nargs="+", metavar="name"
+    )
+    one = add_verb(experts, "download", download_expert, "write its file and card to a directory", shared)
     one.add_argument("name", help="or a digest")
     one.add_argument("--out", type=Path, metavar="DIR", help="a directory of the expert's name where not given")
 
     mixtures = things.add_parser("mixtures", help="weights on experts").add_subparsers(required=True)
-    _verb(mixtures, "list", list_mixtures, "all of them", shared)
-    _verb(mixtures, "show", show_mixture, "one, with its card", shared).add_argument("id", help="digest or name")
-    one = _verb(mixtures, "add", add_mixture, "register weights that sum to one", shared)
+    add_verb(mixtures, "list", list_mixtures, "all of them", shared)
+    add_verb(mixtures, "show", show_mixture, "one, with its card", shared).add_argument("id", help="digest or name")
+    one = add_verb(mixtures, "add", add_mixture, "register weights that sum to one", shared)
     one.add_argument("weights", nargs="*", metavar="EXPERT=WEIGHT", help="`base` is the backbone itself")
     one.add_argument("--weights-file", type=Path, metavar="FILE", help="JSON: a number, or one a layer, by expert")
     one.add_argument("--backbone", required=True, metavar="ID")
     one.add_argument("--name")
-    _verb(mixtures, "delete", delete_mixture, "take one away", shared).add_argument("id", help="digest or name")
-    one = _verb(mixtures, "search", search_mixture, "find one by a few examples of a task", shared)
+    add_verb(mixtures, "delete", delete_mixture, "take one away", shared).add_argument("id", help="digest or name")
+    one = add_verb(mixtures, "search", search_mixture, "find one by a few examples of a task", shared)
     one.add_argument("examples", type=Path, help='JSON lines of {"prompt": ..., "answer": ...}; or messages')
     one.add_argument("--backbone", required=True, metavar="ID")
     one.add_argument("--experts", metavar="A,B", help="candidates; all of the backbone's where not given")
@@ -292,77 +241,14 @@ def parser() -> argparse.ArgumentParser:
     for name in ("shots", "population", "generations", "seed"):
         one.add_argument(f"--{name}", type=int, metavar="N")
     one.add_argument("--no-wait", action="store_true", help="print the job's id instead of its result")
+    cli_tasks.add_parser(things, shared)
     return top
-
-
-def _verb(
-    verbs: Any,
-    name: str,
-    run: Callable[[Door, argparse.Namespace], None],
-    about: str,
-    shared: argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about, parents=[shared])
-    made.set_defaults(run=run)
-    return made
 
 
 def _seconds(text: str) -> float:
     if not 0 < float(text) <= 86_400:
         raise ValueError(text)  # argparse says the rest
     return float(text)
-
-
-def _quoted(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name, safe="")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise Failed(f"{path} does not exist", REFUSED)
-    return path
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_existing(path).read_text())
-    except ValueError as error:
-        raise Failed(f"{path} is not JSON: {error}", REFUSED) from None
-    if not isinstance(found, dict):
-        raise Failed(f"{path} must be a JSON object", REFUSED)
-    return found
-
-
-def _print(options: argparse.Namespace, answer: Any, words: Callable[[], None]) -> None:
-    if options.json:
-        print(json.dumps(answer, ensure_ascii=False))
-    else:
-        words()
-
-
-def _print_fields(options: argparse.Namespace, shown: dict[str, Any]) -> None:
-    def words() -> None:
-        wide = max(map(len, shown))
-        for key, value in shown.items():
-            if value not in (None, {}, []):
-                text = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
-                print(f"{key:{wide}}  {text}")
-
-    _print(options, shown, words)
-
-
-def _cell(value: Any, column: str) -> str:
-    if value is None:
-        return "-"
-    return str(value)[:12] if column == "digest" else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -8,17 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from actors.messages import EncoderInfo, Media, Texts
+from cluster.settings import HttpSettings, TaskSettings
 from metasepia.embedding.probes import ProbeTexts
 from metasepia.errors import WindowExceeded
+from metasepia.experts.vectors import ExpertVectors
 from metasepia.rows import Row, Scores
+from serve.names import OWNER
 from serve.prompts import Prompts
-from tests.doors import FakeBackbone, FakeEncoder
+from tests.doors import DIGEST, INDEX, UP, Bench, FakeBackbone, FakeEncoder
+from tests.unit.test_prompts import write_byte_tokenizer
 
 ANIMALS = ("cat", "dog", "owl", "bee", "fox", "cow")
 TOOLS = ("saw", "axe", "awl", "jig", "vice", "file")
 TONES = ("good", "bad")
 PROBES = ProbeTexts.of_texts([f"{tone} {thing}" for thing in (*ANIMALS, *TOOLS) for tone in TONES])
 WIDTH, WINDOW = 32, 12
+SETTINGS = TaskSettings(num_probes=len(PROBES), max_jobs=3, max_queued=4)
 
 
 def topic_of(text: str) -> str:
@@ -92,3 +97,13 @@ class TopicModel(FakeBackbone):
         if self._prompts is None:
             self._prompts = Prompts(Path(self.prepared.tokenizer_dir), self.id)
         return self._prompts.text(token_ids)
+
+
+def a_task_bench(tmp_path: Path, settings: TaskSettings = SETTINGS) -> Bench:
+    made = Bench(write_byte_tokenizer(tmp_path))
+    made.backbone = TopicModel(tmp_path)
+    made.with_tasks(tmp_path / "registry", WordEncoder(), settings, HttpSettings(max_body_mib=0.25, max_examples=256))
+    expert = ExpertVectors(backbone=DIGEST, factors=INDEX.digest, z={UP: np.full(4, 1.5, np.float32)})
+    card: dict[str, object] = {"backbone": DIGEST}
+    made.real.registry.put("expert", expert.to_bytes(), digest=expert.digest, name="maths", owner=OWNER, card=card)
+    return made

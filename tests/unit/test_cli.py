@@ -1,23 +1,28 @@
 """The command `metasepia` against a real door behind a real HTTP server in this process; its parts are small fakes."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 
 from cluster.settings import HttpSettings
 from metasepia import cli
+from metasepia.embedding import probes
 from metasepia.experts.peft_files import CONFIG, WEIGHTS, write_peft
 from metasepia.experts.vectors import ExpertVectors
 from tests.doors import Bench
 from tests.serving import free_port
+from tests.tasks import PROBES, a_task_bench, data_set
 from tests.unit.test_gateway_experts import a_lora, an_expert
 from tests.unit.test_prompts import write_byte_tokenizer
 
@@ -54,6 +59,63 @@ def expert_directory(path: Path, expert: ExpertVectors, **card: Any) -> Path:
     (path / "expert.safetensors").write_bytes(expert.to_bytes())
     (path / "card.json").write_text(json.dumps(card))
     return path
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Says things to a door whose part embeds tasks."""
+    monkeypatch.setattr(probes, "shipped", lambda: PROBES)
+    bench = a_task_bench(tmp_path)
+
+    class Near(cli.Door):
+        def ask(self, method: str, path: str, **what: Any) -> Any:
+            async def talk(client: httpx.AsyncClient) -> httpx.Response:
+                response = await client.request(method, path, **what)
+                while bench.task_part.jobs.num_unfinished:  # its loop ends with this
+                    await asyncio.sleep(0.005)
+                return response
+
+            monkeypatch.setattr(self, "_client", Answering(bench.run(talk)))
+            return super().ask(method, path, **what)
+
+    def run(*arguments: object) -> Said:
+        status = cli.main(["tasks", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    monkeypatch.setattr(cli, "Door", Near)
+    return run
+
+
+@dataclass
+class Answering:
+    """A client that has the answer."""
+
+    response: httpx.Response
+
+    def request(self, *_: Any, **__: Any) -> httpx.Response:
+        return self.response
+
+
+def test_tasks_are_added_asked_compared_shown_and_deleted(tasks: Callable[..., Said], tmp_path: Path) -> None:
+    for name, examples in (("set", data_set("topic")), ("tones", data_set("tone"))):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, examples)))
+        assert tasks("add", path, "--name", name)[:2] == (0, f"{name}\n")
+    asked = tasks("ask", "tiny", "--name", "prompt", "--template", "{text}?", "--labels", "animal=yes", "tool=no")
+    assert asked[:2] == (0, "prompt\n"), asked
+    nearest = tasks("nearest", "set", "-k", 1)[1].splitlines()
+    assert nearest[0].split() == ["cosine", "id", "kind", "expert"] and nearest[1].split()[1] == "prompt"
+    compared = tasks("compare", "set", "tones")[1].splitlines()
+    assert compared[1].split()[:2] == ["set", "1.0000"]
+    assert [line.split()[0] for line in tasks("list", "--kind", "data_set")[1].splitlines()[1:]] == ["set", "tones"]
+    assert tasks("map", "--out", tmp_path / "map.html")[0] == 0 and "tones" in (tmp_path / "map.html").read_text()
+    assert tasks("delete", "tones")[:2] == (0, "tones: deleted\n")
+    gone = tasks("show", "tones")
+    assert gone[0] == 3 and "was deleted" in gone[2]
+    refused = tasks("ask", "tiny", "--template", "nothing")
+    assert refused[0] == 1 and "prompt.template" in refused[2]
+    assert tasks("ask", "tiny", "--template", "{text}", "--labels", "a", "a=b")[0] == 2
 
 
 def test_help_needs_no_torch_and_no_client_and_comes_at_once():

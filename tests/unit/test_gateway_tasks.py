@@ -12,18 +12,14 @@ import pyarrow as pa
 import pytest
 
 from actors import task_jobs
-from cluster.settings import HttpSettings, TaskSettings
 from metasepia.embedding import probes
-from metasepia.experts.vectors import ExpertVectors
 from serve.names import OWNER
 from serve.task_replica import TaskEmbeddingPart
-from tests.doors import DIGEST, INDEX, UP, Bench
-from tests.tasks import PROBES, TopicModel, WordEncoder, data_set, topic_of
-from tests.unit.test_prompts import write_byte_tokenizer
+from tests.doors import DIGEST, Bench
+from tests.tasks import PROBES, SETTINGS, TopicModel, a_task_bench, data_set, topic_of
 
 PATH = "/v1/tasks"
 PROMPT = {"template": "{text}?", "labels": {"animal": "yes", "tool": "no"}}
-SETTINGS = TaskSettings(num_probes=len(PROBES), max_jobs=3, max_queued=4)
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +29,7 @@ def _own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return a_bench(tmp_path)
-
-
-def a_bench(tmp_path: Path, settings: TaskSettings = SETTINGS) -> Bench:
-    made = Bench(write_byte_tokenizer(tmp_path))
-    made.backbone = TopicModel(tmp_path)
-    made.with_tasks(tmp_path / "registry", WordEncoder(), settings, HttpSettings(max_body_mib=0.25, max_examples=256))
-    expert = ExpertVectors(backbone=DIGEST, factors=INDEX.digest, z={UP: np.full(4, 1.5, np.float32)})
-    card: dict[str, object] = {"backbone": DIGEST}
-    made.real.registry.put("expert", expert.to_bytes(), digest=expert.digest, name="maths", owner=OWNER, card=card)
-    return made
+    return a_task_bench(tmp_path)
 
 
 async def made(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
@@ -223,8 +209,8 @@ def test_a_job_killed_anywhere_goes_on_by_itself_to_the_same_vector_and_asks_not
         await made(client, **body)
         return (await client.get(f"{PATH}/prompt?include=vector")).json()
 
-    wanted = a_bench(tmp_path / "whole").run(whole)
-    bench = a_bench(tmp_path / "killed")
+    wanted = a_task_bench(tmp_path / "whole").run(whole)
+    bench = a_task_bench(tmp_path / "killed")
     model = bench.backbone
     assert isinstance(model, TopicModel)
     asked, score, open_ = list[str](), model.score, asyncio.Event
@@ -359,7 +345,7 @@ def test_the_map_is_a_page_that_names_every_task(bench: Bench) -> None:
 def refusing(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "shipped", lambda: PROBES)
-        return a_bench(tmp_path_factory.mktemp("door"))
+        return a_task_bench(tmp_path_factory.mktemp("door"))
 
 
 EXAMPLES = data_set("tone", num=6)
