@@ -83,6 +83,7 @@ _PARAM_OF_KIND = {
     "task": "task",
     "embedded task": "id",
     "task's expert": "expert",
+    "task to start from": "start.task",
 }
 """The field that held the name; `model` otherwise. Plain `expert` is one that a mixture names."""
 

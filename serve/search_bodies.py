@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cluster.settings import HttpSettings
 from metasepia.errors import InvalidRequest
@@ -44,6 +44,14 @@ class SearchStart(_Body):
         return WarmStartSettings(temperature=self.temperature, base=self.base, uniform=self.uniform, std=self.std)
 
 
+def _start(value: object) -> object:
+    if value is None or isinstance(value, dict):
+        return value
+    if value in ("uniform", "nearest"):
+        return None if value == "uniform" else {}
+    raise ValueError('must be "uniform", "nearest" or an object like {"task": "<id>"}')
+
+
 class SearchRequest(_Body):
     """POST /v1/mixtures/search: a mixture of experts for a task, found by a few of its questions with answers."""
 
@@ -71,7 +79,8 @@ class SearchRequest(_Body):
     patience: int = _SEARCH.patience
     max_evaluations: int | None = None
     smoothing: Annotated[float, Field(allow_inf_nan=False)] = _SEARCH.smoothing
-    start: Literal["uniform", "nearest"] | SearchStart = "uniform"
+    start: Annotated[SearchStart | None, BeforeValidator(_start)] = None
+    """`uniform`, `nearest`, or an object; None: uniform."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     def check(self, http: HttpSettings) -> Self:
@@ -98,13 +107,6 @@ class SearchRequest(_Body):
         name = self.backbone or self.model
         assert name is not None  # `check` has seen to it
         return name
-
-    @property
-    def warm(self) -> SearchStart | None:
-        """None: the uniform start."""
-        if self.start == "uniform":
-            return None
-        return self.start if isinstance(self.start, SearchStart) else SearchStart()
 
     def settings(self) -> SearchSettings:
         """Raises InvalidRequest naming the field."""

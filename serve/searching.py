@@ -103,7 +103,7 @@ class Searching:
         max_tokens = max(longest, DEFAULT_ANSWER_LEN) if asked.max_tokens is None else asked.max_tokens
         if asked.score == "accuracy":
             self._check_answers_fit(examples, max_tokens, backbone, asked.max_tokens)
-        near = None if asked.warm is None else await self._near(asked, asked.warm, examples, deadline)
+        near = None if asked.start is None else await self._near(asked, asked.start, examples, deadline)
         async with deadline.limit("queueing the search"):
             job = await self._searches.submit(
                 SearchAsked(
@@ -234,7 +234,7 @@ def _question_of(example: SearchExample) -> str:
 def _of_start(error: BaseException) -> BaseException:
     """A complaint about the task as one about the field that asked for it."""
     if isinstance(error, UnknownName):
-        return UnknownName("start.task", error.name, error.known)
+        return UnknownName("task to start from", error.name, error.known)
     if isinstance(error, InvalidRequest) and not error.param.startswith("examples"):
         return InvalidRequest("start", f"the task has no embedding: {error.param}: {error.message}")
     return error
