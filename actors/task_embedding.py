@@ -232,7 +232,7 @@ class _Worker:
         make: "Callable[[], Awaitable[tuple[EmbeddingMethod, _Known | None]]]",
     ) -> None:
         self.name, self._settings, self._make = name, settings, make
-        self.num_queued = self.num_tasks = self.num_batches = 0
+        self.num_queued = self.num_tasks = self.num_batches = self.num_put = 0
         self._seconds_a_task: float | None = None
         self._arrived = threading.Condition()
         self._inbox: list[_Waiting] = []
@@ -270,6 +270,7 @@ class _Worker:
             self._thread = threading.Thread(target=self._work, name=f"tasks {self.name}", daemon=True)
             self._thread.start()
         with self._arrived:
+            self.num_put += 1
             self._inbox.append(waiting)
             self._arrived.notify()
 
