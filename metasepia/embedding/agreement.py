@@ -24,7 +24,7 @@ replies are like: the direction of their mean, in coordinates of its own, which 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,6 +41,7 @@ MOST_PROBES = 8192
 """A Gram matrix of them takes half a gibibyte."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What is used of `metasepia.encoders.TextEncoder`."""
 

@@ -25,7 +25,7 @@ LongTexts = Literal["refuse", "leave_out"]
 _Settings = TypeVar("_Settings")
 
 
-def method(name: MethodName, encoder: "TextEncoder", probes: ProbeTexts, **settings: Any) -> EmbeddingMethod:
+def method(name: str, encoder: "TextEncoder", probes: ProbeTexts, **settings: Any) -> EmbeddingMethod:
     """An embedding method with some of its settings changed. Raises InvalidSettings for a name or setting it lacks."""
     if name == "agreement":
         from metasepia.embedding.agreement import AgreementMethod, AgreementSettings
