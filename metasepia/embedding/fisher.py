@@ -14,7 +14,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +23,21 @@ from torch import Tensor
 
 from metasepia.embedding.answers import Answers
 from metasepia.embedding.fisher_sketch import CountSketch, GradientSums
-from metasepia.embedding.fisher_training import LINEARS, Expectation, Head, Loss, Tuning, fit_head, tune, with_linears
+from metasepia.embedding.fisher_training import (
+    LINEARS,
+    Batch,
+    Expectation,
+    Head,
+    Loss,
+    Tuning,
+    fit_head,
+    tune,
+    with_linears,
+)
 from metasepia.embedding.methods import CONSTANT
 from metasepia.embedding.probes import ProbeTexts
 from metasepia.embedding.space import Space
-from metasepia.embedding.surrogate import Layer, Padded, Surrogate
+from metasepia.embedding.surrogate import FrozenLinear, Layer, Surrogate
 from metasepia.encoders import TextEncoder
 from metasepia.errors import InvalidRequest, InvalidSettings
 
@@ -35,13 +45,13 @@ VERSION = 1
 """Of the arithmetic; part of the space."""
 MOST_BYTES = 256 << 20
 """Of sums of squares, or of tuned layers' weights, gradients and moments: so many tasks share a forward."""
-KEPT_STATES = 4
-"""Sets of texts whose states stay between calls."""
+KEPT_TEXTS = 4
+"""Sets of texts whose vectors and states stay between calls."""
 LEAST_NORM = 1e-6
 """Of a head's weights; below it the surrogate learnt nothing from the answers."""
 
-Batch = tuple[list[int], Padded, Float[Tensor, "rows seq width"]]
-"""Places of the texts, their tokens, and what enters the first layer that is looked at."""
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +81,6 @@ class FisherSettings:
     """Backward passes a text at most; k labels need k - 1. Of more, random sums are taken, without bias."""
     normalise: Literal["tensor", "none"] = "tensor"
     """Each weight's information to unit norm, so that no layer drowns the others; or as it is."""
-    centred: bool = False
-    """Whether that of a random task on the probe texts is subtracted, which all tasks share."""
     most_texts: int = 1024
     """Of a task's own texts for tuning and for over="task", chosen by their hashes; the head is fitted to all."""
     sketch: int = 4096
@@ -118,15 +126,15 @@ _CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class _Form:
     """A task in a form that knows neither the names of its labels nor the order of its texts."""
 
     texts: tuple[str, ...]
     answers: Float[np.ndarray, "texts outputs"]
     loss: Loss
 
-    def first(self, count: int) -> "_Told":
-        return _Told(texts=self.texts[:count], answers=self.answers[:count], loss=self.loss)
+    def first(self, count: int) -> "_Form":
+        return _Form(texts=self.texts[:count], answers=self.answers[:count], loss=self.loss)
 
 
 class FisherMethod:
@@ -150,9 +158,8 @@ class FisherMethod:
         )
         self._sketch = CountSketch(settings.sketch, settings.sketch_seed)
         encoder.tokenize(probes.texts)
-        self._vectors: dict[str, np.ndarray] = {}
+        self._vectors: OrderedDict[tuple[str, ...], np.ndarray] = OrderedDict()
         self._states: OrderedDict[tuple[object, ...], list[Batch]] = OrderedDict()
-        self._common: Float[np.ndarray, " dims"] | None = None
 
     @property
     def dims(self) -> int:
@@ -172,8 +179,6 @@ class FisherMethod:
         vectors = np.empty((len(tasks), self.dims), np.float32)
         for done, (place, tensors) in enumerate(self.informations(tasks, seed=seed), start=1):
             vector = self._sketch(self._normalised(tensors))
-            if self.settings.centred:
-                vector -= self._of_random_task()
             norm = float(np.linalg.norm(vector))
             if not norm > 0:
                 raise InvalidRequest(f"tasks[{place}]", CONSTANT)
@@ -189,24 +194,32 @@ class FisherMethod:
 
         In an order of its own: tasks told by the same texts come together, since they share the frozen layers' work.
         """
+        checked: set[tuple[str, ...]] = set()
         for place, answers in enumerate(tasks):
             if answers.is_constant:
                 raise InvalidRequest(f"tasks[{place}]", CONSTANT)
-            self.surrogate.encoder.tokenize(answers.texts)
-        forms = [self._told(answers) for answers in tasks]
-        by_texts: dict[tuple[object, ...], list[int]] = {}
+            if answers.texts not in checked:
+                self.surrogate.encoder.tokenize(answers.texts)
+                checked.add(answers.texts)
+        forms = [self._form(answers) for answers in tasks]
+        by_texts: dict[tuple[str, ...], list[int]] = {}
         for place, form in enumerate(forms):
-            tuned = (form.texts, form.loss) if self.settings.tuned_layers else ()
-            by_texts.setdefault((form.texts if self.settings.over_task else (), *tuned), []).append(place)
-        for places in by_texts.values():
+            by_texts.setdefault(form.texts, []).append(place)
+        heads: dict[int, Head] = {place: self._head(forms[place], place) for own in by_texts.values() for place in own}
+        together: dict[tuple[object, ...], list[int]] = {}
+        for texts, places in by_texts.items():
+            for place in places:
+                tuned = (texts, forms[place].loss) if self.settings.tuned_layers else ()
+                together.setdefault((texts if self.settings.over_task else (), *tuned), []).append(place)
+        for places in together.values():
             for begin in range(0, len(places), self._tasks_at_once):
                 chunk = places[begin : begin + self._tasks_at_once]
-                yield from zip(chunk, self._of_chunk([forms[i] for i in chunk], chunk, seed), strict=True)
-        self._vectors = {text: self._vectors[text] for text in self.probes.texts if text in self._vectors}
+                found = self._of_chunk([forms[i] for i in chunk], [heads[i] for i in chunk], seed)
+                yield from zip(chunk, found, strict=True)
 
-    def _of_chunk(self, forms: Sequence[_Told], places: Sequence[int], seed: int) -> list[dict[str, Tensor]]:
+    def _of_chunk(self, forms: Sequence[_Form], heads: Sequence[Head], seed: int) -> list[dict[str, Tensor]]:
+        """Of tasks that share the texts looked at, and where layers are tuned those tuned on and the loss."""
         settings, all_layers = self.settings, self.surrogate.layers
-        heads = [self._head(form, place) for form, place in zip(forms, places, strict=True)]
         texts = forms[0].first(settings.most_texts).texts if settings.over_task else self.probes.texts
         answers = [torch.from_numpy(form.first(settings.most_texts).answers) for form in forms]
         first = len(all_layers) - max(settings.layers, settings.tuned_layers)
@@ -258,24 +271,28 @@ class FisherMethod:
         expected = "model" if answers is None else settings.expected
         sums = [GradientSums(squared=squared) for _ in heads]
         looked_at = len(layers) - settings.layers
-        for places, padded, hidden in batches:
-            lengths = padded.mask.sum(1).tolist()
-            bias, recorded = surrogate.attention_bias(padded.mask), []
+        for batch in batches:
+            mask, hidden = batch.padded.mask, batch.states
+            lengths, bias = mask.sum(1).tolist(), surrogate.attention_bias(mask)
+            recordings: list[_Recording] = []
             with torch.no_grad():
                 for layer in layers[:looked_at]:
                     hidden = surrogate.forward_layer(layer, hidden, bias)
             with torch.enable_grad():
                 for depth, layer in enumerate(layers[looked_at:], surrogate.num_layers - settings.layers):
-                    hidden = surrogate.forward_layer(_recording(layer, depth, recorded), hidden, bias)
-                vectors = surrogate.vectors(hidden, padded.mask)
-            outputs = [one.output for one in recorded]
+                    parts = {name: _Recording(getattr(layer, name), f"layers.{depth}.{name}") for name in LINEARS}
+                    recordings += parts.values()
+                    hidden = surrogate.forward_layer(with_linears(layer, **parts), hidden, bias)
+                vectors = surrogate.vectors(hidden, mask)
+            inputs = [one.input for one in recordings]
+            outputs = [one.output for one in recordings]
             for t, (head, total) in enumerate(zip(heads, sums, strict=True)):
-                given = None if answers is None else answers[t][places].to(surrogate.device)
-                directions = head.gradients(vectors.detach(), given, expected, settings.directions, places)
+                given = None if answers is None else answers[t][batch.places].to(surrogate.device)
+                directions = head.gradients(vectors.detach(), given, expected, settings.directions, batch.places)
                 for direction in directions.unbind(1):
                     grads = torch.autograd.grad(vectors, outputs, direction, retain_graph=True)
-                    for one, grad in zip(recorded, grads, strict=True):
-                        total.add(one.name, grad, one.input, lengths)
+                    for one, x, grad in zip(recordings, inputs, grads, strict=True):
+                        total.add(one.name, grad, x, lengths)
         return [one.sums for one in sums]
 
     def _normalised(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -285,19 +302,7 @@ class FisherMethod:
         share = len(tensors) ** -0.5
         return {name: tensor * (share / tensor.norm().clamp(min=1e-30)) for name, tensor in tensors.items()}
 
-    def _of_random_task(self) -> Float[np.ndarray, " dims"]:
-        """The sketch, before it is scaled, of what reaches the probe texts' vectors from any side alike."""
-        if self._common is None:
-            surrogate, settings = self.surrogate, self.settings
-            weight = torch.eye(surrogate.width, device=surrogate.device)
-            head = Head(weight=weight, bias=weight.new_zeros(surrogate.width), loss="gaussian")
-            first = surrogate.num_layers - settings.layers
-            batches = self._batches(self.probes.texts, first)
-            tensors = self._sums(surrogate.layers[first:], [head], batches, None, squared=True)[0]
-            self._common = self._sketch(self._normalised(tensors))
-        return self._common
-
-    def _told(self, answers: Answers) -> _Told:
+    def _form(self, answers: Answers) -> _Form:
         keys = [hashlib.sha256(text.encode()).digest() for text in answers.texts]
         if answers.is_open:
             order = sorted(range(answers.num_texts), key=lambda i: (keys[i], answers.replies[i]))
@@ -305,24 +310,28 @@ class FisherMethod:
             distinct = sorted(set(replies))
             vectors = dict(zip(distinct, self.surrogate.embed(distinct), strict=True))
             told = np.stack([vectors[reply] for reply in replies])
-            return _Told(texts=tuple(answers.texts[i] for i in order), answers=told, loss="gaussian")
+            return _Form(texts=tuple(answers.texts[i] for i in order), answers=told, loss="gaussian")
         rows = np.sort(answers.probabilities, axis=1)
         order = sorted(range(answers.num_texts), key=lambda i: (keys[i], rows[i].tobytes()))
         told = answers.probabilities[order]
         columns = sorted(range(told.shape[1]), key=lambda label: told[:, label].tobytes())
-        return _Told(
+        return _Form(
             texts=tuple(answers.texts[i] for i in order),
             answers=np.ascontiguousarray(told[:, columns]),
             loss=self.settings.loss,
         )
 
-    def _head(self, form: _Told, place: int) -> Head:
-        missing = [text for text in dict.fromkeys(form.texts) if text not in self._vectors]
-        self._vectors.update(zip(missing, self.surrogate.encoder.embed(missing), strict=True))
-        head = fit_head(np.stack([self._vectors[t] for t in form.texts]), form.answers, form.loss, self.settings.ridge)
+    def _head(self, form: _Form, place: int) -> Head:
+        head = fit_head(self._vectors_of(form.texts), form.answers, form.loss, self.settings.ridge)
         if not head.weight.norm() > LEAST_NORM:
             raise InvalidRequest(f"tasks[{place}]", CONSTANT)
         return head.to(self.surrogate.device)
+
+    def _vectors_of(self, texts: tuple[str, ...]) -> Float[np.ndarray, "texts width"]:
+        """By the encoder, a set of texts at a time: whom a text shares a batch with changes its last bits."""
+        if texts not in self._vectors:
+            self._vectors[texts] = self.surrogate.encoder.embed(texts)
+        return _last(self._vectors, texts)
 
     def _batches(self, texts: tuple[str, ...], first: int, size: int | None = None) -> list[Batch]:
         """The texts with what enters layer `first`: by the encoder's plan, or `size` at a time in order of length.
@@ -341,32 +350,30 @@ class FisherMethod:
             with torch.no_grad():
                 for group in groups:
                     padded = self.surrogate.padded([token_ids[i] for i in group])
-                    batches.append((group, padded, self.surrogate.hidden_states(padded, first)[-1]))
+                    states = self.surrogate.hidden_states(padded, first)[-1]
+                    batches.append(Batch(places=group, padded=padded, states=states))
             self._states[key] = batches
-            while len(self._states) > KEPT_STATES:
-                self._states.popitem(last=False)
-        self._states.move_to_end(key)
-        return self._states[key]
+        return _last(self._states, key)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    name: str
-    input: Float[Tensor, "texts seq in"]
-    output: Float[Tensor, "texts seq out"]
+def _last(kept: "OrderedDict[_Key, _Value]", key: _Key) -> _Value:
+    """The value, which is then the last to go."""
+    kept.move_to_end(key)
+    while len(kept) > KEPT_TEXTS:
+        kept.popitem(last=False)
+    return kept[key]
 
 
-def _recording(layer: Layer, depth: int, recorded: list[_Recorded]) -> Layer:
-    """The layer, writing down what enters and leaves its linear parts, so that gradients there can be asked for."""
+class _Recording(FrozenLinear):
+    """A linear layer that keeps what enters and leaves it, so that gradients there can be asked for."""
 
-    def of(name: str, linear: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            y = linear(x)
-            if not y.requires_grad:  # nothing before it needs gradients
-                y.requires_grad_()
-            recorded.append(_Recorded(f"layers.{depth}.{name}", x.detach(), y))
-            return y
+    def __init__(self, linear: FrozenLinear, name: str) -> None:
+        self.linear, self.name = linear, name
+        self.input = self.output = torch.empty(0)
 
-        return forward
-
-    return with_linears(layer, **{name: of(name, getattr(layer, name)) for name in LINEARS})
+    def __call__(self, x: Float[Tensor, "texts seq in"]) -> Float[Tensor, "texts seq out"]:
+        y = self.linear(x)
+        if not y.requires_grad:  # nothing before it needs gradients
+            y.requires_grad_()
+        self.input, self.output = x.detach(), y
+        return y

@@ -33,7 +33,7 @@ class Head:
     def to(self, device: str) -> "Head":
         return Head(weight=self.weight.to(device), bias=self.bias.to(device), loss=self.loss)
 
-    def outputs(self, vectors: Float[Tensor, "texts width"]) -> Float[Tensor, "texts outputs"]:
+    def outputs(self, vectors: Float[Tensor, "*texts width"]) -> Float[Tensor, "*texts outputs"]:
         return vectors @ self.weight.t() + self.bias
 
     def gradients(
@@ -149,8 +149,19 @@ class Tuning:
     clip: float = 1.0
 
 
-class StackedLinear:
-    """One linear layer of several tasks; the rows lie task by task, as many of each."""
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some of a set of texts, up to the first layer that is looked at."""
+
+    places: list[int]
+    """Which of the texts."""
+    padded: Padded
+    states: Float[Tensor, "rows seq width"]
+    """What enters that layer."""
+
+
+class StackedLinear(FrozenLinear):
+    """Stands where a frozen linear layer stands, with weights of each task; rows lie task by task, as many of each."""
 
     def __init__(self, weight: Float[Tensor, "tasks out in"], bias: Float[Tensor, "tasks out"]) -> None:
         self.weight, self.bias = weight, bias
@@ -170,10 +181,10 @@ class StackedLinear:
         return FrozenLinear(self.weight[task].detach().clone(), self.bias[task].detach().clone())
 
 
-def with_linears(layer: Layer, **linears: object) -> Layer:
+def with_linears(layer: Layer, **linears: FrozenLinear) -> Layer:
     """The layer with some linear parts computed by something else that is called in the same way."""
     parts = {name: linears.get(name, getattr(layer, name)) for name in LINEARS}
-    return Layer(attention_norm=layer.attention_norm, output_norm=layer.output_norm, **parts)  # pyright: ignore[reportArgumentType]
+    return Layer(attention_norm=layer.attention_norm, output_norm=layer.output_norm, **parts)
 
 
 LINEARS = ("query_key_value", "attended", "up", "down")
@@ -182,15 +193,15 @@ LINEARS = ("query_key_value", "attended", "up", "down")
 def tune(
     surrogate: Surrogate,
     first_layer: int,
-    batches: Sequence[tuple[Sequence[int], Padded, Float[Tensor, "rows seq width"]]],
+    batches: Sequence[Batch],
     heads: Sequence[Head],
-    answers: Sequence[Float[Tensor, "texts outputs"]],
+    answers: Sequence[Tensor],
     tuning: Tuning,
     seed: int,
 ) -> list[tuple[list[Layer], Head]]:
     """The layers from `first_layer` on and the head of each task, trained on the same texts and in the same order.
 
-    `batches` are the places of their texts, the tokens, and what enters `first_layer`. All heads have the same loss.
+    The states of `batches` enter `first_layer`; `answers` are [texts, outputs]. All heads have the same loss.
     """
     tasks = len(heads)
     stacked = [
@@ -212,15 +223,15 @@ def tune(
     )
     rng = np.random.default_rng(seed)
     for place in np.concatenate([rng.permutation(len(batches)) for _ in range(tuning.epochs)]):
-        rows, padded, states = batches[place]
-        mask = padded.mask.repeat(tasks, 1)
-        hidden, bias = states.repeat(tasks, 1, 1), surrogate.attention_bias(mask)
+        batch = batches[place]
+        mask = batch.padded.mask.repeat(tasks, 1)
+        hidden, bias = batch.states.repeat(tasks, 1, 1), surrogate.attention_bias(mask)
         with torch.enable_grad():
             for layer in layers:
                 hidden = surrogate.forward_layer(layer, hidden, bias)
-            vectors = surrogate.vectors(hidden, mask).view(tasks, len(rows), -1)
+            vectors = surrogate.vectors(hidden, mask).view(tasks, len(batch.places), -1)
             losses = [
-                _loss(vectors[t] @ weights[t].t() + biases[t], answers[t][list(rows)].to(surrogate.device), head.loss)
+                _loss(vectors[t] @ weights[t].t() + biases[t], answers[t][batch.places].to(surrogate.device), head.loss)
                 for t, head in enumerate(heads)
             ]
             optimiser.zero_grad()
