@@ -226,16 +226,16 @@ def _answers_of(asked: SearchRequest, examples: Sequence[Example]) -> Answers:
 def _question_of(example: SearchExample) -> str:
     if example.prompt is not None:
         return example.prompt
-    messages = example.messages or ()
-    asked = [one.content for one in messages if one.role == "user"]
-    return asked[-1] if asked else messages[-1].content
+    assert example.messages  # one of the two, and never empty
+    asked = [one.content for one in example.messages if one.role == "user"]
+    return asked[-1] if asked else example.messages[-1].content
 
 
 def _of_start(error: BaseException) -> BaseException:
     """A complaint about the task as one about the field that asked for it."""
     if isinstance(error, UnknownName):
         return UnknownName("task to start from", error.name, error.known)
-    if isinstance(error, InvalidRequest) and not error.param.startswith("examples"):
+    if isinstance(error, InvalidRequest) and not str(error.param).startswith("examples"):
         return InvalidRequest("start", f"the task has no embedding: {error.param}: {error.message}")
     return error
 
