@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from metasepia.embedding.space import Space, TaskEmbedding
+from metasepia.embedding.store import Batch
 from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, MetasepiaError, NotSupported
 
 PART_BYTES = 32 << 20
@@ -56,8 +57,8 @@ class NearestTasks:
             raise InvalidRequest("embeddings", "there are none")
         for one in embeddings:
             embeddings[0].space.check_same(one.space)
-        tasks = _table([(one.name, one.kind, one.digest) for one in embeddings])
-        return cls(embeddings[0].space, np.stack([one.vector for one in embeddings]), tasks)
+        columns = zip(*((one.name, one.kind, one.digest) for one in embeddings), strict=True)
+        return cls(embeddings[0].space, np.stack([one.vector for one in embeddings]), _table(*columns))
 
     @classmethod
     def open(cls, folder: Path) -> "NearestTasks":
@@ -80,12 +81,12 @@ class NearestTasks:
 
     @staticmethod
     def write(
-        folder: Path, parts: Iterable[Sequence[TaskEmbedding]], *, storage: Storage = "float32"
+        folder: Path, parts: Iterable[Batch | Sequence[TaskEmbedding]], *, storage: Storage = "float32"
     ) -> "NearestTasks":
         """Writes embeddings as they come, one part in memory at a time, and opens the folder.
 
-        float16 changes a cosine by less than 0.001. Raises DifferentSpaces, InvalidRequest for none at all, and
-        InvalidSettings for a folder that holds something else.
+        `EmbeddingStore.batches` gives such parts. float16 changes a cosine by less than 0.001. Raises DifferentSpaces,
+        InvalidRequest for none at all, and InvalidSettings for a folder that holds something else.
         """
         if storage not in ("float32", "float16"):
             raise InvalidSettings("storage", storage, "float32 or float16")
@@ -101,13 +102,14 @@ class NearestTasks:
             pq.ParquetWriter(folder / "tasks.parquet", schema) as rows,
         ):
             for part in parts:
-                for one in part:
-                    space = space or one.space
-                    space.check_same(one.space)
-                    file.write(one.vector.astype(storage).tobytes())
-                    dims = one.dims
-                rows.write_table(_table([(one.name, one.kind, one.digest) for one in part]))
-                count += len(part)
+                if not len(part):
+                    continue
+                batch = part if isinstance(part, Batch) else Batch.of(part)
+                space = space or batch.space
+                space.check_same(batch.space)
+                file.write(np.ascontiguousarray(batch.vectors, storage).data)
+                rows.write_table(_table(batch.names, batch.kinds, batch.digests))
+                count, dims = count + len(batch), batch.vectors.shape[1]
         if space is None:
             shutil.rmtree(folder)
             raise InvalidRequest("embeddings", "there are none")
@@ -245,8 +247,7 @@ def _largest(values: Float[np.ndarray, "rows n"], k: int) -> Int[np.ndarray, "ro
     return chosen
 
 
-def _table(rows: Sequence[tuple[str, str, str]]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+def _table(*columns: Sequence[str]) -> pa.Table:
     return pa.table({name: pa.array(column, pa.string()) for name, column in zip(_COLUMNS, columns, strict=True)})
 
 

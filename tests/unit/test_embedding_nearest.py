@@ -1,10 +1,11 @@
 import builtins
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from metasepia.embedding import nearest
+from metasepia.embedding import nearest, store
 from metasepia.embedding.nearest import IndexedTasks, NearestTasks
 from metasepia.embedding.space import Space, TaskEmbedding
 from metasepia.errors import CorruptArtefact, DifferentSpaces, InvalidRequest, InvalidSettings, NotSupported
@@ -46,7 +47,9 @@ def test_of_equal_vectors_the_first_comes_first():
 
 def test_a_written_index_answers_as_the_one_in_memory(tmp_path):
     given = embeddings(0, 300)
-    written = NearestTasks.write(tmp_path / "index", [given[:100], given[100:]])
+    store.write(str(tmp_path / "mine.parquet"), given[100:])
+    rest = store.batches(str(tmp_path / "mine.parquet"), rows=64)
+    written = NearestTasks.write(tmp_path / "index", itertools.chain([given[:100], []], rest))
     assert written.search(given[5], 6) == NearestTasks.of(given).search(given[5], 6)
     assert written.search(given[5], 1)[0].digest == given[5].digest
 
