@@ -308,6 +308,42 @@ def test_auto_leaves_a_request_of_no_task_to_the_base(client: openai.OpenAI):
     assert receipt["margin"] < 0
 
 
+def test_by_the_stage_task_auto_finds_every_shipped_expert_and_leaves_what_is_foreign(client: openai.OpenAI):
+    def routed(text: str) -> tuple[str, dict[str, Any]]:
+        answer = client.chat.completions.create(
+            model="auto", messages=[{"role": "user", "content": text}], max_tokens=1, extra_body={"dispatch": ["task"]}
+        )
+        return answer.model, (answer.model_extra or {})["receipt"]
+
+    shown = [(model.id, (model.model_extra or {})["x_info"].get("card", {})) for model in client.models.list()]
+    shipped = [(id_, card) for id_, card in shown if "example_prompt" in card and card["task"] != "dispatch"]
+    assert len(shipped) == 3
+    for id_, card in shipped:
+        model, receipt = routed(card["example_prompt"])
+        assert (model, receipt["adapter"], receipt["dispatch"]) == (id_, [[card["digest"], 1.0]], "task")
+        assert receipt["margin"] > 0
+    model, receipt = routed("Who painted the ceiling of the chapel in Rome?")
+    assert (model, receipt["adapter"], receipt["dispatch"]) == (BACKBONE, [], "abstained")
+
+
+def test_a_data_set_registered_for_an_expert_routes_to_it_and_starts_searches_near_it(served: Served):
+    rooms = ("kitchen", "cellar", "attic", "hall", "bathroom", "garage")
+    texts = [f"{what} in the {room}" for room in rooms for what in ("It smells of gas", "The lamp went out")]
+    examples = [{"text": text, "label": "gas" if "gas" in text else "power"} for text in texts]
+    made = served.post("/v1/tasks", {"name": "emergencies", "examples": examples, "expert": "ones"})
+    assert (made.status_code, made.json()["status"]) == (200, "done"), made.text
+    chat = {"model": "auto", "max_tokens": 1, "dispatch": ["task"]}
+    body = {**chat, "messages": [{"role": "user", "content": "It smells of gas in the bedroom"}]}
+    answer = served.post("/v1/chat/completions", body).json()
+    assert (answer["model"], answer["receipt"]["dispatch"]) == (f"{BACKBONE}:ones", "task"), answer
+    job = _ended(served, _search(served, start={"task": "emergencies"}, generations=1))
+    assert job["status"] == "done", job
+    assert job["start"]["similarities"] == {"ones": pytest.approx(1, abs=1e-3), "noisy": None, "base": None}
+    assert job["result"]["start"] == job["start"]
+    assert httpx.delete(f"{served.url}/v1/tasks/emergencies", timeout=20).status_code == 200
+    assert served.post("/v1/chat/completions", body).json()["receipt"]["dispatch"] == "abstained"
+
+
 def test_what_auto_routed_above_is_counted_in_its_experts_centroids(served: Served):
     give_up = time.monotonic() + 10
     while not (counted := [one for one in _tasks(served) if one["id"].startswith("auto:")]):
@@ -435,6 +471,7 @@ def test_after_all_this_every_part_still_answers(served: Served):
         "encoder minilm-l6",
         "encoder pixels",
         "reasoning pool",
+        "task embedding",
     }
 
 
