@@ -40,6 +40,8 @@ logger = logging.getLogger("metasepia.tasks")
 
 TORCH_FREE: tuple[MethodName, ...] = ("agreement",)
 TEXTS_A_CALL = 512
+STUCK_S = 60.0
+"""A batch of the method without gradients that takes longer is taken for one that never ends."""
 _PART = "the embedding of tasks"
 
 
@@ -164,15 +166,16 @@ class TaskEmbedder:
         """One real embedding, of two labels by turns, past the queue's limit. Raises Unavailable.
 
         Until the first task comes nothing is made that one needs (the probe texts' vectors take seconds), so that a
-        graph starts without it: then this says only that the part and its encoder answer.
+        graph starts without it: then this says only that the part and its encoder answer. So it does while a batch
+        runs that is not `STUCK_S` old: many large data sets take longer than a probe waits.
         """
-        if not any(one.num_batches for one in self._workers.values()):
+        worker = self._worker(TORCH_FREE[0])
+        if not worker.num_batches or 0 < worker.busy_s < STUCK_S:
             async with _within(timeout_s):
                 await self._vectors.ready()
             return
         labels = np.eye(2, dtype=np.float32)[np.arange(len(self.probes)) % 2]
         answers = Answers(texts=self.probes.texts, labels=("a", "b"), probabilities=labels)
-        worker = self._worker(TORCH_FREE[0])
         waiting = _Waiting(Task(name="ready?", kind="model", answers=answers, method=TORCH_FREE[0]), {})
         try:
             async with _within(timeout_s):
@@ -234,12 +237,19 @@ class _Worker:
         self.name, self._settings, self._make = name, settings, make
         self.num_queued = self.num_tasks = self.num_batches = self.num_put = 0
         self._seconds_a_task: float | None = None
+        self._began_s: float | None = None
         self._arrived = threading.Condition()
         self._inbox: list[_Waiting] = []
         self._stopping = False
         self._made: tuple[EmbeddingMethod, _Known | None] | None = None
         self._making: asyncio.Task[EmbeddingMethod] | None = None
         self._thread: threading.Thread | None = None
+
+    @property
+    def busy_s(self) -> float:
+        """How long its batch has been running; 0 where none is."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     @property
     def is_made(self) -> bool:
@@ -309,7 +319,9 @@ class _Worker:
             waiting = [one for one in waiting if not one.answer.done()]
             batch = _next_batch(waiting, self._settings.max_batch)
             if batch:
+                self._began_s = time.monotonic()
                 self._embed(batch)
+                self._began_s = None
                 waiting = [one for one in waiting if not one.answer.done()]
 
     def _embed(self, batch: "list[_Waiting]") -> None:

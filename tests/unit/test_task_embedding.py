@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors import task_embedding
 from actors.task_embedding import Task, TaskEmbedder
 from cluster.settings import TaskSettings
 from metasepia.embedding import methods
 from metasepia.embedding.answers import Answers
 from metasepia.embedding.jobs import TaskJob, TaskProgress, joined, parts_of
 from metasepia.embedding.space import Space, TaskEmbedding
-from metasepia.errors import CorruptArtefact, DeadlineExceeded, InvalidRequest, Overloaded
+from metasepia.errors import CorruptArtefact, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from serve.names import OWNER
 from serve.task_index import TaskIndex
 from serve.task_replica import SurrogateVectors
@@ -151,6 +152,28 @@ def test_a_deadline_ends_the_wait(gated: Gated) -> None:
         with pytest.raises(DeadlineExceeded):
             await embedder.embed(a_task(8, deadline_unix_s=time.time() + 0.2))
         gated.gate.set()
+        embedder.stop()
+
+    run(main)
+
+
+def test_a_part_that_is_at_work_is_healthy_until_its_batch_is_stuck(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        embedder = an_embedder()
+        gated.gate.set()
+        await embedder.embed(a_task(8))
+        gated.gate.clear()
+        gated.began.clear()
+        (asked,) = await begun(embedder, gated, a_task(9))
+        await embedder.check(0.1)
+        monkeypatch.setattr(task_embedding, "STUCK_S", 0.0)
+        with pytest.raises(Unavailable):
+            await embedder.check(0.1)
+        gated.gate.set()
+        await asked
+        await embedder.check(5.0)
         embedder.stop()
 
     run(main)
