@@ -187,14 +187,16 @@ class Endpoint:
         return {"object": "text_completion", "choices": choices, "usage": self._usage("".join(prompts), choices)}
 
     def _echo(self, prompt: str) -> dict[str, Any]:
-        tokens, before, values = ["<s>", *tokens_of(prompt), " more"], "", [None]
+        tokens, before = ["<s>", *tokens_of(prompt), " more"], ""
+        values: list[float | None] = [None]
         for token in tokens[1:]:
             values.append(logprob(before, token))
             before += token
         return {"text": before, "logprobs": {"tokens": tokens, "token_logprobs": values}}
 
     def _prompt_logprobs(self, prompt: str) -> list[Any]:
-        before, found = "", [None]
+        before = ""
+        found: list[Any] = [None]
         for token in tokens_of(prompt):
             number = int.from_bytes(hashlib.sha256(token.encode()).digest()[:4])
             found.append({str(number): {"logprob": logprob(before, token), "rank": 1, "decoded_token": token}})

@@ -319,9 +319,9 @@ class EndpointClient:
         sent = sum(len(one.encode(errors="replace")) for one in ask.prompt_texts)
         thought = self._counter.raw(ask.prompt_texts)
         if isinstance(usage, dict):
-            prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-            numbers = all(isinstance(one, int) and not isinstance(one, bool) for one in (prompt, completion))
-            if numbers and sent / 20 <= prompt <= 2 * sent + 4096 and 0 <= completion <= ask.max_completion_tokens + 8:
+            prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens", 0))
+            likely = sent / 20 <= prompt <= 2 * sent + 4096 and completion <= ask.max_completion_tokens + 8
+            if prompt >= 0 and completion >= 0 and likely:
                 self._counter.learn(thought, prompt)
                 return prompt, completion
         self.disbelieved += 1
@@ -351,6 +351,11 @@ class EndpointClient:
     def _bad(self, got: _Response, problem: str) -> BadAnswer:
         settings, excerpt = self._settings, self._key.scrub(got.text)[:EXCERPT]
         return BadAnswer(settings.endpoint, settings.model, got.status, problem, excerpt, self._kept())
+
+
+def _count(value: object) -> int:
+    """-1 for what is no number of tokens."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else -1
 
 
 def _json(text: str) -> Any:

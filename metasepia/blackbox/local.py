@@ -102,7 +102,8 @@ class LocalModel:
         """
         if normalise not in ("sum", "token", "character"):
             raise InvalidSettings("normalise", normalise, "sum, token or character")
-        self.backbone, self.prompt, self.adapter, self.normalise = backbone, prompt, adapter, normalise
+        self.backbone, self.prompt, self.adapter = backbone, prompt, adapter
+        self.normalise: Normalise = normalise
         self._tokens, self._prepared, self._cache = tokens, prepared, cache
         self._calibrate = () if prompt.is_open else tuple(calibrate)
         self._tokeniser = Tokeniser(tokens, prompt, chat)
@@ -157,7 +158,8 @@ class LocalModel:
         """
         boxes.check_texts(texts)
         wanted = tuple(dict.fromkeys((*texts, *self._calibrate)))
-        asked = await asyncio.to_thread(lambda: {text: self._tokeniser(text) for text in wanted})
+        # No thread: what order rows come in, and so how they are batched, is then the same in each run.
+        asked = {text: self._tokeniser(text) for text in wanted}
         places = {text: f"texts[{place}]" for place, text in reversed(list(enumerate(texts)))}
         empty = next((text for text, one in asked.items() if not one.prompt), None)
         if empty is not None:

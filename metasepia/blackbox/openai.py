@@ -59,10 +59,13 @@ class OpenAIEndpoint:
         meter: Meter | None = None,
         *,
         client: httpx.AsyncClient | None = None,
+        pace: Pace | None = None,
         count_tokens: Callable[[str], int] | None = None,
     ) -> None:
         """`cache` None keeps answers as long as this object lives. `client`: of the caller's event loop, and left open;
-        None: one for each call. `count_tokens`: the tokens of a text, for estimates; None: four characters each.
+        None: one for each call. `pace`: one for several boxes of an endpoint, where its limits are of all of them
+        together; None: by the settings, for this box alone. `count_tokens`: the tokens of a text, for estimates; None:
+        four characters each.
 
         Raises InvalidSettings where the meter has a limit on cost and the settings have no prices, and where the key
         stands in other settings.
@@ -73,7 +76,7 @@ class OpenAIEndpoint:
         self.meter.check_prices(settings.prices, settings.model)
         self._client, self._counter = client, Counter(count_tokens)
         self._key = Key(settings.key_env, settings.endpoint)
-        self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute) if pace is None else pace
         self._report: _Report | None = None
         self._check_no_key()
 

@@ -160,7 +160,7 @@ def test_tasks_that_ask_the_same_pay_once(tmp_path: Path):
 
 def test_a_run_that_fails_leaves_its_texts_to_whoever_waits_for_them():
     async def run(failing: OpenAIEndpoint, other: OpenAIEndpoint) -> list[Any]:
-        return await asyncio.gather(failing.answer(TEXTS[:4]), other.answer(TEXTS[:4]), return_exceptions=True)
+        return list(await asyncio.gather(failing.answer(TEXTS[:4]), other.answer(TEXTS[:4]), return_exceptions=True))
 
     def refuse_first(count: int, body: dict[str, Any]) -> Any:
         return Http(401, "no", delay_s=0.1) if count == 0 else None

@@ -50,7 +50,7 @@ def cache(tmp_path: Path) -> Iterator[AnswerCache]:
 def box_of(
     endpoint: Endpoint, prompt: Prompt, cache: AnswerCache | None = None, meter: Meter | None = None, **settings: Any
 ) -> OpenAIEndpoint:
-    fields = QUICK | {"base_url": endpoint.url, "model": "tiny"} | settings
+    fields: dict[str, Any] = QUICK | {"base_url": endpoint.url, "model": "tiny"} | settings
     return OpenAIEndpoint(EndpointSettings(**fields), prompt, cache, meter)
 
 
@@ -94,8 +94,8 @@ def test_log_probabilities_of_the_prompt_give_teacher_forced_scores(api: str):
 
 def test_verbalisers_that_begin_alike_are_scored_on_what_differs():
     prompt = Prompt(template="{text} It is", labels={"a": " very good", "b": " very bad", "c": " very"})
-    for endpoint_fields in ({"echo": True}, {"prompt_logprobs": True}):
-        with Endpoint(**endpoint_fields) as endpoint:
+    for made in (Endpoint(echo=True), Endpoint(prompt_logprobs=True)):
+        with made as endpoint:
             answers = answer(box_of(endpoint, prompt, api="completions"))
         np.testing.assert_allclose(answers.probabilities, teacher_forced(prompt, chat=False), atol=1e-6)
 
@@ -321,7 +321,8 @@ def test_an_endpoint_that_stays_away_ends_the_run_when_patience_does(trouble: Ht
 def test_nobody_at_the_address_is_told_in_words():
     with Endpoint() as endpoint:
         url = endpoint.url
-    settings = EndpointSettings(base_url=url, model="tiny", **QUICK | {"max_attempts": 2})
+    fields: dict[str, Any] = QUICK | {"max_attempts": 2}
+    settings = EndpointSettings(base_url=url, model="tiny", **fields)
     with pytest.raises(EndpointUnavailable, match=r"no connection .* 0 of 6 texts are answered"):
         answer(OpenAIEndpoint(settings, OPEN))
 
@@ -538,13 +539,12 @@ def test_texts_that_tell_nothing_are_refused_before_anything_is_asked(texts: lis
         {"extra": {"messages": []}},
         {"extra": {"when": float("nan")}},
         {"way": "echo"},
-        {"way": "guess"},
     ],
 )
 def test_settings_outside_their_range_are_refused(fields: dict[str, Any]):
-    with pytest.raises((InvalidSettings, TypeError)) as raised:
-        EndpointSettings(**{"base_url": "http://host/v1", "model": "m"} | fields)
-    assert "guess" in str(raised.value) or isinstance(raised.value, InvalidSettings)
+    given: dict[str, Any] = {"base_url": "http://host/v1", "model": "m"} | fields
+    with pytest.raises(InvalidSettings):
+        EndpointSettings(**given)
 
 
 def test_a_limit_on_cost_without_prices_is_refused_before_anything_is_asked():

@@ -33,8 +33,9 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_of(url: str, **settings: Any) -> EndpointSettings:
-    quick: dict[str, Any] = {"backoff_s": 0.01, "max_backoff_s": 0.02, "max_attempts": 2, "patience_s": 3.0}
-    return EndpointSettings(**quick | {"base_url": url, "model": "tiny", "key_env": VARIABLE} | settings)
+    fields: dict[str, Any] = {"backoff_s": 0.01, "max_backoff_s": 0.02, "max_attempts": 2, "patience_s": 3.0}
+    fields |= {"base_url": url, "model": "tiny", "key_env": VARIABLE} | settings
+    return EndpointSettings(**fields)
 
 
 def echoing(status: int, kind: str = "application/json") -> Http:
@@ -173,8 +174,9 @@ def test_what_no_header_can_carry_is_refused_without_being_shown(value: str, mon
     ],
 )
 def test_settings_that_hold_a_key_are_refused_without_showing_it(fields: dict[str, Any]):
+    given: dict[str, Any] = {"base_url": "https://host/v1", "model": "m"} | fields
     with pytest.raises(InvalidSettings) as raised:
-        EndpointSettings(**{"base_url": "https://host/v1", "model": "m"} | fields)
+        EndpointSettings(**given)
     assert SECRET not in f"{raised.value} {raised.value.args}"
 
 
@@ -182,13 +184,10 @@ def test_settings_that_hold_a_key_are_refused_without_showing_it(fields: dict[st
     "fields", [{"base_url": f"http://127.0.0.1:1/{SECRET}/v1"}, {"extra": {"token": SECRET}}, {"model": SECRET}]
 )
 def test_a_key_that_stands_in_other_settings_is_refused(fields: dict[str, Any]):
+    settings = settings_of("http://127.0.0.1:1/v1", **fields)
     with pytest.raises(InvalidSettings, match="stands nowhere else") as raised:
-        OpenAIEndpoint(settings_of(**{"url": "http://127.0.0.1:1/v1"} | _renamed(fields)), OPEN)
+        OpenAIEndpoint(settings, OPEN)
     assert SECRET not in f"{raised.value} {raised.value.args}"
-
-
-def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
-    return {"url" if name == "base_url" else name: value for name, value in fields.items()}
 
 
 def test_another_header_carries_the_key_alone():
