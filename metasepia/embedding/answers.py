@@ -47,6 +47,8 @@ class Answers:
             raise InvalidRequest("texts", f"a task is told by two texts or more, got {len(self.texts)}")
         if len(self.texts) > MAX_EXAMPLES:
             raise InvalidRequest("texts", _too_many(len(self.texts)))
+        for name, given in (("texts", self.texts), ("labels", self.labels), ("replies", self.replies)):
+            _check_strings(name, given)
         for i, text in enumerate(self.texts):
             if not text.strip():
                 raise InvalidRequest(f"texts[{i}]", "it is empty")
@@ -69,6 +71,7 @@ class Answers:
             raise InvalidRequest("labels", f"one a text is needed: there are {len(texts)} texts, {len(labels)} labels")
         if not texts:
             raise InvalidRequest("texts", "the data set is empty")
+        _check_strings("labels", labels)
         names: tuple[str, ...] = tuple(sorted(set(labels)))
         if len(names) == 1:
             raise InvalidRequest(
@@ -196,6 +199,16 @@ class Answers:
             replies=tuple(self.replies[i] for i in rows) if self.is_open else (),
             notes=self.notes,
         )
+
+
+def _check_strings(name: str, given: Sequence[str]) -> None:
+    for i, one in enumerate(given):
+        if not isinstance(one, str):
+            raise InvalidRequest(f"{name}[{i}]", f"must be text, got {type(one).__name__}")
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{name}[{i}]", f"not valid Unicode ({error.reason})") from None
 
 
 def _check_open(answers: Answers) -> None:

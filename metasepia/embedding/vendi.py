@@ -35,7 +35,8 @@ class Diversity:
     """Effective number of tasks, 1 to `count`."""
     low: float
     high: float
-    """95 % interval of the score by the jackknife over tasks: what another draw of as many tasks would give."""
+    """95 % interval of the score by the jackknife over tasks, of `adds_order`: what another draw of as many tasks would
+    give. Rather too wide than too narrow where tasks are many kinds with noise."""
     adds: Float[np.ndarray, " tasks"]
     """The score less that of the collection without the task; below 0 where its likes are too many already."""
     adds_order: float

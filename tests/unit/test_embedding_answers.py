@@ -33,6 +33,8 @@ def test_the_order_of_labels_does_not_enter_the_digest():
         (TEXTS, ["x"] * 6, "every text has the label 'x'"),
         (TEXTS, ["x"] * 5, "6 texts, 5 labels"),
         (["a", " "], ["x", "y"], "it is empty"),
+        (["a", "b\ud800"], ["x", "y"], r"texts\[1\]: not valid Unicode"),
+        (["a", "b"], ["x", "y\udfff"], r"labels\[1\]: not valid Unicode"),
         ([f"{i}" for i in range(MAX_LABELS + 1)], [f"{i}" for i in range(MAX_LABELS + 1)], "open answers"),
     ],
 )
