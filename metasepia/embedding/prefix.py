@@ -5,10 +5,7 @@ answer as the task does. The embedding is what the tuning changed. Where we diff
 
 - The head is fitted to the task's answers in closed form (ridge) and stands still, instead of beginning at random. A
   renamed, permuted or flipped label then turns head and answers alike, so the prefix, and the embedding, do not see it;
-  label sets of any size share one space. A ridge this strong leaves the head at about the class means, so what the
-  answers say is left for the prefix to learn.
-- What every task asks of the surrogate, to follow its text, is taken away: the embedding of the *echo*, the task whose
-  open answers are the texts themselves, is projected out. It depends on the texts alone, not on other tasks.
+  label sets of any size, and open answers, share one space. The prefix learns what the head leaves.
 - A task that did not answer the probe texts (a data set, say) first does so through a head on the frozen vectors.
 - A few normalised steps instead of many epochs: the first steps find the direction, the last ones fit the noise.
 
@@ -55,7 +52,7 @@ class PrefixSettings:
     """At most so many texts a task: the first of the probe texts, or of its own by seed."""
     max_tokens: int = 128
     """Of a text, special tokens included; the surrogate reads its beginning."""
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 256
     """Texts of a task in a step; more than it has: all."""
     optimiser: Literal["descent", "adamw"] = "descent"
@@ -77,11 +74,15 @@ class PrefixSettings:
     """fitted: see above. random: the same normal values for all tasks, labels in the order of their class means along
     a fixed direction."""
     head_trains: bool = False
-    ridge: float = 10.0
-    """Of the fitted head, in units of the mean eigenvalue of the vectors' covariance."""
-    imitate: Literal["needed", "never"] = "needed"
-    """needed: a task that did not answer the probe texts is imitated on them. never: it is tuned on its own texts."""
-    centre: Literal["echo", "none"] = "echo"
+    ridge: float = 0.05
+    """Of the fitted head, in units of the vectors' total variance. Smaller: the head learns the answers by heart, and
+    nothing is left for the prefix; larger: it is the class means."""
+    imitate: Literal["needed", "always", "never"] = "needed"
+    """needed: a task that did not answer the probe texts is imitated on them. always: every task is. never: such a task
+    is tuned on its own texts."""
+    centre: Literal["none", "echo"] = "none"
+    """echo: what all tasks share, to follow the text, is taken away: the embedding of the task whose open answers are
+    its texts is projected out. It depends on the texts alone, not on the other tasks."""
     weighed: bool = True
     """Sampled answers count less the less certain they are."""
     reduce: Literal["layers", "positions"] = "layers"
@@ -114,7 +115,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimiser": ("descent", "adamw"),
     "loss": ("bce", "ce", "mse"),
     "head": ("fitted", "random"),
-    "imitate": ("needed", "never"),
+    "imitate": ("needed", "always", "never"),
     "centre": ("echo", "none"),
     "reduce": ("layers", "positions"),
 }
@@ -238,7 +239,7 @@ class PrefixMethod:
         """
         places: dict[str, int] = {text: i for i, text in enumerate(task.texts)}
         answered = all(text in places for text in self._asked)
-        if not answered and self.settings.imitate == "needed":
+        if self.settings.imitate == "always" or (not answered and self.settings.imitate == "needed"):
             return self._asked, self._imitated(task), np.ones(len(self._asked), np.float32)
         if answered:
             rows = [places[text] for text in self._asked]
@@ -360,7 +361,7 @@ def fitted_head(
     mean, prior = (share * x).sum(0), (share * y).sum(0)
     x, y = x - mean, y - prior
     covariance = x.T @ (share * x)
-    penalty = ridge * covariance.trace() / min(covariance.shape[0], max(1, len(x) - 1))
+    penalty = ridge * covariance.trace()
     eye = torch.eye(len(covariance), dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(covariance + penalty * eye, x.T @ (share * y))
     if loss == "mse":

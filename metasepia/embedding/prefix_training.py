@@ -6,7 +6,7 @@ and exit, so it ends where it would end alone, beyond rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,7 +102,7 @@ class KeptTexts:
 
 def chunks(
     lengths: Int[np.ndarray, " rows"], owners: Int[np.ndarray, " rows"], most_tokens: int
-) -> list[Int[np.ndarray, " some"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """Rows that share a forward, by place: of similar length, within `most_tokens` padded tokens, task by task."""
     order = np.lexsort((np.arange(len(lengths)), owners, -lengths))
     found, begin = [], 0
@@ -122,67 +122,125 @@ def tune(
     schedule: Schedule,
     *,
     seed: int,
-    told: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "tasks layers 2 heads prefix head_dim"]:
-    """The tuned prefix of each task. `told(n)` hears of n tasks that have ended."""
+    """The tuned prefix of each task; heads that train are changed in place.
+
+    In the first step all prefixes are the initial one, so tasks whose texts are the same share that step's forward.
+    """
     prefixes = initial[None].repeat(len(tasks), *[1] * initial.ndim)
     states = [_State(task, initial, schedule, seed) for task in tasks]
-    active = list(range(len(tasks)))
+    active, step = list(range(len(tasks))), 0
     while active:
+        mask = _dropout_mask(initial, schedule.dropout, seed, step)
+        members = [tasks[t] for t in active]
         picked = [states[t].next_rows() for t in active]
-        leaf = prefixes[active].clone().requires_grad_()
-        gradients = _gradients(kept, [tasks[t] for t in active], picked, leaf, schedule.dropout, states[active[0]])
-        still = []
-        for place, t in enumerate(active):
-            prefixes[t] = states[t].step(prefixes[t], *(part[place] for part in gradients))
-            if not states[t].ended:
-                still.append(t)
-        if told is not None and len(still) < len(active):
-            told(len(active) - len(still))
-        active = still
+        if step == 0:
+            slopes = _first_slopes(kept, members, picked, initial, mask)
+        else:
+            slopes = _slopes(kept, members, picked, prefixes[active], mask)
+        for t, slope in zip(active, slopes, strict=True):
+            prefixes[t] = states[t].step(prefixes[t], slope)
+        active, step = [t for t in active if not states[t].ended], step + 1
     return prefixes
 
 
-def _gradients(
+@dataclass(kw_only=True, eq=False)
+class _Slope:
+    """Gradients of a task's mean loss over some of its rows."""
+
+    prefix: Tensor
+    weight: Tensor
+    bias: Tensor
+    loss: float = 0.0
+
+
+def _slopes(
     kept: KeptTexts,
     tasks: Sequence[Tuned],
-    picked: Sequence[Int[np.ndarray, " batch"]],
-    leaf: Float[Tensor, "tasks layers 2 heads prefix head_dim"],
-    dropout: float,
-    clock: "_State",
-) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], list[float]]:
-    """Of each task's mean loss over its own rows: to its prefix, its head's weight and bias; and the losses."""
-    rows = np.concatenate([task.texts[some] for task, some in zip(tasks, picked, strict=True)])
+    picked: Sequence[Int[np.ndarray, " _"]],
+    prefixes: Float[Tensor, "tasks layers 2 heads prefix head_dim"],
+    mask: Float[Tensor, "layers 2 heads prefix head_dim"],
+) -> list[_Slope]:
+    """Of tasks with prefixes of their own: rows of several tasks share each forward and its backward."""
+    texts = np.concatenate([task.texts[some] for task, some in zip(tasks, picked, strict=True)])
     owners = np.repeat(np.arange(len(tasks)), [len(some) for some in picked])
-    places = np.concatenate(picked)
-    heads = [
-        (task.weight.clone().requires_grad_(), task.bias.clone().requires_grad_()) if task.head_trains else None
-        for task in tasks
-    ]
-    kept_part = clock.dropout_mask(leaf.shape[1:], dropout)
-    losses = np.zeros(len(tasks))
-    for some in chunks(kept.lengths[rows], owners, BATCH_TOKENS[kept.surrogate.device]):
-        mine, counts = np.unique(owners[some], return_counts=True)
-        prefixes = leaf[torch.from_numpy(mine)] * kept_part
-        vectors = kept.vectors(rows[some], prefixes, counts.tolist())
-        total, begin = torch.zeros((), device=vectors.device), 0
-        for t, count in zip(mine.tolist(), counts.tolist(), strict=True):
-            task, head = tasks[t], heads[t]
-            weight, bias = head if head is not None else (task.weight, task.bias)
-            at = torch.from_numpy(places[some[begin : begin + count]])
-            outputs = vectors[begin : begin + count] @ weight + bias
-            loss = (row_losses(outputs, task.targets[at], task.loss) * task.weights[at]).sum() / len(picked[t])
-            losses[t] += loss.item()
-            total = total + loss
-            begin += count
-        total.backward()
-    assert leaf.grad is not None
-    return (
-        leaf.grad,
-        [None if head is None else head[0].grad for head in heads],
-        [None if head is None else head[1].grad for head in heads],
-        losses.tolist(),
+    rows = np.concatenate(picked)
+    found = [_nothing(task, prefixes[0]) for task in tasks]
+    for some in chunks(kept.lengths[texts], owners, BATCH_TOKENS[kept.surrogate.device]):
+        present, counts = np.unique(owners[some], return_counts=True)
+        leaf = prefixes[torch.from_numpy(present)].requires_grad_()
+        vectors = kept.vectors(texts[some], leaf * mask, counts.tolist())
+        ends = np.cumsum(counts).tolist()
+        heads, losses = [], []
+        for t, begin, end in zip(present.tolist(), [0, *ends], ends, strict=False):
+            head, loss = _loss(tasks[t], vectors[begin:end], rows[some[begin:end]], len(picked[t]))
+            heads.append(head)
+            losses.append(loss)
+        gradients = torch.autograd.grad(torch.stack(losses).sum(), [leaf, *(part for head in heads for part in head)])
+        of_heads = iter(gradients[1:])
+        for place, t in enumerate(present.tolist()):
+            _add(found[t], gradients[0][place], of_heads, losses[place], bool(heads[place]))
+    return found
+
+
+def _first_slopes(
+    kept: KeptTexts,
+    tasks: Sequence[Tuned],
+    picked: Sequence[Int[np.ndarray, " _"]],
+    initial: Float[Tensor, "layers 2 heads prefix head_dim"],
+    mask: Float[Tensor, "layers 2 heads prefix head_dim"],
+) -> list[_Slope]:
+    """Of tasks that all have the initial prefix: one forward for each set of texts, a backward a task."""
+    found = [_nothing(task, initial) for task in tasks]
+    sharing: dict[bytes, list[int]] = {}
+    for t, task in enumerate(tasks):
+        sharing.setdefault(task.texts[picked[t]].tobytes(), []).append(t)
+    for members in sharing.values():
+        rows = picked[members[0]]
+        texts = tasks[members[0]].texts[rows]
+        for some in chunks(kept.lengths[texts], np.zeros(len(texts), np.int64), BATCH_TOKENS[kept.surrogate.device]):
+            leaf = initial.clone().requires_grad_()
+            vectors = kept.vectors(texts[some], (leaf * mask)[None], [len(some)])
+            for t in members:
+                head, loss = _loss(tasks[t], vectors, picked[t][some], len(rows))
+                gradients = torch.autograd.grad(loss, [leaf, *head], retain_graph=t != members[-1])
+                _add(found[t], gradients[0], iter(gradients[1:]), loss, bool(head))
+    return found
+
+
+def _nothing(task: Tuned, prefix: Tensor) -> _Slope:
+    return _Slope(
+        prefix=torch.zeros_like(prefix), weight=torch.zeros_like(task.weight), bias=torch.zeros_like(task.bias)
     )
+
+
+def _add(slope: _Slope, prefix: Tensor, of_head: Iterator[Tensor], loss: Tensor, head_trains: bool) -> None:
+    slope.prefix += prefix
+    if head_trains:
+        slope.weight += next(of_head)
+        slope.bias += next(of_head)
+    slope.loss += loss.item()
+
+
+def _loss(
+    task: Tuned, vectors: Float[Tensor, "some width"], rows: Int[np.ndarray, " some"], num_rows: int
+) -> tuple[tuple[Tensor, ...], Float[Tensor, ""]]:
+    """What these rows add to the mean over `num_rows`, and the head's leaves if it trains."""
+    weight, bias = task.weight, task.bias
+    leaves: tuple[Tensor, ...] = ()
+    if task.head_trains:
+        leaves = weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    at = torch.from_numpy(rows)
+    losses = row_losses(vectors @ weight + bias, task.targets[at], task.loss) * task.weights[at]
+    return leaves, losses.sum() / num_rows
+
+
+def _dropout_mask(like: Tensor, dropout: float, seed: int, step: int) -> Tensor:
+    """One mask a step, for all rows of all tasks, so that a task has the same alone and among others."""
+    if dropout == 0:
+        return torch.ones_like(like)
+    drawn = np.random.default_rng([seed, 2, step]).random(tuple(like.shape), np.float32)
+    return torch.from_numpy(np.where(drawn >= dropout, 1 / (1 - dropout), 0).astype(np.float32)).to(like.device)
 
 
 def row_losses(
@@ -205,7 +263,7 @@ class _State:
         self.steps_an_epoch = math.ceil(self.num_rows / schedule.batch_size)
         self.steps = schedule.epochs * self.steps_an_epoch
         self.done = 0
-        self.ended = self.steps == 0
+        self.ended = False
         self._moments = {"prefix": _Moments(initial), "weight": _Moments(task.weight), "bias": _Moments(task.bias)}
         self._epoch_losses: list[float] = []
 
@@ -215,40 +273,36 @@ class _State:
         size = self.schedule.batch_size
         return order[part * size : (part + 1) * size]
 
-    def dropout_mask(self, shape: Sequence[int], dropout: float) -> Tensor | float:
-        """One mask a step for all rows, drawn by seed and step, so that it is the same alone and among others."""
-        if dropout == 0:
-            return 1.0
-        generator = np.random.default_rng([self.seed, 2, self.done])
-        keep = torch.from_numpy(generator.random(tuple(shape), np.float32) >= dropout)
-        return (keep / (1 - dropout)).to(self.task.weight.device)
-
-    def step(self, prefix: Tensor, gradient: Tensor, weight: Tensor | None, bias: Tensor | None, loss: float) -> Tensor:
+    def step(self, prefix: Tensor, slope: _Slope) -> Tensor:
+        """The prefix after one step; the head's, if it trains, is taken in place."""
         schedule, task = self.schedule, self.task
-        parts = [part for part in (gradient, weight, bias) if part is not None]
+        parts = [slope.prefix, *([slope.weight, slope.bias] if task.head_trains else [])]
         norm = math.sqrt(sum(float(part.square().sum(dtype=torch.float64)) for part in parts))
-        scale = min(1.0, schedule.clip / (norm + 1e-6)) if schedule.optimiser == "adamw" else 1 / (norm + 1e-12)
         warm = max(1, round(schedule.warm_up * self.steps))
         left = (self.steps - self.done) / max(1, self.steps - warm)
         rate = schedule.learning_rate * min((self.done + 1) / warm, left, 1.0)
         self.done += 1
+        changed = self._moved("prefix", prefix, slope.prefix, norm, rate, schedule.weight_decay)
+        if task.head_trains:
+            task.weight = self._moved("weight", task.weight, slope.weight, norm, rate, schedule.weight_decay)
+            task.bias = self._moved("bias", task.bias, slope.bias, norm, rate, 0.0)
+        self._end_of_step(slope.loss)
+        return changed
 
-        def moved(name: str, old: Tensor, slope: Tensor, decay: float) -> Tensor:
-            if schedule.optimiser == "descent":
-                return old - rate * scale * slope
-            return old * (1 - rate * decay) - rate * self._moments[name].direction(slope * scale, self.done)
+    def _moved(self, name: str, old: Tensor, gradient: Tensor, norm: float, rate: float, decay: float) -> Tensor:
+        if self.schedule.optimiser == "descent":
+            return old - rate / max(norm, 1e-30) * gradient
+        clipped = gradient * min(1.0, self.schedule.clip / (norm + 1e-6))
+        return old * (1 - rate * decay) - rate * self._moments[name].direction(clipped, self.done)
 
-        if weight is not None and bias is not None:
-            task.weight = moved("weight", task.weight, weight, schedule.weight_decay)
-            task.bias = moved("bias", task.bias, bias, 0.0)
+    def _end_of_step(self, loss: float) -> None:
         self._epoch_losses.append(loss)
         if self.done % self.steps_an_epoch == 0:
-            task.losses += (math.fsum(self._epoch_losses) / len(self._epoch_losses),)
+            self.task.losses += (math.fsum(self._epoch_losses) / len(self._epoch_losses),)
             self._epoch_losses.clear()
-            best = int(np.argmin(task.losses))
-            self.ended = len(task.losses) - 1 - best >= schedule.patience
+            best = int(np.argmin(self.task.losses))
+            self.ended = len(self.task.losses) - 1 - best >= self.schedule.patience
         self.ended = self.ended or self.done == self.steps
-        return moved("prefix", prefix, gradient, schedule.weight_decay)
 
 
 class _Moments:
