@@ -74,8 +74,9 @@ class TaskIndex:
     ) -> Nearest:
         """The `k` nearest of the query's space. `without`: the id of one that is left out."""
         async with self._turn:
-            entries = [one for one in (await self._shelf.all()).values() if one is not None]
-            await self._refresh()
+            seen = await self._shelf.all()
+            await self._refresh(seen)
+            entries = [one for one in seen.values() if one is not None]
             table = self._tables.get(query.space.digest)
             kept = {} if table is None else await asyncio.to_thread(table.cosines, query.vector)
         wanted = [
@@ -95,9 +96,8 @@ class TaskIndex:
                 elsewhere[one.space] = elsewhere.get(one.space, 0) + 1
         return Nearest(found=tuple(_json(*one) for one in found[:k]), compared=len(found), elsewhere=elsewhere)
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, seen: Mapping[str, _Entry | None]) -> None:
         """Drops what is gone and brings what is new, as long as there is room."""
-        seen = await self._shelf.all()
         if seen is self._seen:
             return
         alive = {one.digest: one for one in seen.values() if one is not None}
