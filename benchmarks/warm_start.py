@@ -20,7 +20,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ from metasepia.experts.lora import read_adapter
 from metasepia.experts.mixing import ExpertMixer, base_of
 from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
+from metasepia.search import warm_start as starts
 from metasepia.search.cross_entropy import CrossEntropySearch, Score, SearchSettings
 from metasepia.search.fewshot import Asked, Scoring, Shot
-from metasepia.search.warm_start import Start, WarmStartSettings, warm_start
+from metasepia.search.warm_start import Start, WarmStartSettings
 from metasepia.training.teacher_forcing import first_logits_and_answers
 from metasepia.training.trainable import twin
 
@@ -181,7 +182,7 @@ def start_of(arm: str, similarities: Mapping[str, float], pool: Pool, settings: 
         dealt = {task: pool.tasks[int(place)] for task, place in zip(pool.tasks, order, strict=True)}
         of_task = {pool.task_of[pool.names[digest]]: value for digest, value in similarities.items()}
         given = {digest: of_task[dealt[pool.task_of[pool.names[digest]]]] for digest in similarities}
-    return warm_start(given, list(pool.names), settings, bases=[pool.base.digest], source=arm)
+    return starts.warm_start(given, list(pool.names), settings, bases=[pool.base.digest], source=arm)
 
 
 def searched(
@@ -209,7 +210,14 @@ def generations_to(trace: Sequence[Mapping[str, Any]], value: float) -> int | No
     return next((number for number, one in enumerate(trace, 1) if one["value"] >= value), None)
 
 
-def part(arguments: Namespace) -> list[report.Row]:
+def warm_start(bench: object, arguments: Namespace) -> list[report.Row]:
+    """As a part of `benchmarks.task_embeddings`, whose `--data` and `--home` it takes; `bench` is not used."""
+    options = _parser().parse_args(["--data", str(arguments.data), "--home", str(arguments.home)])
+    with torch.no_grad():
+        return measured_rows(options)
+
+
+def measured_rows(arguments: Namespace) -> list[report.Row]:
     runs = Runs(arguments.adaptation, Workbench.open(BACKBONE, arguments.home), tasks_of(arguments.data), 200)
     plans = [Plan(task=t, seed=s, steps=24, batch=12, first_block=18) for t in TRAINED for s in range(3)]
     pool = Pool(runs, plans, train=arguments.train)
@@ -300,7 +308,7 @@ def rows_of(
                 float(np.mean(of_uniform)),
                 "generations",
                 note,
-                part="warm_start",
+                part="warm-start",
                 detail=arm != "warm",
                 extra={"needed": needed, "uniform": uniform_needed, "accuracy_gain": gains, "value_gain": values},
             )
@@ -312,7 +320,11 @@ def _spread(values: Sequence[float]) -> str:
     return f"{report.median(list(values)):g} ({min(values):g} to {max(values):g})"
 
 
-def add_options(add: Any) -> None:
+def _parser() -> ArgumentParser:
+    parser = report.parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="directory with the sets as Parquet files")
+    add("--threads", type=int, default=1)
     add("--adaptation", type=Path, default=Path("runs/adaptation"), help="where trained experts are")
     add("--kept", type=Path, default=Path("runs/warm_start"), help="where finished searches are kept")
     add("--home", type=Path, default=Path(".metasepia"), help="where prepared weights and factors are kept")
@@ -323,6 +335,7 @@ def add_options(add: Any) -> None:
     add("--seeds", type=int, default=2)
     add("--generations", type=int, default=GENERATIONS)
     add("--held-out", type=int, default=80, help="texts")
+    return parser
 
 
 def _listed(text: str) -> list[str]:
@@ -330,15 +343,11 @@ def _listed(text: str) -> list[str]:
 
 
 def main() -> None:
-    parser = report.parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="directory with the sets as Parquet files")
-    parser.add_argument("--threads", type=int, default=1)
-    add_options(parser.add_argument)
-    options = parser.parse_args()
+    options = _parser().parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     started_on = report.machine()
-    rows = part(options)
+    rows = measured_rows(options)
     report.publish("warm_start", rows, json_file=options.json, started_on=started_on)
 
 

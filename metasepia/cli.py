@@ -158,6 +158,8 @@ def search_mixture(door: Door, options: argparse.Namespace) -> None:
         body["experts"] = options.experts.split(",")
     body |= {"per_layer": True} if options.per_layer else {}
     body |= {"base": False} if options.no_base else {}
+    if options.start is not None:
+        body["start"] = options.start if options.start in ("uniform", "nearest") else {"task": options.start}
     job = door.json("POST", "/v1/mixtures/search", json=body)
     told = 0
     while job["status"] in ("queued", "running") and not options.no_wait:
@@ -240,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--match", help="when an answer is right, for --score accuracy")
     for name in ("shots", "population", "generations", "seed"):
         one.add_argument(f"--{name}", type=int, metavar="N")
+    one.add_argument("--start", help="uniform (default), nearest, or a registered task near whose experts it begins")
     one.add_argument("--no-wait", action="store_true", help="print the job's id instead of its result")
     cli_tasks.add_parser(things, shared)
     return top
