@@ -46,6 +46,9 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     add("--only", help="same-task: families, separated by commas; all without")
     add("--no-prompts", dest="prompts", action="store_false", help="same-task: without SmolLM2")
     add("--dev", action="store_true", help="the tasks that settings were chosen on, in place of those reported")
+    add("--speed-prompts", type=int, default=4, help="speed: wordings of each data set")
+    add("--speed-texts", type=int, default=64, help="speed: texts that a prompt answers")
+    add("--speed-rounds", type=int, default=3, help="speed: turns that both sides take")
     options = parser.parse_args(arguments)
     options.methods = tuple(one for one in options.methods.split(",") if one)
     options.only = options.only.split(",") if options.only else None
