@@ -22,7 +22,8 @@ class AnsweringProcess:
         self._work = Answering(probes, home)
 
     @ray.method
-    def answer(self, unit: LocalUnit) -> Answered:
+    def answer(self, unit: LocalUnit) -> tuple[Answered, int]:
+        """With the tokens that were read and written."""
         return self._work.answer(unit)
 
     @ray.method

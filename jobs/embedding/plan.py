@@ -213,7 +213,8 @@ def source_of(task: Task) -> dict[str, Any]:
     """What is known of a task's source before it is answered, in plain values; experts and prompts by name."""
     unit = task.unit
     if isinstance(unit, DataSetUnit):
-        return {"path": unit.path.name, "split": unit.spec.split, "label": unit.spec.label}
+        told = {"path": unit.path.name, "split": unit.spec.split, "label": unit.spec.label}
+        return {name: value for name, value in told.items() if value is not None}
     if isinstance(unit, CallableUnit):
         return {"callable": unit.spec.call}
     if isinstance(unit, EndpointUnit):

@@ -34,12 +34,13 @@ class Told:
         """Most that endpoints take in this run; None: nothing is known of prices."""
         self.waiting: dict[str, str] = {}
         """What endpoints wait for."""
-        self._began_s = time.monotonic()
+        self._began_s = self._last_s = time.monotonic()
 
-    def finish(self, name: str, texts: int) -> None:
-        """A unit of so many texts is answered, or will not be."""
-        _, tokens = self.live.pop(name, (0, 0))
+    def finish(self, name: str, texts: int, tokens: int) -> None:
+        """A unit of so many texts is answered, or will not be; `tokens` are those that no meter counts."""
+        self.live.pop(name, None)
         self.texts_done += texts
+        self._last_s = time.monotonic()
         self.local_tokens += tokens
         self.waiting.pop(name, None)
 
@@ -54,7 +55,9 @@ class Told:
 
     @property
     def texts_per_s(self) -> float:
-        return self.texts_now / max(1e-9, time.monotonic() - self._began_s)
+        """Until the last answer: embedding them takes its own time."""
+        until_s = self._last_s if self.texts_done >= self.texts else time.monotonic()
+        return self.texts_now / max(1e-9, until_s - self._began_s)
 
     def __str__(self) -> str:
         """As `answers 3/12 tasks, 1,200/6,144 texts, 85.0 a second, 61,000 tokens, cost 0.02 of at most 0.31, ...`."""

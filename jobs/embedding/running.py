@@ -183,18 +183,20 @@ class _Execution:
             except Exception as error:  # one endpoint that fails leaves the others their time
                 self._fail(task, words_of(error))
             else:
-                self._take_answers(task, Answered(answers=answers, source=dict(box.source())))
+                self._take_answers(task, (Answered(answers=answers, source=dict(box.source())), 0))
 
-    def _take_answers(self, task: Task, answered: Answered) -> None:
+    def _take_answers(self, task: Task, result: tuple[Answered, int]) -> None:
+        """`result`: with tokens that no meter counts."""
+        answered, tokens = result
         self._run.files.keep_answers(task.name, task.key, answered)
         self._run.answered[task.name] = answered
         self._told.answered += 1
-        self._told.finish(task.name, len(self._run.spec.probes) if task.asks else 0)
+        self._told.finish(task.name, len(self._run.spec.probes) if task.asks else 0, tokens)
 
     def _fail(self, task: Task, words: str) -> None:
         self._run.failed[task.name] = words
         self._told.failed += 1
-        self._told.finish(task.name, len(self._run.spec.probes) if task.asks else 0)
+        self._told.finish(task.name, len(self._run.spec.probes) if task.asks else 0, 0)
 
     def _hear_actor(self, task: Task, told: Progress | None) -> None:
         if told is not None:

@@ -294,6 +294,7 @@ def _model(one: "Table", folder: Path) -> ModelSpec:
 
 def _endpoint(one: "Table") -> EndpointSpec:
     base_url, name = one.take("endpoint", str), one.take("name", str, None, check=_check_name)
+    one.take("model", str)
     known = [field.name for field in dataclasses.fields(EndpointSettings) if field.name != "base_url"]
     given = {key: one.values[key] for key in one.values if key in known}
     one.seen |= given.keys()

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metasepia.errors import CorruptArtefact, InvalidSettings, MetasepiaError
+from metasepia.errors import CorruptArtefact, InvalidRequest, InvalidSettings, MetasepiaError
 
 _HEADER = re.compile(r"\s*\[\[?\s*([A-Za-z_]+)\s*\]?\]")
+_SECRET = re.compile("key|token|secret|password|auth", re.IGNORECASE)
+"""Fields whose value is not shown where it is a mistake: someone may have put a key there."""
 
 
 class Table:
@@ -58,7 +60,8 @@ class Table:
         for name in self.values:
             if name not in self.seen:
                 known = ", ".join(dict.fromkeys((*sorted(self.seen), *more)))
-                raise self.refused(name, self.values[name], f"left out; the fields here are {known}")
+                value = "(not shown)" if _SECRET.search(name) else self.values[name]
+                raise self.refused(name, value, f"left out; the fields here are {known}")
 
     def refused(self, name: str, value: object, allowed: str) -> InvalidSettings:
         return InvalidSettings(self.place_of(name), value, allowed)
@@ -86,6 +89,12 @@ class Named:
             first = re.split(r"[.\[]", error.field)[0]
             place = self._table.place_of(first)
             raise InvalidSettings(place + error.field[len(first) :], error.value, error.allowed) from None
+        if isinstance(error, InvalidRequest) and error.param:
+            field = error.param.rpartition(".")[2]
+            first = re.split(r"[.\[]", field)[0]
+            value = self._table.values.get(first, "(as given)")
+            place = self._table.place_of(field if first in self._table.values else "")
+            raise InvalidSettings(place, value, f"something else: {error.message}") from None
         if isinstance(error, MetasepiaError):
             raise InvalidSettings(self._table.place, "(as given)", f"something else: {error}") from error
         if isinstance(error, TypeError | ValueError):

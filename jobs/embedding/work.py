@@ -33,13 +33,21 @@ class Answering:
         self.progress: Progress | None = None
         """Of the unit at work; read from another thread."""
 
-    def answer(self, unit: LocalUnit) -> Answered:
-        """Raises whatever keeps the unit from being answered, in words."""
-        self.progress = None
-        if isinstance(unit, DataSetUnit):
-            answers = data_sets.read(unit.spec, unit.path)
-            return Answered(answers=answers, source={"notes": list(answers.notes)} if answers.notes else {})
-        return asyncio.run(self._asked(self._callable(unit) if isinstance(unit, CallableUnit) else self._model(unit)))
+    def answer(self, unit: LocalUnit) -> tuple[Answered, int]:
+        """The answers, and the tokens that were read and written for them.
+
+        Raises whatever keeps the unit from being answered, in words.
+        """
+        try:
+            if isinstance(unit, DataSetUnit):
+                answers = data_sets.read(unit.spec, unit.path)
+                return Answered(answers=answers, source={}), 0
+            box = self._callable(unit) if isinstance(unit, CallableUnit) else self._model(unit)
+            answered = asyncio.run(self._asked(box))
+            told = self.progress
+            return answered, 0 if told is None else told.prompt_tokens + told.completion_tokens
+        finally:
+            self.progress = None  # or the next unit would seem to have come as far
 
     async def _asked(self, box: BlackBox) -> Answered:
         answers = await box.answer(self._probes.texts, told=self._take)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
-from metasepia.digests import short
+from metasepia.digests import is_digest, short
 from metasepia.embedding.space import TaskEmbedding
 from metasepia.errors import InvalidSettings
 
@@ -267,12 +267,16 @@ def _in_order(words: Iterable[str]) -> list[str]:
 
 
 def _lines(source: Mapping[str, Any]) -> list[str]:
+    """For people: what is empty is left out, digests are cut to their first digits."""
     lines = []
     for name, value in source.items():
+        if value is None or value in ("", [], (), {}):
+            continue
+        if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+            value = ", ".join(value)
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-        text = " ".join(text.split())
-        if text:
-            lines.append(f"{name}: {text[: MAX_SOURCE_CHARS - 1] + '…' if len(text) > MAX_SOURCE_CHARS else text}")
+        text = short(text) if is_digest(text) else " ".join(text.split())
+        lines.append(f"{name}: {text[: MAX_SOURCE_CHARS - 1] + '…' if len(text) > MAX_SOURCE_CHARS else text}")
     return lines
 
 

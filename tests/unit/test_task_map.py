@@ -39,7 +39,7 @@ def points(num: int = 48) -> list[MapPoint]:
             kind=kinds[place // 6 % 4],
             space="agreement abc",
             vector=vector,
-            source={"num_texts": 100 + place, "labels": ["no", "yes"]},
+            source={"num_texts": 100 + place, "labels": ["no", "yes"], "answers": digest_of(place), "split": None},
         )
         for place, vector in enumerate(clusters(num))
     ]
@@ -123,7 +123,7 @@ def test_the_page_holds_points_by_space_and_neighbours_within_it():
         assert all(space[one] == space[place] for one in others)
     inside = [given[0].vector @ given[other].vector for other in data["points"]["near"][0]]
     np.testing.assert_allclose(data["points"]["cosine"][0], inside, atol=6e-4)
-    assert data["points"]["source"][0] == ["num_texts: 100", 'labels: ["no", "yes"]']
+    assert data["points"]["source"][0] == ["num_texts: 100", "labels: no, yes", f"answers: {digest_of(0)[:12]}"]
     assert max(abs(value) for xy in data["spaces"][0]["views"][0]["xy"] for value in xy) == 1.0
     assert re.match(r"Two principal components: \d+% of the variance, stress 0\.\d\d, \d+% of the nearest 5 kept\.",
                     data["spaces"][0]["views"][0]["told"])  # fmt: skip
@@ -233,7 +233,7 @@ def test_hover_shows_a_point_and_its_nearest_and_a_click_pins_it(tab: Tab, page:
     given, (near, _) = points(), nearest(clusters(), 5)
     tab.move(*where(tab, 20))
     shown = text(tab, "#near")
-    assert given[20].name in shown and "expert in agreement abc" in shown and "num_texts120" in shown
+    assert given[20].name in shown and "expert in agreement abc" in shown and "num texts120" in shown
     assert len(tab.value("[...document.querySelectorAll('#near td:last-child')].map(one => one.textContent)")) == 5
     assert given[int(near[20, 0])].name in shown or EVIL in shown
     tab.click(*where(tab, 20))

@@ -169,7 +169,7 @@
     const facts = element("dl");
     for (const line of points.source[i]) {
       const cutAt = line.indexOf(": ");
-      facts.append(element("dt", line.slice(0, cutAt)), element("dd", line.slice(cutAt + 2)));
+      facts.append(element("dt", words(line.slice(0, cutAt))), element("dd", line.slice(cutAt + 2)));
     }
     if (points.noise[i] !== null) facts.append(element("dt", "noise"), element("dd", points.noise[i].toPrecision(2)));
     if (facts.childElementCount) into.append(facts);
