@@ -20,8 +20,8 @@ from metasepia.blackbox.ways import FEWER_TOP, Ask, Form
 from metasepia.digests import digest_of
 from metasepia.errors import NotSupported
 
-FORM = "form"
-"""The fact of a cache that says how an endpoint is asked."""
+FORM = "form for "
+"""The fact of a cache that says how an endpoint is asked, by what the settings say of that."""
 MAX_CHANGES = 3
 """Changes of the model within one run that `ask again` goes along with; what alternates is no one model."""
 
@@ -127,7 +127,10 @@ class Run:
             why = await self._probe(form, text)
             if why is None:
                 await asyncio.to_thread(
-                    self._cache.put_fact, self._box, FORM, {"name": form.name, **form.abilities.to_json()}
+                    self._cache.put_fact,
+                    self._box,
+                    FORM + self._settings.way,
+                    {"name": form.name, **form.abilities.to_json()},
                 )
                 self.known.load(self._cache, self._box)
                 return form
@@ -137,6 +140,10 @@ class Run:
 
     async def _probe(self, form: Form, text: str) -> str | None:
         """Why this form is not to be used; None: it is."""
+        self.known.load(self._cache, self._box, [text])
+        newest = self.known.newest
+        if newest is not None and not self.known.missing(newest, text):  # asked when the settings said something else
+            return form.fit(text, self.known.parts[newest][text])
         while True:
             ask = form.asks(text, range(form.num_parts))[0]
             told = await self._client.ask(ask, partial(form.read, text, ask), probing=True)

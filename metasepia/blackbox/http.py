@@ -150,10 +150,6 @@ class EndpointClient:
         """
         settings = self._settings
         content = canonical_json(ask.body)
-        headers = {
-            "content-type": "application/json",
-            "idempotency-key": digest_of([salt, ask.route, content.decode()]),
-        }
         attempts = failures = bad = 0
         failed_at: float | None = None
         while True:
@@ -161,6 +157,9 @@ class EndpointClient:
                 raise Stopped
             reservation = await self._room(ask)
             sent = False
+            # Of what is asked, the sample among it; another one after a bad answer, which might be kept there.
+            same = digest_of([salt, ask.route, content.decode(), list(ask.parts), bad])
+            headers = {"content-type": "application/json", "idempotency-key": same}
             try:
                 await self._turn(reservation)
                 sent = True
@@ -174,7 +173,7 @@ class EndpointClient:
                 (reservation.keep if got.may_be_paid else reservation.release)()
                 problem, gives_up = got.problem, failures + 1 >= settings.max_attempts
                 failures += 1
-            elif got.status == 200:
+            elif 200 <= got.status < 300:
                 answered = self._read(ask, read, got, reservation)
                 if isinstance(answered, Answered):
                     return answered

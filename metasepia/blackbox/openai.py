@@ -190,7 +190,7 @@ class OpenAIEndpoint:
 
     def _form_of_before(self) -> Form | None:
         """The form that an earlier run found; None: none did, or the settings name another one."""
-        fact = self._cache.fact(self.box, FORM)
+        fact = self._cache.fact(self.box, FORM + self.settings.way)
         if not isinstance(fact, dict):
             return None
         abilities = Abilities(**{name: value for name, value in fact.items() if name != "name"})
