@@ -440,7 +440,8 @@ class Settings:
         texts = {one.id: one for one in self.encoders if one.modality == "text"}
         found = texts.get(self.tasks.encoder or next(iter(texts), ""))
         if found is None:
-            raise InvalidSettings("tasks.encoder", self.tasks.encoder, f"an encoder of texts ({', '.join(texts)})")
+            known = ", ".join(texts) or "none in [[encoders]]; add one"
+            raise InvalidSettings("tasks.encoder", self.tasks.encoder, f"an encoder of texts ({known})")
         return found
 
     def __post_init__(self) -> None:

@@ -13,10 +13,11 @@ import pytest
 
 from actors import task_jobs
 from metasepia.embedding import probes
+from metasepia.errors import Overloaded
 from serve.names import OWNER
 from serve.task_replica import TaskEmbeddingPart
 from tests.doors import DIGEST, Bench
-from tests.tasks import PROBES, SETTINGS, TopicModel, a_task_bench, data_set, topic_of
+from tests.tasks import PROBES, SETTINGS, TopicModel, WordEncoder, a_task_bench, data_set, topic_of
 
 PATH = "/v1/tasks"
 PROMPT = {"template": "{text}?", "labels": {"animal": "yes", "tool": "no"}}
@@ -313,6 +314,16 @@ def test_texts_longer_than_the_surrogates_window_are_refused_by_their_place_or_l
         assert plain["id"] == task["id"]  # what was embedded is the same
 
     bench.run(talk)
+
+
+def test_an_encoder_that_stays_full_is_waited_for_and_then_refused_for_now(bench: Bench) -> None:
+    assert isinstance(bench.encoder, WordEncoder)
+    bench.encoder.error = Overloaded("the queue of encoder minilm-fake", 0.05)
+    response = bench.post(PATH, {"examples": EXAMPLES}, **{"x-request-timeout-seconds": "0.4"})
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded"), response.text
+    assert response.headers["retry-after"] == "1" and bench.get(PATH).json()["data"] == []
+    bench.encoder.error = None
+    assert bench.post(PATH, {"examples": EXAMPLES}).status_code == 200
 
 
 def test_spaces_never_mix(bench: Bench) -> None:

@@ -66,5 +66,13 @@ def test_what_does_not_fit_is_refused_with_the_sum_of_its_parts():
         resources.check_fits(two_ranks, {"CPU": 2.0})
 
 
+def test_the_surrogate_is_the_first_encoder_of_texts_or_the_one_that_is_named():
+    assert settings.read("laptop", {}).surrogate.id == "minilm-l6"
+    named = settings.read("laptop", {"METASEPIA_TASKS__ENCODER": "minilm-l6"})
+    assert named.surrogate is named.encoders[0]
+    with pytest.raises(InvalidSettings, match=r"tasks.encoder = 'pixels' .* an encoder of texts \(minilm-l6\)"):
+        _ = settings.read("laptop", {"METASEPIA_TASKS__ENCODER": "pixels"}).surrogate
+
+
 def test_the_address_of_a_server_is_no_setting():
     assert settings.read("laptop", {"METASEPIA_URL": "http://127.0.0.1:8001"}) == settings.read("laptop", {})
