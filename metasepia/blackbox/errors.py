@@ -48,7 +48,7 @@ class EndpointUnavailable(MetasepiaError, ConnectionError):
 
     def __str__(self) -> str:
         return (
-            f"{self.endpoint} gave no answer for {self.model} in {self.attempts} attempts over {self.waited_s:.1f} s; "
+            f"{self.endpoint} gave no answer for {self.model} (attempts: {self.attempts}, over {self.waited_s:.1f} s); "
             f"last: {self.problem}. {self.kept}"
         )
 

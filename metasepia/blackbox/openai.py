@@ -283,7 +283,7 @@ class OpenAIEndpoint:
         return run.current
 
     def _kept(self, known: Known, same: str | None) -> str:
-        where = "in memory" if self._cache.path is None else f"in {self._cache.path}"
+        where = "in memory, as long as this black box lives" if self._cache.path is None else f"in {self._cache.path}"
         done, total = known.num_whole(same or known.newest), len(known.texts)
         return f"{done} of {total} texts are answered and kept {where}; the same call goes on from there"
 
@@ -338,7 +338,7 @@ class OpenAIEndpoint:
 
     def _check_matched(self, form: Form, notes: Mapping[str, Any]) -> None:
         if "samples" in notes:
-            share, replies = 1 - notes["unmatched"] / notes["samples"], tuple(notes["unmatched replies"])
+            share, replies = 1 - notes["unmatched"] / notes["samples"], tuple(dict.fromkeys(notes["unmatched replies"]))
         elif "named" in notes:
             share, replies = notes["named"], tuple(notes["likeliest"])
         else:
