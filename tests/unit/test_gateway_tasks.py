@@ -319,8 +319,8 @@ def test_texts_longer_than_the_surrogates_window_are_refused_by_their_place_or_l
 def test_an_encoder_that_stays_full_is_waited_for_and_then_refused_for_now(bench: Bench) -> None:
     async def talk(client: httpx.AsyncClient) -> None:
         assert isinstance(bench.encoder, WordEncoder)
-        bench.encoder.error = Overloaded("the queue of encoder minilm-fake", 0.05)
-        headers = {"x-request-timeout-seconds": "0.4"}
+        bench.encoder.error = Overloaded("the queue of encoder minilm-fake", 1.0)
+        headers = {"x-request-timeout-seconds": "1.8"}
         response = await client.post(PATH, json={"examples": EXAMPLES}, headers=headers)
         assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded"), response.text
         assert response.headers["retry-after"] == "1"
