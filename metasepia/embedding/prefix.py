@@ -74,9 +74,11 @@ class PrefixSettings:
     """fitted: see above. random: the same normal values for all tasks, labels in the order of their class means along
     a fixed direction."""
     head_trains: bool = False
-    ridge: float = 0.05
-    """Of the fitted head, in units of the vectors' total variance. Smaller: the head learns the answers by heart, and
-    nothing is left for the prefix; larger: it is the class means."""
+    components: int = 48
+    """The fitted head reads so many leading principal components of the texts' vectors, or all there are."""
+    ridge: float = 0.04
+    """Of the fitted head, in units of the variance of those components. Smaller: the head learns the answers by heart,
+    and noise is left for the prefix; larger: it is the class means."""
     imitate: Literal["needed", "always", "never"] = "needed"
     """needed: a task that did not answer the probe texts is imitated on them. always: every task is. never: such a task
     is tuned on its own texts."""
@@ -92,6 +94,7 @@ class PrefixSettings:
 
     def __post_init__(self) -> None:
         bounds = {"prefix_len": 256, "texts": 20_000, "max_tokens": 8192, "epochs": 10_000, "batch_size": 20_000}
+        bounds["components"] = 16_384
         for name, most in {**bounds, "patience": 10_000}.items():
             least = {"texts": 16, "max_tokens": 3}.get(name, 1)
             if not least <= getattr(self, name) <= most:
@@ -317,7 +320,7 @@ class PrefixMethod:
         answers, counted = torch.from_numpy(targets).to(device), torch.from_numpy(weights).to(device)
         own = vectors[torch.from_numpy(rows)]
         if self.settings.head == "fitted" or loss == "mse":
-            weight, bias = fitted_head(own, answers, counted, loss, self.settings.ridge)
+            weight, bias = fitted_head(own, answers, counted, loss, self.settings)
         else:
             answers = answers[:, _by_class_mean(own, answers)]
             drawn = np.random.default_rng([self.settings.initial_seed, 1]).normal(
@@ -349,9 +352,10 @@ def fitted_head(
     targets: Float[Tensor, "rows outputs"],
     weights: Float[Tensor, " rows"],
     loss: Loss,
-    ridge: float,
+    settings: PrefixSettings,
 ) -> tuple[Float[Tensor, "width outputs"], Float[Tensor, " outputs"]]:
-    """Ridge regression of the answers, in float64, taken as logits about the labels' shares for `bce` and `ce`.
+    """Ridge regression of the answers on principal components, in float64; for `bce` and `ce` taken as logits about the
+    labels' shares.
 
     At a share p of a label, logits move by 1 / (p (1 - p)) of what probabilities do (`ce`: 1 / p), to first order.
     A permutation of the labels permutes the head.
@@ -360,10 +364,10 @@ def fitted_head(
     share = (weights.double() / weights.double().sum())[:, None]
     mean, prior = (share * x).sum(0), (share * y).sum(0)
     x, y = x - mean, y - prior
-    covariance = x.T @ (share * x)
-    penalty = ridge * covariance.trace()
-    eye = torch.eye(len(covariance), dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(covariance + penalty * eye, x.T @ (share * y))
+    variances, components = torch.linalg.eigh(x.T @ (share * x))
+    variances, components = variances[-settings.components :], components[:, -settings.components :]
+    shrunk = (variances + settings.ridge * variances.sum()).clamp(min=1e-12)  # all texts the same: no head
+    weight = components @ ((components.T @ (x.T @ (share * y))) / shrunk[:, None])
     if loss == "mse":
         return weight.float(), (prior - mean @ weight).float()
     rare = prior.clamp(LEAST_SHARE, 1 - LEAST_SHARE)

@@ -229,7 +229,7 @@ def test_the_fitted_head_is_ridge_regression_and_takes_weights_as_copies():
     )
     counts = torch.tensor([3, 1, 1, 1, 2, 1, 1, 1, 1])
     copies = torch.repeat_interleave(torch.arange(9), counts)
-    weight, bias = fitted_head(x, y, counts.float(), "mse", 1e-9)
+    weight, bias = fitted_head(x, y, counts.float(), "mse", PrefixSettings(ridge=1e-9))
     ours = x @ weight + bias
     design = torch.cat([x, torch.ones(9, 1)], 1).double()[copies]
     theirs = torch.linalg.lstsq(design, y.double()[copies]).solution
@@ -274,7 +274,15 @@ def test_paper_values_learn_the_answers(tiny: TextEncoder):
             ("epochs", 0),
             ("learning_rate", float("nan")),
         ],
-        *[("ridge", 0.0), ("dropout", 1.0), ("texts", 30_000), ("initial_seed", -1), ("clip", -1.0), ("batch_size", 0)],
+        *[
+            ("ridge", 0.0),
+            ("components", 0),
+            ("dropout", 1.0),
+            ("texts", 30_000),
+            ("initial_seed", -1),
+            ("clip", -1.0),
+            ("batch_size", 0),
+        ],
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(tiny: TextEncoder, name: str, value: Any):
@@ -289,6 +297,9 @@ def test_tasks_without_a_place_are_refused_by_theirs(tiny: TextEncoder):
     with pytest.raises(InvalidRequest, match=r"tasks\[1\]: it answers every text alike"):
         embedding.embed([good, constant])
     long = Answers.of_labelled(["a b", "c", "a " * 30], ["x", "y", "x"])
+    same = Answers.of_labelled(["a b c"] * 20, ["x", "y"] * 10)
+    with pytest.raises(InvalidRequest, match="its texts do not explain its answers"):
+        PrefixMethod(tiny, PROBES, PrefixSettings(imitate="never")).embed([same])
     with pytest.raises(WindowExceeded):
         PrefixMethod(tiny, PROBES, PrefixSettings(imitate="never")).embed([long])
     assert embedding.embed([]).shape == (0, embedding.dims)
