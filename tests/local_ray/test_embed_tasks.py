@@ -83,7 +83,12 @@ models = ["local"]
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder and a causal model of random weights."""
     folder = tmp_path_factory.mktemp("parts")
-    sizes = {"vocab_size": tiny.VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": tiny.VOCAB_SIZE,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     BertModel(BertConfig(**sizes, intermediate_size=24, initializer_range=0.3)).save_pretrained(folder / "encoder")
     tiny.tokenizer().save_pretrained(folder / "encoder")

@@ -144,7 +144,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def tiny_encoder(folder: Path) -> None:
     """A text encoder of random weights, one token a byte."""
     if not folder.exists():
-        sizes = {"vocab_size": tiny.VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "vocab_size": tiny.VOCAB_SIZE,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         torch.manual_seed(0)
         BertModel(BertConfig(**sizes, intermediate_size=24, initializer_range=0.3)).save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
