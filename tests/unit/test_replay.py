@@ -20,6 +20,7 @@ from cluster.settings import (
     EncoderSettings,
     ReasoningSettings,
     Settings,
+    TaskSettings,
 )
 from jobs.replay import __main__ as program
 from jobs.replay import completions, files
@@ -41,7 +42,7 @@ from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
 from serve.gateway import Door, create_app
 from serve.shipped import ModuleCard
-from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoSearches
+from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoSearches, NoTasks
 
 MODULE = "5" * 64
 EXAMPLES = [
@@ -188,6 +189,8 @@ class World:
             {},
             Centroids(CentroidSettings(), home / "centroids"),
             CentroidSettings(),
+            NoTasks(),
+            TaskSettings(),
         )
         self.bench.app = create_app(door)
 
