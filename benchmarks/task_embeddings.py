@@ -51,6 +51,8 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     add("--speed-rounds", type=int, default=3, help="speed: turns that both sides take")
     options = parser.parse_args(arguments)
     options.methods = tuple(one for one in options.methods.split(",") if one)
+    if unknown := sorted(set(options.methods).difference(METHODS)):
+        parser.error(f"no method {', '.join(unknown)}; methods: {', '.join(METHODS)}")
     options.only = options.only.split(",") if options.only else None
     return options
 

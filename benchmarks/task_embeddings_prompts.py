@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from benchmarks import datasets, report
 from benchmarks.task_embeddings_answers import NUM_PERPLEXITY, NUM_TEST, PlainScorer, cut
@@ -67,6 +67,11 @@ def baselines(logprobs: Sequence[np.ndarray], perplexity: Sequence[float]) -> di
 def normalised(logprobs: np.ndarray) -> np.ndarray:
     shifted = np.exp(logprobs - logprobs.max(1, keepdims=True))
     return shifted / shifted.sum(1, keepdims=True)
+
+
+def correlation(scores: np.ndarray, accuracy: np.ndarray) -> float:
+    """Spearman's: of the ranks, equal values sharing theirs."""
+    return float(np.corrcoef(rankdata(scores), rankdata(accuracy))[0, 1])
 
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -126,13 +131,15 @@ def prompts(bench: Bench, arguments: Namespace) -> list[report.Row]:
     scorer = PlainScorer(arguments.home, arguments.runs)
     names = [name for name in TEN if (name in DEV_TASKS) == arguments.dev]
     names = [name for name in names if (arguments.data / f"{name}.parquet").is_file()]
+    if not names:
+        raise SystemExit(f"{arguments.data} holds none of {', '.join(f'{name}.parquet' for name in TEN)}")
     correlations: dict[str, dict[str, float]] = {}
     chosen: dict[str, dict[str, float]] = {}
     for name in names:
         scores, accuracy = scores_of(name, bench, scorer, arguments)
         print(f"  {name}: accuracies {np.round(np.sort(accuracy)[::-1], 2).tolist()}", flush=True)
         for side, each in scores.items():
-            value = float(spearmanr(each, accuracy).statistic) if np.ptp(each) > 0 else 0.0
+            value = correlation(each, accuracy) if np.ptp(each) > 0 else 0.0
             correlations.setdefault(side, {})[name] = value
             chosen.setdefault(side, {})[name] = float(accuracy[int(np.argmax(each))])
         chosen.setdefault("the best prompt", {})[name] = float(accuracy.max())

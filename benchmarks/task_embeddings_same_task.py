@@ -103,9 +103,9 @@ def models_of(tasks: Sequence[LabelledTask], bench: Bench) -> list[Entry]:
         does = {
             "words": does_it(task, first.predict(shown)),
             "letters": does_it(task, letters.predict(shown)),
-            "head": does_it(task, seen.predict(held)),
+            "head": does_it(task, np.asarray(seen.predict(held))),
             "words, turned": does_it(task, second.predict(shown)),
-            "head, renamed": does_it(task, seen_other.predict(held)),
+            "head, renamed": does_it(task, np.asarray(seen_other.predict(held))),
         }
         said = {
             "words": (first.classes_, first.predict_proba(probes)),
@@ -194,7 +194,7 @@ def learnable(task: LabelledTask, bench: Bench) -> bool:
         words_model().fit(texts, labels).predict(shown),
         head(bench.encoder.embed(texts), labels).predict(bench.encoder.embed(shown)),
     )
-    right = max(float((said == np.array(truth)).mean()) for said in sides)
+    right = max(float(np.mean(np.asarray(said) == np.array(truth))) for said in sides)
     return right >= np.unique(truth, return_counts=True)[1].max() / len(truth) + LEARNT
 
 

@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,9 @@ SCALE = 1.0
 """Norm of a source's standardised logits beside the unit-norm vector, root mean square over texts."""
 DRAWS = 24
 RESAMPLES = 10_000
+
+
+Embed = Callable[[list[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def head(vectors: np.ndarray, labels: Sequence[str], strength: float = 10.0) -> 
 
 def truths(
     tasks: Sequence[LabelledTask],
-    vectors_of,
+    vectors_of: Embed,
     targets: Sequence[str],
     folder: Path,
     *,
@@ -106,7 +109,7 @@ def truths(
 
 
 def _measure(
-    target: LabelledTask, sources: Sequence[LabelledTask], vectors_of, per_class: int, scale: float, draws: int
+    target: LabelledTask, sources: Sequence[LabelledTask], vectors_of: Embed, per_class: int, scale: float, draws: int
 ) -> tuple[float, np.ndarray]:
     train, labels = vectors_of([text for text, _ in target.train]), [label for _, label in target.train]
     test, truth = vectors_of([text for text, _ in target.held_out]), np.array([label for _, label in target.held_out])
@@ -127,10 +130,10 @@ def _measure(
     for draw in range(draws):
         chosen = balanced_order(labels, seed=100 + draw)[:number]
         few = [labels[int(i)] for i in chosen]
-        base[draw] = (head(train[chosen], few).predict(test) == truth).mean()
+        base[draw] = np.mean(np.asarray(head(train[chosen], few).predict(test)) == truth)
         for place, (a, b) in enumerate(beside):
             fitted = head(np.hstack([train[chosen], a[chosen]]), few)
-            gains[draw, place] = (fitted.predict(np.hstack([test, b])) == truth).mean() - base[draw]
+            gains[draw, place] = np.mean(np.asarray(fitted.predict(np.hstack([test, b]))) == truth) - base[draw]
     return float(base.mean()), gains
 
 

@@ -216,7 +216,7 @@ def of_run(spec_file: Path, run: str, home: Path) -> list[Source]:
     from metasepia.blackbox.cache import AnswerCache
     from metasepia.blackbox.meter import Meter
 
-    files, spec = RunFiles(run), read(spec_file, None)
+    files, spec = RunFiles(run), read(spec_file, ())
     with AnswerCache(cache_path(files.uri, home)) as cache:
         tasks = tasks_of(spec, home, cache, Meter())
         kept = {task.name: files.answered(task.name, task.key) for task in tasks}
@@ -436,7 +436,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Any]) -> int:
     if arguments.spec is not None:
         from jobs.embedding.spec import read
 
-        probes = read(arguments.spec, None).probes
+        probes = read(arguments.spec, ()).probes
         sources = of_run(arguments.spec, arguments.run, arguments.home)
     elif arguments.data is not None:
         sources = of_folder(arguments.data, arguments.texts)
