@@ -12,6 +12,7 @@ from jobs.export_expert import Given, read_given
 from metasepia.blackbox.cache import AnswerCache
 from metasepia.blackbox.meter import Meter
 from metasepia.blackbox.openai import OpenAIEndpoint
+from metasepia.blackbox.pace import Pace
 from metasepia.blackbox.prompts import Prompt
 from metasepia.blackbox.tokens import adapter_json
 from metasepia.digests import digest_of, digest_of_file
@@ -104,7 +105,9 @@ def tasks_of(spec: Spec, home: Path, cache: AnswerCache, meter: Meter) -> list[T
             if isinstance(model, CallableSpec):
                 tasks.append(_callable(model, spec))
             elif isinstance(model, EndpointSpec):
-                tasks += [_endpoint(model, prompt, spec, cache, meter) for prompt in asked]
+                # One pace for all prompts: the limits are of the endpoint.
+                pace = Pace(model.settings.requests_per_minute, model.settings.tokens_per_minute)
+                tasks += [_endpoint(model, prompt, spec, cache, meter, pace) for prompt in asked]
             else:
                 tasks += _backbone(model, asked, spec, home)
         except InvalidSettings:
@@ -156,9 +159,9 @@ def _callable(spec: CallableSpec, run: Spec) -> Task:
     return Task(name=spec.name, kind="model", key=digest_of(fields), unit=CallableUnit(spec=spec, version=version))
 
 
-def _endpoint(spec: EndpointSpec, prompt: PromptSpec, run: Spec, cache: AnswerCache, meter: Meter) -> Task:
+def _endpoint(spec: EndpointSpec, prompt: PromptSpec, run: Spec, cache: AnswerCache, meter: Meter, pace: Pace) -> Task:
     try:
-        box = OpenAIEndpoint(spec.settings, prompt.prompt, cache, meter)
+        box = OpenAIEndpoint(spec.settings, prompt.prompt, cache, meter, pace=pace)
     except InvalidSettings as error:
         raise InvalidSettings(f"{spec.place}.{error.field}", error.value, error.allowed) from None
     key = digest_of({"kind": "endpoint", "box": box.digest, "probes": run.probes.digest})

@@ -118,6 +118,7 @@ def embeddings(folder: Path, out: str) -> bytes:
     return (folder / out / "embeddings.parquet").read_bytes()
 
 
+@pytest.mark.timeout(900)  # three runs, each with a Ray of its own
 def test_bytes_are_the_same_for_any_number_of_workers_and_after_kills(folder: Path):
     slow = [False]
 
