@@ -13,7 +13,7 @@ Squares know no signs and the head no order: labels renamed, permuted or flipped
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -32,7 +32,6 @@ from metasepia.embedding.fisher_training import (
     Tuning,
     fit_head,
     tune,
-    with_linears,
 )
 from metasepia.embedding.methods import CONSTANT
 from metasepia.embedding.probes import ProbeTexts
@@ -282,7 +281,7 @@ class FisherMethod:
                 for depth, layer in enumerate(layers[looked_at:], surrogate.num_layers - settings.layers):
                     parts = {name: _Recording(getattr(layer, name), f"layers.{depth}.{name}") for name in LINEARS}
                     recordings += parts.values()
-                    hidden = surrogate.forward_layer(with_linears(layer, **parts), hidden, bias)
+                    hidden = surrogate.forward_layer(replace(layer, **parts), hidden, bias)
                 vectors = surrogate.vectors(hidden, mask)
             inputs = [one.input for one in recordings]
             outputs = [one.output for one in recordings]

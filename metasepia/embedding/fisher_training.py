@@ -5,7 +5,7 @@ Tasks are tuned side by side: their weights are stacked, and one batch goes thro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -181,13 +181,8 @@ class StackedLinear(FrozenLinear):
         return FrozenLinear(self.weight[task].detach().clone(), self.bias[task].detach().clone())
 
 
-def with_linears(layer: Layer, **linears: FrozenLinear) -> Layer:
-    """The layer with some linear parts computed by something else that is called in the same way."""
-    parts = {name: linears.get(name, getattr(layer, name)) for name in LINEARS}
-    return Layer(attention_norm=layer.attention_norm, output_norm=layer.output_norm, **parts)
-
-
 LINEARS = ("query_key_value", "attended", "up", "down")
+"""Parts of a surrogate's layer that have weights."""
 
 
 def tune(
@@ -207,7 +202,7 @@ def tune(
     stacked = [
         {n: StackedLinear.copies(getattr(one, n), tasks) for n in LINEARS} for one in surrogate.layers[first_layer:]
     ]
-    layers = [with_linears(one, **parts) for one, parts in zip(surrogate.layers[first_layer:], stacked, strict=True)]
+    layers = [replace(one, **parts) for one, parts in zip(surrogate.layers[first_layer:], stacked, strict=True)]
     weights = [head.weight.clone().to(surrogate.device).requires_grad_() for head in heads]
     biases = [head.bias.clone().to(surrogate.device).requires_grad_() for head in heads]
     linears = [linear for parts in stacked for linear in parts.values()]
@@ -242,7 +237,7 @@ def tune(
     return [
         (
             [
-                with_linears(one, **{name: linear.of(t) for name, linear in parts.items()})
+                replace(one, **{name: linear.of(t) for name, linear in parts.items()})
                 for one, parts in zip(surrogate.layers[first_layer:], stacked, strict=True)
             ],
             Head(weight=weights[t].detach(), bias=biases[t].detach(), loss=head.loss),
