@@ -145,7 +145,9 @@ def changes_of(source: Source, seeds: int) -> list[Change]:
 # -- sources -----------------------------------------------------------------------------------------------------------
 
 
-def built_in(num_texts: int, backbone: str | None, probes: ProbeTexts, home: Path, wordings: int) -> list[Source]:
+def built_in(
+    num_texts: int, backbone: str | None, probes: ProbeTexts, home: Path, wordings: int, out: Path
+) -> list[Source]:
     """The tasks of sentences, as data sets and, each with several of its own templates, as prompts on a backbone."""
     sources = []
     for name, task in TASKS.items():
@@ -154,7 +156,7 @@ def built_in(num_texts: int, backbone: str | None, probes: ProbeTexts, home: Pat
         answers = Answers.of_labelled([text for text, _ in chosen], [label for _, label in chosen])
         sources.append(Source(name=f"{name}, data set", task=name, answers=answers))
     if backbone is not None:
-        asked = _asked(backbone, probes, home, wordings)
+        asked = _asked(backbone, probes, home, wordings, out)
         sources += [
             Source(name=f"{name}, prompt", task=name, answers=first, paraphrases=tuple(others))
             for name, (first, *others) in asked.items()
@@ -162,11 +164,15 @@ def built_in(num_texts: int, backbone: str | None, probes: ProbeTexts, home: Pat
     return sources
 
 
-def _asked(backbone: str, probes: ProbeTexts, home: Path, wordings: int) -> dict[str, list[Answers]]:
-    """What the backbone says of the probe texts under each wording of each task, with the words as labels."""
+def _asked(backbone: str, probes: ProbeTexts, home: Path, wordings: int, out: Path) -> dict[str, list[Answers]]:
+    """What the backbone says of the probe texts under each wording of each task, with the words as labels.
+
+    Answers are kept in OUT/answers.sqlite, so that a run that was stopped asks for none again.
+    """
     import torch
 
     from jobs.embedding.still import StillBackbone
+    from metasepia.blackbox.cache import AnswerCache
     from metasepia.blackbox.local import LocalModel
     from metasepia.blackbox.prompts import Prompt
     from metasepia.blackbox.tokens import TextTokens
@@ -179,12 +185,14 @@ def _asked(backbone: str, probes: ProbeTexts, home: Path, wordings: int) -> dict
     tokens = TextTokens(prepared)
     found: dict[str, list[Answers]] = {}
     asked = [(name, template) for name, task in TASKS.items() for template in task.templates["train"][:wordings]]
-    for name, template in track(asked, description="Asking"):
-        prompt = Prompt(template=template, labels={label: label for label in TASKS[name].labels})
-        box = LocalModel(StillBackbone(model, prepared, layers), tokens, prompt, prepared=prepared)
-        answers = asyncio.run(box.answer(probes.texts))
-        if not answers.is_constant:
-            found.setdefault(name, []).append(answers)
+    out.mkdir(parents=True, exist_ok=True)
+    with AnswerCache(out / "answers.sqlite") as cache:
+        for name, template in track(asked, description="Asking"):
+            prompt = Prompt(template=template, labels={label: label for label in TASKS[name].labels})
+            box = LocalModel(StillBackbone(model, prepared, layers), tokens, prompt, prepared=prepared, cache=cache)
+            answers = asyncio.run(box.answer(probes.texts))
+            if not answers.is_constant:
+                found.setdefault(name, []).append(answers)
     return found
 
 
@@ -402,7 +410,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--encoder", default=ENCODER)
     p.add_argument("--backbone", default=BACKBONE, help="that prompts are asked on; none leaves prompts out")
     p.add_argument("--home", type=Path, default=Path(".metasepia"))
-    p.add_argument("--probes", type=int, default=128, help="shipped probe texts, the first so many")
+    p.add_argument("--probes", type=int, default=64, help="shipped probe texts, the first so many")
     p.add_argument("--texts", type=int, default=600, help="of a data set, at most")
     p.add_argument(
         "--wordings", type=int, default=3, help="of a built-in task; the others are paraphrases of the first"
@@ -442,7 +450,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Any]) -> int:
         sources = of_folder(arguments.data, arguments.texts)
     else:
         backbone = None if arguments.backbone == "none" else arguments.backbone
-        sources = built_in(arguments.texts, backbone, probes, arguments.home, arguments.wordings)
+        sources = built_in(arguments.texts, backbone, probes, arguments.home, arguments.wordings, arguments.out)
     if len({one.task for one in sources}) < 2:
         raise InvalidSettings("tasks", len(sources), "two or more, to tell how far they lie apart")
     encoder = load(arguments.encoder)
