@@ -321,7 +321,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "moved_over_apart": float(moved.mean() / apart.mean()) if np.isfinite(apart).all() else None,
             }
         )
-    return found
+    places = list(LEVELS)
+    return sorted(found, key=lambda one: (one["method"], places.index(one["kind"]), one["level"]))
 
 
 def words(found: Sequence[Mapping[str, Any]], sources: Sequence[Source]) -> str:

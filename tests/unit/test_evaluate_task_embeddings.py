@@ -92,6 +92,12 @@ def test_the_ratio_is_that_of_the_two_distances():
     assert found["moved_over_apart"] == pytest.approx(0.1 / 0.8)
 
 
+def test_levels_stand_in_order_whichever_source_came_first():
+    row = {"method": "m", "kind": "temperature", "cosine": 0.5, "kept": True, "between": 0.2, "source": "a"}
+    found = job.summary([row | {"level": level} for level in (0.5, 1.5, 0.0, 1.0)])
+    assert [one["level"] for one in found] == [0.0, 0.5, 1.0, 1.5]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     data = tmp_path / "data"
