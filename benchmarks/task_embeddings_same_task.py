@@ -12,7 +12,8 @@ different pairs; intervals are bootstraps over families.
 - `cross`: the same, and a neighbour must be another kind of model, of another data set if the task has one.
 - `all`: models and both halves of every data set, as labelled data.
   These three are of models that do their task at all: `LEARNT` above the largest class, as above; a model at chance
-  holds no task to be known again. `shared-models` and `all-models` are of every model.
+  holds no task to be known again. That rule came after a look at all families; `shared-models` and `all-models` are
+  of every model.
 - `label sets`: halves of data sets; candidates of the query's own data set or label set are left out of its family.
 - `texts`: halves of data sets; candidates of the query's data set are left out of its family, other tasks on the same
   texts are not.
