@@ -209,7 +209,7 @@ def read(path: Path, methods: Sequence[str] = ()) -> Spec:
         title=top.take("title", str, path.stem),
         encoder=_beside(path.parent, top.take("encoder", str, DEFAULT_ENCODER)),
         device=top.take_one("device", ("cpu", "cuda"), "cpu"),  # pyright: ignore[reportArgumentType]
-        seed=top.take("seed", int, 0),
+        seed=top.take("seed", int, 0, check=_check_seed),
         redraws=top.take("redraws", int, 8),
         probes=_probes(source.table("probes"), path.parent),
         methods=found or (_method_named("agreement"),),
@@ -247,7 +247,7 @@ def _data_set(one: "Table", folder: Path) -> DataSetSpec:
         split=one.take("split", str, None),
         where=tuple(sorted((str(column), str(value)) for column, value in where.items())),
         most=one.take("most", int, MOST_EXAMPLES),
-        seed=one.take("seed", int, 0),
+        seed=one.take("seed", int, 0, check=_check_seed),
         long_texts=one.take_one("long_texts", get_args(LongTexts), "leave_out"),  # pyright: ignore[reportArgumentType]
     )
     if not 2 <= made.most <= MAX_EXAMPLES:
@@ -301,11 +301,18 @@ def _endpoint(one: "Table") -> EndpointSpec:
     one.done(known)
     with one.named():
         if "prices" in given:
-            given["prices"] = Prices(**given["prices"])
-        if "calibrate" in given:
+            given["prices"] = _prices(given["prices"])
+        if isinstance(given.get("calibrate"), list):
             given["calibrate"] = tuple(given["calibrate"])
         settings = EndpointSettings(base_url=base_url, **given)
     return EndpointSpec(place=one.place, name=name or settings.model, settings=settings)
+
+
+def _prices(given: object) -> Prices:
+    names = [field.name for field in dataclasses.fields(Prices)]
+    if not isinstance(given, dict) or sorted(given) != sorted(names):
+        raise InvalidSettings("prices", given, f"a table of {' and '.join(names)}")
+    return Prices(**given)
 
 
 def _prompts(one: "Table", folder: Path, askable: Sequence[str]) -> Iterator[PromptSpec]:
@@ -389,6 +396,10 @@ def _check_name(name: str) -> str | None:
     if not name.strip() or len(name) > MAX_NAME_CHARS or not name.isprintable():
         return f"1 to {MAX_NAME_CHARS} printable characters"
     return None
+
+
+def _check_seed(seed: int) -> str | None:
+    return None if seed >= 0 else "0 or more"
 
 
 def _check_unique(named: Sequence[tuple[str, str]], field: str) -> None:

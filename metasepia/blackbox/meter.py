@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from metasepia.blackbox.errors import BudgetReached
 from metasepia.errors import InvalidSettings
+from metasepia.kinds import check_kinds
 
 CHARS_PER_TOKEN = 4
 """Where no tokenizer is given; about right for English text and common vocabularies."""
@@ -23,6 +24,7 @@ class Prices:
     completion_per_million: float
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, price in (("prompt", self.prompt_per_million), ("completion", self.completion_per_million)):
             if not 0 <= price < float("inf"):
                 raise InvalidSettings(f"prices.{name}_per_million", price, "0 or more")

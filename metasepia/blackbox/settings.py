@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from metasepia.blackbox.keys import check_variable
 from metasepia.blackbox.meter import Prices
 from metasepia.digests import canonical_json
 from metasepia.errors import InvalidSettings
+from metasepia.kinds import check_kinds
 
 Api = Literal["chat", "completions"]
 Way = Literal["echo", "prompt logprobs", "first token", "sampling"]
@@ -79,6 +80,7 @@ class EndpointSettings:
 
     def __post_init__(self) -> None:
         """Raises InvalidSettings naming the field."""
+        check_kinds(self)
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         object.__setattr__(self, "extra", dict(self.extra))
         _check_url(self.base_url)
@@ -89,15 +91,6 @@ class EndpointSettings:
         header = self.key_header
         if not header.isascii() or not header.replace("-", "").isalnum():
             raise InvalidSettings("key_header", "(not shown)", "the name of a header, as Authorization or api-key")
-        for name, kind in (("api", Api), ("normalise", Normalise)):
-            if getattr(self, name) not in get_args(kind):
-                raise InvalidSettings(name, getattr(self, name), f"one of {', '.join(get_args(kind))}")
-        if self.way not in ("auto", *get_args(Way)):
-            raise InvalidSettings("way", self.way, f"auto, or one of {', '.join(get_args(Way))}")
-        if self.same not in ("model and fingerprint", "model"):
-            raise InvalidSettings("same", self.same, "'model and fingerprint' or 'model'")
-        if self.on_change not in ("stop", "ask again"):
-            raise InvalidSettings("on_change", self.on_change, "'stop' or 'ask again'")
         if self.way == "echo" and self.api == "chat":
             raise InvalidSettings("way", self.way, "used with api = 'completions'; chats have no echo")
         if not 0 < self.temperature <= 2:

@@ -34,6 +34,7 @@ from metasepia.embedding.heads import Features, Ridge
 from metasepia.embedding.probes import ProbeTexts
 from metasepia.embedding.space import Space
 from metasepia.errors import InvalidRequest, InvalidSettings, WindowExceeded
+from metasepia.kinds import check_kinds
 
 VERSION = 1
 """Of the arithmetic; part of the space."""
@@ -70,12 +71,13 @@ class AgreementSettings:
     sketch_seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not 64 <= self.dims <= 65_536:
             raise InvalidSettings("dims", self.dims, "between 64 and 65536")
-        if self.imitate not in ("needed", "always", "half"):
-            raise InvalidSettings("imitate", self.imitate, "one of needed, always, half")
         if not 0 <= self.replies < 1:
             raise InvalidSettings("replies", self.replies, "at least 0 and below 1")
+        if self.sketch_seed < 0:
+            raise InvalidSettings("sketch_seed", self.sketch_seed, "0 or more")
 
 
 class AgreementMethod:

@@ -39,6 +39,7 @@ from metasepia.embedding.space import Space
 from metasepia.embedding.surrogate import FrozenLinear, Layer, Surrogate
 from metasepia.encoders import TextEncoder
 from metasepia.errors import InvalidRequest, InvalidSettings
+from metasepia.kinds import check_kinds
 
 VERSION = 1
 """Of the arithmetic; part of the space."""
@@ -87,11 +88,13 @@ class FisherSettings:
     sketch_seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("layers", "epochs", "batch_size", "directions", "most_texts"):
             if not getattr(self, name) >= 1:
                 raise InvalidSettings(name, getattr(self, name), "1 or more")
-        if not self.tuned_layers >= 0:
-            raise InvalidSettings("tuned_layers", self.tuned_layers, "0 or more")
+        for name in ("tuned_layers", "sketch_seed"):
+            if not getattr(self, name) >= 0:
+                raise InvalidSettings(name, getattr(self, name), "0 or more")
         if not 16 <= self.sketch <= 1 << 20:
             raise InvalidSettings("sketch", self.sketch, f"16 to {1 << 20}")
         for name in ("learning_rate", "ridge"):
@@ -99,9 +102,6 @@ class FisherSettings:
                 raise InvalidSettings(name, getattr(self, name), "positive and finite")
         if not 0 <= self.weight_decay < float("inf"):
             raise InvalidSettings("weight_decay", self.weight_decay, "0 or more, finite")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InvalidSettings(name, getattr(self, name), f"one of {', '.join(allowed)}")
         if self.expectation == "answers" and self.over == "probes":
             raise InvalidSettings(
                 "expectation", "answers", "model where over = 'probes': they are not the task's texts"
@@ -114,14 +114,6 @@ class FisherSettings:
     @property
     def expected(self) -> Expectation:
         return "loss" if self.reference else self.expectation
-
-
-_CHOICES = {
-    "loss": ("softmax", "sigmoid"),
-    "over": ("probes", "task"),
-    "expectation": ("model", "answers"),
-    "normalise": ("tensor", "none"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ def _settings(of: type[_Settings], given: Mapping[str, Any]) -> _Settings:
     known = [field.name for field in dataclasses.fields(of)]  # pyright: ignore[reportArgumentType]
     for name, value in given.items():
         if name not in known:
-            raise InvalidSettings(name, value, f"left away: this method has {', '.join(known)}")
+            raise InvalidSettings(name, value, f"left out: this method has {', '.join(known)}")
     return of(**given)
 
 

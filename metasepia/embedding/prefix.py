@@ -31,6 +31,7 @@ from metasepia.embedding.space import Space
 from metasepia.embedding.surrogate import Surrogate
 from metasepia.encoders import TextEncoder
 from metasepia.errors import InvalidRequest, InvalidSettings
+from metasepia.kinds import check_kinds
 
 VERSION = 1
 """Of the arithmetic; part of the space."""
@@ -94,15 +95,13 @@ class PrefixSettings:
     """Of the initial prefix, and of a random head."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         bounds = {"prefix_len": 256, "texts": 20_000, "max_tokens": 8192, "epochs": 10_000, "batch_size": 20_000}
         bounds["components"] = 16_384
         for name, most in {**bounds, "patience": 10_000}.items():
             least = {"texts": 16, "max_tokens": 3}.get(name, 1)
             if not least <= getattr(self, name) <= most:
                 raise InvalidSettings(name, getattr(self, name), f"between {least} and {most}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InvalidSettings(name, getattr(self, name), f"one of {', '.join(choices)}")
         for name in ("learning_rate", "clip", "ridge"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidSettings(name, getattr(self, name), "positive and finite")
@@ -115,14 +114,6 @@ class PrefixSettings:
             raise InvalidSettings("initial_seed", self.initial_seed, "0 or more")
 
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "optimiser": ("descent", "adamw"),
-    "loss": ("bce", "ce", "mse"),
-    "head": ("fitted", "random"),
-    "imitate": ("needed", "always", "never"),
-    "centre": ("echo", "none"),
-    "reduce": ("layers", "positions"),
-}
 PAPER: Mapping[str, Any] = {
     **{"texts": 1000, "epochs": 120, "batch_size": 32, "optimiser": "adamw", "learning_rate": 1e-2},
     **{"weight_decay": 0.01, "dropout": 0.15, "head": "random", "head_trains": True, "imitate": "never"},

@@ -127,6 +127,11 @@ def test_methods_of_the_command_take_the_place_of_the_file_s(tmp_path: Path):
         ),
         ("[[model]]\nendpoint = 'http://h/v1'\n", r"spec.toml:1 model\[0\].model = None .* given"),
         (
+            "[[model]]\nendpoint = 'http://h/v1'\nmodel = 'm'\nprices = { prompt = 1 }\n",
+            r"spec.toml:4 model\[0\].prices = .* prompt_per_million and completion_per_million",
+        ),
+        ("[[data_set]]\npath='a'\nseed = -1\n", r"spec.toml:3 data_set\[0\].seed = -1 .* 0 or more"),
+        (
             "[[model]]\nendpoint = 'http://h/v1'\nmodel = 'm'\nkey = 'sk-1234567890'\n",
             r"spec.toml:4 model\[0\].key = .* left out",
         ),
