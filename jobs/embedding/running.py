@@ -20,6 +20,7 @@ from jobs.embedding.progress import Bar, Told
 from jobs.embedding.spec import MethodSpec, Spec
 from jobs.embedding.work import Embedding, ToEmbed
 from metasepia.blackbox.boxes import Progress
+from metasepia.blackbox.errors import CacheFailed, EndpointUnavailable
 from metasepia.blackbox.keys import Key
 from metasepia.blackbox.meter import Meter
 from metasepia.digests import digest_of
@@ -172,16 +173,28 @@ class _Execution:
             await pool.run(chosen)
 
     async def _ask_one_after_another(self, tasks: Sequence[Task]) -> None:
-        """Prompts of one endpoint, each with as many requests in flight as its settings say."""
+        """Prompts of one endpoint, each with as many requests in flight as its settings say.
+
+        Once a model is silent for longer than its patience its other prompts are not asked: each would wait as long.
+        CacheFailed ends the run, since nothing more that is paid for could be kept.
+        """
         from jobs.embedding.pool import words_of
 
+        silent: dict[str, str] = {}
         for task in tasks:
             assert isinstance(task.unit, EndpointUnit)
-            box = task.unit.box
+            box, model = task.unit.box, task.unit.spec.name
+            if model in silent:
+                self._fail(task, f"not asked: {silent[model]}")
+                continue
             try:
                 answers = await box.answer(self._run.spec.probes.texts, told=lambda told, t=task: self._hear(t, told))
+            except CacheFailed:
+                raise
             except Exception as error:  # one endpoint that fails leaves the others their time
                 self._fail(task, words_of(error))
+                if isinstance(error, EndpointUnavailable):
+                    silent[model] = f"{model} gave no answer to {box.prompt.name} ({error.problem})"
             else:
                 self._take_answers(task, (Answered(answers=answers, source=dict(box.source())), 0))
 

@@ -17,6 +17,8 @@ from jobs.embedding import actors, pool
 from jobs.embedding.files import Answered, RunFiles, from_parquet, to_parquet
 from jobs.embedding.progress import Told
 from jobs.embedding.still import StillBackbone
+from metasepia.blackbox.cache import AnswerCache
+from metasepia.blackbox.errors import CacheFailed
 from metasepia.blackbox.meter import Meter
 from metasepia.embedding import store
 from metasepia.embedding.answers import Answers
@@ -336,6 +338,34 @@ def test_an_endpoint_that_refuses_fails_alone_and_goes_on_later(tmp_path: Path, 
         broken[0] = False
         assert run(tmp_path) == 0
         assert max(endpoint.answered.values()) == 1, "what was answered before is not asked again"
+
+
+def test_a_model_that_is_silent_is_waited_for_once_and_asked_again_by_the_same_command(
+    tmp_path: Path, in_process: list[int]
+):
+    silent = [True]
+    with Endpoint(behave=lambda count, body: Http(drop=True) if silent[0] else None) as endpoint:
+        endpoint_spec(tmp_path, endpoint.url)
+        assert run(tmp_path) == 1
+        told = report(tmp_path)["tasks"]
+        assert "gave no answer" in told[0]["why"] and told[1]["why"].startswith("not asked: served gave no answer to a")
+        assert len(endpoint.requests) == 2, "the attempts of one request"
+        silent[0] = False
+        assert run(tmp_path) == 0
+
+
+def test_answers_that_cannot_be_kept_end_the_run(
+    tmp_path: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def full(*_: object) -> None:
+        raise CacheFailed("answers.sqlite", "cannot be written: the disk is full")
+
+    monkeypatch.setattr(AnswerCache, "put", full)
+    with Endpoint() as endpoint:
+        endpoint_spec(tmp_path, endpoint.url)
+        assert run(tmp_path) == 2
+        assert "the disk is full" in capsys.readouterr().err
+        assert not any("B?" in json.dumps(body) for _, _, body in endpoint.requests)
 
 
 def test_a_missing_key_is_told_before_anything_is_asked_and_never_written(
