@@ -31,6 +31,7 @@ from metasepia.embedding.space import KINDS, TaskEmbedding
 from metasepia.embedding.vendi import MOST_FOR_ANY_ORDER, Diversity, diversity, kernel_of
 from metasepia.errors import InvalidRequest, InvalidSettings, MetasepiaError
 from metasepia.pages import Page
+from metasepia.sweeps.files import Files
 
 LEAST_RELIABILITY = 0.02
 """Of a data set whose halves hardly agree; its corrected cosines are then mostly cut at 1."""
@@ -86,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InvalidSettings("show", arguments.show, "at least 1")
     if not 8 <= arguments.most <= MAX_EXAMPLES:
         raise InvalidSettings("most", arguments.most, f"between 8 and {MAX_EXAMPLES}")
+    files = Files.at(str(arguments.out))  # refuses a place that is none before anything is embedded
     collection = _of_embeddings(arguments) if arguments.embeddings else _of_data_sets(arguments)
     embeddings = collection.embeddings
     if len(embeddings) < 2:
@@ -97,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if collection.halves is not None and len(embeddings) <= MOST_FOR_ANY_ORDER:
         corrected = diversity(vectors, order=arguments.order, reliability=reliability_of(collection.halves))
     words = words_of(embeddings, measured, corrected, collection, arguments.show)
-    _write(arguments, collection, measured, corrected, words)
+    _write(files, arguments.show, collection, measured, corrected, words)
     print("\n".join([*words, f"written to {arguments.out}"]))
     return 0
 
@@ -224,14 +226,14 @@ def words_of(
 
 
 def _write(
-    arguments: argparse.Namespace,
+    files: Files,
+    show: int,
     collection: Collection,
     measured: Diversity,
     corrected: Diversity | None,
     words: Sequence[str],
 ) -> None:
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    """Each file whole or not at all. Raises StorageFailed."""
     embeddings, by = collection.embeddings, corrected or measured
     rank = {place: number for number, place in enumerate(by.by_adds)}
     rows = [
@@ -253,17 +255,17 @@ def _write(
         "measured": _plain(measured),
         "freed_of_noise": None if corrected is None else _plain(corrected),
         "tasks": rows,
-        "least": [embeddings[place].name for place in by.by_adds[: arguments.show]],
-        "most": [embeddings[place].name for place in by.by_adds[::-1][: arguments.show]],
+        "least": [embeddings[place].name for place in by.by_adds[:show]],
+        "most": [embeddings[place].name for place in by.by_adds[::-1][:show]],
         "notes": collection.notes,
     }
-    _keep(out / "diversity.json", (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+    files.write("diversity.json", (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink)
-    _keep(out / "tasks.parquet", sink.getvalue().to_pybytes())
+    files.write("tasks.parquet", sink.getvalue().to_pybytes())
     vectors = np.stack([one.vector for one in embeddings])
     freed = None if corrected is None or collection.halves is None else reliability_of(collection.halves)
-    _keep(out / "picture.svg", picture([one.name for one in embeddings], vectors, by, freed))
+    files.write("picture.svg", picture([one.name for one in embeddings], vectors, by, freed))
     page = Page("Diversity of a collection of tasks").text(words[0], *(w for w in words[1:2] if corrected))
     header = ("task", "examples", "adds", "nearest other", "their cosine", "cosine of its halves")
     table = [
@@ -274,7 +276,7 @@ def _write(
     if collection.notes:
         page.section("Notes").items(collection.notes)
     page.text("The picture beside this page, picture.svg, shows the cosines of tasks.")
-    page.write(out / "report.html")
+    files.write("report.html", page.html().encode())
 
 
 def picture(
@@ -340,13 +342,6 @@ def _plain(measured: Diversity) -> dict[str, object]:
         "high": measured.high,
         "adds_order": measured.adds_order if np.isfinite(measured.adds_order) else "inf",
     }
-
-
-def _keep(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_bytes(content)
-    scratch.replace(path)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,12 @@ def test_one_task_is_no_collection(tmp_path, capsys):
     assert "two tasks or more" in capsys.readouterr().err
 
 
+def test_an_out_that_is_a_file_is_told_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert main(["--embeddings", "nothing.parquet", "--out", str(tmp_path / "out")]) == 2
+    assert "this is a file" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
+
+
 def test_halves_share_every_label_and_no_example():
     answers = Answers.of_labelled([f"t{i}" for i in range(41)], ["a" if i < 30 else "b" for i in range(41)])
     one, other = halves(answers, 0)
