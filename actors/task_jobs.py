@@ -107,10 +107,10 @@ class TaskJobs:
         id_ = asked.name or job.id
         known = await self._known(id_, job)
         if known is not None and known.card["status"] != "failed":
-            return await self._annotated(known, asked.expert), True
+            return await self._as_it_stands(known, asked.expert), True
         card = self._card(job, space, asked.expert, source)
         if asked.background or answers is None:
-            return await self._queue(id_, job, card, known)
+            return await self._queue(id_, job, card, asked.expert)
         embedding, card = await self._embedded(id_, job, answers, card, asked.deadline_unix_s)
         try:
             done = await self._put(id_, embedding.to_bytes(), embedding.digest, card, replace=known is not None)
@@ -200,15 +200,14 @@ class TaskJobs:
             found[KEY] = region.to_card()
         return embedding, card | found
 
-    async def _queue(
-        self, id_: str, job: TaskJob, card: dict[str, Any], known: Artefact | None
-    ) -> tuple[Artefact, bool]:
+    async def _queue(self, id_: str, job: TaskJob, card: dict[str, Any], expert: str | None) -> tuple[Artefact, bool]:
         if job.box:
             self._open_box(job.box)  # what cannot be asked is refused now, and not in a while
         async with self._submitting:
+            known = await self._known(id_, job)  # whoever was before this one may have put something else there
+            if known is not None and known.card["status"] != "failed":
+                return await self._as_it_stands(known, expert), True
             if (before := self._tasks.get(id_)) is not None:
-                if is_unfinished(now := await self._find(id_)):
-                    return now, True
                 await asyncio.gather(before, return_exceptions=True)  # it has failed, and is about to end
             if self.num_unfinished >= self._settings.max_jobs:
                 raise Overloaded("the queue of tasks to embed in the background", 30.0)
@@ -221,9 +220,17 @@ class TaskJobs:
             self._spawn(id_)
         return written, False
 
-    async def _annotated(self, known: Artefact, expert: str | None) -> Artefact:
-        """The same embedding, for another expert's requests than before."""
-        if expert is None or known.card["expert"] == expert or is_unfinished(known):
+    async def _as_it_stands(self, known: Artefact, expert: str | None) -> Artefact:
+        """What was asked for before; the same embedding may come to be for another expert's requests.
+
+        A job that nobody runs goes on: its deletion may have got no further than its end, or it failed where that
+        could not be written down.
+        """
+        if is_unfinished(known):
+            if known.name not in self._tasks:
+                self._spawn(known.name)
+            return known
+        if expert is None or known.card["expert"] == expert:
             return known
         blob = await self._catalogue.get(known.digest, self._owner)
         return await self._put(known.name, blob, known.digest, {**known.card, "expert": expert})
@@ -231,6 +238,8 @@ class TaskJobs:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _spawn(self, id_: str) -> None:
+        if (before := self._tasks.get(id_)) is not None and not before.done():
+            return  # the same request, at the same time, has begun it
         task = asyncio.create_task(self._run(id_), name=id_)
         self._tasks[id_] = task
 

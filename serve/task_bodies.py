@@ -154,6 +154,8 @@ class TaskRequest(_Body):
             )
         if self.name is not None:
             check_task_name(self.name)
+        if self.prompt is not None and self.prompt.labels is not None and "max_tokens" in self.prompt.model_fields_set:
+            raise InvalidRequest("prompt.max_tokens", "is for open replies; leave it out beside labels")
         if self.model is None and self.prompt is not None:
             raise InvalidRequest("prompt", "is for a model; name it, or leave the prompt out")
         if self.model is not None and self.model.startswith("ctx-") and self.prompt is not None:

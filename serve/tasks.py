@@ -184,7 +184,7 @@ class TaskRoutes:
         body = CompareRequest.of(asked.tree).check(self._settings.max_compared)
         async with asked.deadline.limit("comparing the tasks"):
             tasks = [await self._compared(one, f"tasks[{place}]") for place, one in enumerate(body.tasks)]
-            table = [cosines(one, tasks) for one in tasks]
+            table = await asyncio.to_thread(lambda: [cosines(one, tasks) for one in tasks])
         return JSONResponse(
             {
                 "object": "task.comparison",

@@ -260,6 +260,40 @@ def test_a_model_that_fails_ends_the_job_in_words_and_asking_again_goes_on(bench
     bench.run(talk)
 
 
+def test_of_two_tasks_that_ask_for_one_name_at_the_same_time_one_is_told(bench: Bench) -> None:
+    async def talk(client: httpx.AsyncClient) -> None:
+        same = {"name": "prompt", "model": "tiny", "prompt": PROMPT}
+        other = same | {"prompt": PROMPT | {"template": "{text}, then?"}}
+        before = len(bench.backbone.rows)
+        responses = await asyncio.gather(*(client.post(PATH, json=body) for body in (same, other, same)))
+        statuses = [one.status_code for one in responses]
+        assert sorted(statuses) in ([202, 202, 409], [202, 409, 409]), [one.text for one in responses]
+        jobs = {one.json()["receipt"]["task"] for one in responses if one.status_code == 202}
+        task = await made(client, **(other if statuses[1] == 202 else same))
+        assert task["status"] == "done" and jobs == {(await client.get(f"{PATH}/prompt")).json()["receipt"]["task"]}
+        assert len(bench.backbone.rows) - before == 2 * len(PROBES)  # of two labels, each asked once
+
+    bench.run(talk)
+
+
+def test_a_job_that_nobody_runs_goes_on_when_it_is_asked_for_again(bench: Bench) -> None:
+    async def talk(client: httpx.AsyncClient) -> None:
+        score, gate = bench.backbone.score, asyncio.Event()
+
+        async def wait(rows: Any) -> Any:
+            await gate.wait()
+            return await score(rows)
+
+        bench.backbone.score = wait
+        body = {"name": "prompt", "model": "tiny", "prompt": PROMPT}
+        assert (await client.post(PATH, json=body)).status_code == 202
+        await bench.task_part.cancel("prompt")  # a deletion, the rest of which never comes
+        gate.set()
+        assert (await made(client, **body))["status"] == "done"
+
+    bench.run(talk)
+
+
 def test_a_deleted_job_ends_and_its_name_is_free(bench: Bench) -> None:
     async def talk(client: httpx.AsyncClient) -> None:
         bench.backbone.hang = True
@@ -413,6 +447,7 @@ def prompt(**changes: Any) -> dict[str, Any]:
         (prompt(labels=["a", "a"]), 400, "prompt.labels", "there twice"),
         (prompt(labels={"a": "Yes", "b": "yes "}), 400, "prompt.labels", "the same verbaliser"),
         (prompt(max_tokens=0), 400, "prompt.max_tokens", "greater"),
+        (prompt(max_tokens=8), 400, "prompt.max_tokens", "is for open replies"),
         (own(probes="0" * 64), 400, "answers.probes", PROBES.digest),
         (own(probabilities=None), 400, "answers", "one of probabilities (with labels) and replies"),
         (own(labels=None), 400, "answers.labels", "required"),
