@@ -219,9 +219,10 @@ class TaskEmbedder:
                 import torch
 
                 torch.set_num_threads(self._settings.threads)
-                self._loaded = self._load()
-                if self._loaded.digest != self._vectors.digest:
+                loaded = self._load()
+                if loaded.digest != self._vectors.digest:
                     raise Unavailable(f"the surrogate (other weights than those of {self._vectors.digest[:12]})", 60.0)
+                self._loaded = loaded  # not before: the next caller would take it as it is
         return methods.method(name, self._loaded, self.probes)
 
 

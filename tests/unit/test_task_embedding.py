@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -241,3 +242,15 @@ def test_parts_cover_all_texts_once_and_none_is_of_a_single_one(num: int, begin:
     parts = parts_of(num, begin, 64)
     assert [i for part in parts for i in part] == [*range(begin, num)]
     assert all(len(part) > 1 for part in parts)
+
+
+def test_a_surrogate_of_other_weights_is_refused_each_time() -> None:
+    other = SimpleNamespace(digest="0" * 64)
+    embedder = TaskEmbedder(TaskSettings(), PROBES, SurrogateVectors(WordEncoder()), lambda: other)  # pyright: ignore[reportArgumentType]
+
+    async def main() -> None:
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="other weights"):
+                await embedder.space("prefix")
+
+    run(main)
