@@ -5,6 +5,7 @@ or `task-` and the beginning of the digest of what was asked: the same request i
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,8 @@ class TaskRoutes:
                 self._check_size(found, form)
                 for one, artefact in zip(data, found, strict=True):
                     one |= await self._vector(artefact)
-        return JSONResponse(page | {"data": data}, headers={"vary": "accept"})
+            body = await asyncio.to_thread(_page_body, page, data)
+        return Response(body, media_type=JSON, headers={"vary": "accept"})
 
     async def _page(self, after: str, limit: int, kind: str | None) -> "tuple[list[Artefact], bool]":
         found: list[Artefact] = []
@@ -210,13 +212,22 @@ class TaskRoutes:
 
         method = request.query_params.get("method", self._settings.method)
         async with deadline_of(request, self._http).limit("drawing the map"):
-            done, _ = await self._page("", task_map.MAX_POINTS, None)
-            done = [one for one in done if one.card["status"] == "done" and one.card["method"] == method]
-            embeddings = [one async for batch in self._batches(done) for one in batch[2]]
-            if not embeddings:
+            found, has_more = await self._page("", task_map.MAX_POINTS, None)
+            of_method = [one for one in found if one.card["method"] == method]
+            done = [one for one in of_method if one.card["status"] == "done"]
+            if not done:
                 raise InvalidRequest("method", f"no task is embedded by {method[:80]}; POST /v1/tasks makes one")
+            shown = self._within_memory(done)
+            left_out = {
+                "by other methods": len(found) - len(of_method),
+                "not embedded yet": len(of_method) - len(done),
+                "beyond http.max_states_mib of vectors": len(done) - len(shown),
+            }
+            notes = [f"Left out: {count} {why}." for why, count in left_out.items() if count]
+            notes += [f"Only the first {len(found)} tasks by id were looked at."] if has_more else []
+            embeddings = [one async for batch in self._batches(shown) for one in batch[2]]
             points = task_map.points_of(embeddings)
-            page = await asyncio.to_thread(task_map.render, points, "Tasks")
+            page = await asyncio.to_thread(task_map.render, points, "Tasks", notes=notes)
         return HTMLResponse(page)
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -263,6 +274,16 @@ class TaskRoutes:
             experts = [_text(one.card.get("expert")) for one in part]
             yield [one.name for one in part], experts, embeddings
 
+    def _within_memory(self, done: Sequence[Artefact]) -> Sequence[Artefact]:
+        """The first whose vectors are within what an answer may hold; one at least."""
+        left = self._http.max_states_mib * 2**20
+        for count, one in enumerate(done):
+            dims = one.card.get("dims")
+            left -= 4 * dims if isinstance(dims, int) else 0
+            if left < 0:
+                return done[: max(count, 1)]
+        return done
+
     def _check_size(self, found: Sequence[Artefact], form: str) -> None:
         """Raises InvalidRequest for an answer of more vectors than the settings allow."""
         name = "max_json_states_mib" if form == JSON else "max_states_mib"
@@ -275,6 +296,12 @@ class TaskRoutes:
                 f"the answer would hold {mib:.2f} MiB of vectors and http.{name} allows {most:g}; {way_out}ask for "
                 "fewer tasks at a time",
             )
+
+
+def _page_body(page: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> bytes:
+    """One call of `json.dumps` holds the interpreter, and all other requests, until it returns: one a task."""
+    tasks = ",".join([json.dumps(one, ensure_ascii=False, allow_nan=False) for one in data])
+    return f'{json.dumps(page)[:-1]}, "data": [{tasks}]}}'.encode()
 
 
 def task_json(found: Artefact) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from metasepia.embedding import probes
 from metasepia.errors import Overloaded
 from serve.names import OWNER
 from serve.task_replica import TaskEmbeddingPart
+from serve.tasks import TaskRoutes
 from tests.doors import DIGEST, Bench
 from tests.tasks import PROBES, SETTINGS, TopicModel, WordEncoder, a_task_bench, data_set, topic_of
 
@@ -387,6 +388,19 @@ def test_the_map_is_a_page_that_names_every_task(bench: Bench) -> None:
         page = await client.get(f"{PATH}/map")
         assert page.headers["content-type"].startswith("text/html")
         assert all(f"set-{seed}" in page.text for seed in range(3))
+        assert "Left out" not in page.text
+
+    bench.run(talk)
+
+
+def test_the_map_says_what_it_leaves_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = TaskRoutes._within_memory
+    monkeypatch.setattr(TaskRoutes, "_within_memory", lambda self, done: kept(self, done)[:2])
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        for seed in range(3):
+            await made(client, name=f"set-{seed}", examples=data_set("tone", seed=seed))
+        assert "Left out: 1 beyond http.max_states_mib of vectors." in (await client.get(f"{PATH}/map")).text
 
     bench.run(talk)
 
