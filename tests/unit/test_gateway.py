@@ -191,7 +191,8 @@ def test_auto_runs_the_nearest_expert_or_the_base_and_says_so(bench: Bench, thre
 
 def test_a_stage_that_is_not_served_is_refused_and_stages_are_for_auto_only(bench: Bench):
     bench.catalogue.artefacts[0].card["dispatch"] = _centroid(0.5)
-    assert bench.chat(model="auto", dispatch=["task"]).json()["error"]["code"] == "not_supported"
+    refused = bench.chat(model="auto", dispatch=["tarot"])
+    assert refused.status_code == 400 and "'task', 'classifier' or 'prompt'" in refused.json()["error"]["message"]
     assert bench.chat(model="tiny", dispatch=["centroid"]).json()["error"]["param"] == "dispatch"
 
 
