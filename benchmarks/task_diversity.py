@@ -28,7 +28,7 @@ def rows_of(findings: Findings, *, wall_s: float | None = None) -> list[report.R
     group = findings.results.groups[0]
     if group.problem != "linear":
         raise InvalidSettings("sweep", group.problem, "a sweep of linear problems: the bounds are of those")
-    made = [_claimed(claim, group, findings.profile) for claim in findings.claims]
+    made = [_claimed(claim, group, findings.profile) for claim in findings.claims if claim.holds is not None]
     for m in group.by_tasks:
         error, ridge = group.mean("error", "new", m), group.mean("ridge_error", "new", m)
         nearer = group.mean("delta_ridge", "new", m) < group.mean("delta_dmmse", "new", m)
@@ -77,7 +77,7 @@ def _claimed(claim: Claim, group: Group, profile: str) -> report.Row:
         "lost": ("error", "ridge_error", "new", MEMORISED),
         "learnt": ("error", "ridge_error", "new", None),
     }
-    verdict = {True: "holds", False: "missed", None: "no such models"}[claim.holds]
+    verdict = "holds" if claim.holds else "missed"
     by_seed = seed_ratios(group, *parts[claim.id]) if claim.id in parts else []
     each = f"; by seed {', '.join(f'{one:.3g}' for one in by_seed)}" if len(by_seed) > 1 else ""
     note = f"reach {claim.bound}: {verdict}{each}" + (f"; {claim.note}" if claim.note else "")
