@@ -24,8 +24,8 @@ from jobs.workbench import EXPERT_LAYERS, Workbench, read_answers, read_labels
 from metasepia.errors import CorruptArtefact, InvalidSettings, NoLearningSignal
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.local_disk import replace_text
 from metasepia.rows import Sampling
+from metasepia.sweeps.files import Files
 from metasepia.training.policy import Baseline, Choice, KlForm, PolicyLoss, Sampled, row_seed
 from metasepia.training.rollouts import Rollouts, check_executed
 from metasepia.training.trainable import Form, LowRank, SingularValues, Trainable, linear_layers, names_in_blocks
@@ -394,7 +394,7 @@ class _Training:
         lines = log.read_text().splitlines()[: self.trainer.step] if log.exists() else []
         if len(lines) < self.trainer.step:
             raise CorruptArtefact(str(log), f"it has {len(lines)} of {self.trainer.step} steps; delete {out}")
-        replace_text(log, "".join(line + "\n" for line in lines))
+        Files.at(str(out)).write(log.name, "".join(line + "\n" for line in lines).encode())
         self.log = [json.loads(line) for line in lines]
         return json.loads(timing.read_text())["cpu_s"] if resumed and timing.exists() else 0.0
 
@@ -415,7 +415,8 @@ class _Training:
     def _save(self, cpu_s: float) -> None:
         if self.run.out is not None:
             self.trainer.save(self.run.out / "checkpoint.safetensors")
-            replace_text(self.run.out / "timing.json", json.dumps({"cpu_s": round(cpu_s, 1)}) + "\n")
+            timing = json.dumps({"cpu_s": round(cpu_s, 1)}) + "\n"
+            Files.at(str(self.run.out)).write("timing.json", timing.encode())
 
     @contextmanager
     def _shown(self, wanted: bool) -> Iterator[Callable[[dict[str, float]], None]]:

@@ -46,17 +46,6 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: a process that is killed here leaves the old one."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_directory(path.parent)
-
-
 def take_lock(path: Path, holder: str, timeout_s: float) -> int:
     """Locks a file for this process and writes `holder` into it; closing the returned descriptor gives it free.
 

@@ -278,8 +278,7 @@ class TaskRoutes:
         """The first whose vectors are within what an answer may hold; one at least."""
         left = self._http.max_states_mib * 2**20
         for count, one in enumerate(done):
-            dims = one.card.get("dims")
-            left -= 4 * dims if isinstance(dims, int) else 0
+            left -= _vector_bytes(one)
             if left < 0:
                 return done[: max(count, 1)]
         return done
@@ -287,8 +286,7 @@ class TaskRoutes:
     def _check_size(self, found: Sequence[Artefact], form: str) -> None:
         """Raises InvalidRequest for an answer of more vectors than the settings allow."""
         name = "max_json_states_mib" if form == JSON else "max_states_mib"
-        num_numbers = sum(dims for one in found if isinstance(dims := one.card.get("dims"), int))
-        mib, most = 4 * num_numbers / 2**20, getattr(self._http, name)
+        mib, most = sum(map(_vector_bytes, found)) / 2**20, getattr(self._http, name)
         if mib > most:
             way_out = f"let Accept name {ARROW}, or " if form == JSON else ""
             raise InvalidRequest(
@@ -296,6 +294,12 @@ class TaskRoutes:
                 f"the answer would hold {mib:.2f} MiB of vectors and http.{name} allows {most:g}; {way_out}ask for "
                 "fewer tasks at a time",
             )
+
+
+def _vector_bytes(found: Artefact) -> int:
+    """Of its vector in float32; 0 while it has none."""
+    dims = found.card.get("dims")
+    return 4 * dims if isinstance(dims, int) else 0
 
 
 def _page_body(page: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> bytes:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from metasepia.local_disk import replace_text
+from metasepia.sweeps.files import Files
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path):
     (tmp_path / "timing.json").write_text("old and longer")
-    replace_text(tmp_path / "timing.json", "new")
+    Files.at(str(tmp_path)).write("timing.json", b"new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"timing.json": "new"}
 
 
@@ -22,5 +22,5 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        replace_text(tmp_path / "timing.json", "new")
+        Files.at(str(tmp_path)).write("timing.json", b"new")
     assert (tmp_path / "timing.json").read_text() == "old"
