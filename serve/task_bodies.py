@@ -22,13 +22,6 @@ MAX_REPLY_LEN = 512
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class TaskExample(_Body):
-    """A text of a labelled data set."""
-
-    text: Text
-    label: Text
-
-
 class TaskPrompt(_Body):
     """What a model is told with each probe text."""
 
