@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster import tables
+from cluster.door_settings import GatewaySettings, HttpSettings
+from cluster.tables import between
 from metasepia.centroids import CentroidLimits
 from metasepia.embedding.space import MethodName
 from metasepia.errors import InvalidSettings
@@ -23,11 +25,6 @@ PROFILES = Path(__file__).parent / "profiles"
 ENV_PREFIX = "METASEPIA_"
 NOT_SETTINGS = (ENV_PREFIX + "PROFILE", ENV_PREFIX + "URL")
 """Which profile is read, and where the command `metasepia` finds a server."""
-
-
-def _between(owner: str, name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # written so that NaN fails too
-        raise InvalidSettings(f"{owner}.{name}", value, f"from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,80 +44,9 @@ class RaySettings:
     """Ray's dashboard on 127.0.0.1:8265; `ray job submit` needs it."""
 
     def __post_init__(self) -> None:
-        _between("ray", "num_cpus", self.num_cpus, 0.1, 100_000)
-        _between("ray", "num_gpus", self.num_gpus, 0, 100_000)
-        _between("ray", "object_store_gib", self.object_store_gib, 0.1, 1000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HttpSettings:
-    """The door."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """From 1 to 65535."""
-    max_body_mib: float = 8.0
-    """Larger bodies are refused with 413. From 0.01 to 1024."""
-    max_upload_mib: float = 64.0
-    """Larger experts are refused with 413, those whose length is told unread. From 0.01 to 4096."""
-    max_json_depth: int = 64
-    """Deeper JSON is refused with 400. From 8 to 500."""
-    request_timeout_s: float = 120.0
-    """Deadline of a request that brings none. From 1 to 86400."""
-    max_examples: int = 4096
-    """Labelled examples of one context, in a request or named. From 256 to 100000."""
-    max_unlabelled: int = 4096
-    """Unlabelled inputs of one context. From 0 to 100000."""
-    max_classes: int = 512
-    """Labels of one context. From 2 to 2048."""
-    max_label_chars: int = 256
-    """Characters of a label. From 16 to 256."""
-    max_text_chars: int = 50_000
-    """Characters of a text to classify or to learn from; the encoder's window, in tokens, is often less. From 100 to
-    10**7."""
-    max_vector_width: int = 8192
-    """Numbers of a vector that a request brings. From 1 to 65536."""
-    max_explained: int = 262_144
-    """Examples times inputs times labels of a classification that is explained. From 256 to 10**7."""
-    max_explained_examples: int = 1024
-    """Examples of a context whose answers are explained: each costs a compiling of the context. From 16 to 100000."""
-    max_inputs: int = 2048
-    """Texts to classify or embed in one request. From 300 to 100000."""
-    max_states_mib: float = 256.0
-    """Hidden states of one answer, in float32, as an Arrow stream. From 0.01 to 10**6."""
-    max_json_states_mib: float = 8.0
-    """The same as JSON, whose text is several times longer and is made at once. From 0.01 to 1024."""
-
-    def __post_init__(self) -> None:
-        _between("http", "port", self.port, 1, 65535)
-        _between("http", "max_body_mib", self.max_body_mib, 0.01, 1024)
-        _between("http", "max_upload_mib", self.max_upload_mib, 0.01, 4096)
-        _between("http", "max_json_depth", self.max_json_depth, 8, 500)
-        _between("http", "request_timeout_s", self.request_timeout_s, 1, 86400)
-        _between("http", "max_examples", self.max_examples, 256, 100_000)
-        _between("http", "max_unlabelled", self.max_unlabelled, 0, 100_000)
-        _between("http", "max_classes", self.max_classes, 2, 2048)
-        _between("http", "max_label_chars", self.max_label_chars, 16, 256)
-        _between("http", "max_text_chars", self.max_text_chars, 100, 10**7)
-        _between("http", "max_vector_width", self.max_vector_width, 1, 65_536)
-        _between("http", "max_explained", self.max_explained, 256, 10**7)
-        _between("http", "max_explained_examples", self.max_explained_examples, 16, 100_000)
-        _between("http", "max_inputs", self.max_inputs, 300, 100_000)
-        _between("http", "max_states_mib", self.max_states_mib, 0.01, 10**6)
-        _between("http", "max_json_states_mib", self.max_json_states_mib, 0.01, 1024)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatewaySettings:
-    """The Serve ingress."""
-
-    cpus: float = 0.1
-    max_ongoing_requests: int = 256
-    """Requests inside the gateway at once; more are refused with 503 by Serve's own limit. From 1 to 100000."""
-
-    def __post_init__(self) -> None:
-        _between("gateway", "cpus", self.cpus, 0.01, 1000)
-        _between("gateway", "max_ongoing_requests", self.max_ongoing_requests, 1, 100_000)
+        between("ray", "num_cpus", self.num_cpus, 0.1, 100_000)
+        between("ray", "num_gpus", self.num_gpus, 0, 100_000)
+        between("ray", "object_store_gib", self.object_store_gib, 0.1, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +67,7 @@ class ModelShapes:
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if isinstance(value, int) and not isinstance(value, bool):
-                _between("shapes", one.name, value, 1, 10**9)
+                between("shapes", one.name, value, 1, 10**9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,22 +127,22 @@ class BackboneSettings:
 
     def __post_init__(self) -> None:
         owner = f"backbones[{self.id}]"
-        _between(owner, "tp_size", self.tp_size, 1, 64)
-        _between(owner, "spares", self.spares, 0, 1)
-        _between(owner, "expert_rank", self.expert_rank, 0, 65_536)
-        _between(owner, "rank_memory_gib", self.rank_memory_gib, 0, 10**6)
-        _between(owner, "max_rows", self.max_rows, 1, 4096)
-        _between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
-        _between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
-        _between(owner, "max_prefix_tokens", self.max_prefix_tokens, 0, 10**9)
-        _between(owner, "max_expert_mib", self.max_expert_mib, 0.001, 10**7)
-        _between(owner, "threads", self.threads, 1, 1024)
-        _between(owner, "replica_cpus", self.replica_cpus, 0.01, 1000)
-        _between(owner, "rank_cpus", self.rank_cpus, 0.01, 1000)
-        _between(owner, "rank_gpus", self.rank_gpus, 0, 1)
-        _between(owner, "heartbeat_timeout_s", self.heartbeat_timeout_s, 1, 600)
-        _between(owner, "collective_timeout_s", self.collective_timeout_s, 1, 600)
-        _between(owner, "start_timeout_s", self.start_timeout_s, 10, 86400)
+        between(owner, "tp_size", self.tp_size, 1, 64)
+        between(owner, "spares", self.spares, 0, 1)
+        between(owner, "expert_rank", self.expert_rank, 0, 65_536)
+        between(owner, "rank_memory_gib", self.rank_memory_gib, 0, 10**6)
+        between(owner, "max_rows", self.max_rows, 1, 4096)
+        between(owner, "max_batch_tokens", self.max_batch_tokens, 256, 10**9)
+        between(owner, "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
+        between(owner, "max_prefix_tokens", self.max_prefix_tokens, 0, 10**9)
+        between(owner, "max_expert_mib", self.max_expert_mib, 0.001, 10**7)
+        between(owner, "threads", self.threads, 1, 1024)
+        between(owner, "replica_cpus", self.replica_cpus, 0.01, 1000)
+        between(owner, "rank_cpus", self.rank_cpus, 0.01, 1000)
+        between(owner, "rank_gpus", self.rank_gpus, 0, 1)
+        between(owner, "heartbeat_timeout_s", self.heartbeat_timeout_s, 1, 600)
+        between(owner, "collective_timeout_s", self.collective_timeout_s, 1, 600)
+        between(owner, "start_timeout_s", self.start_timeout_s, 10, 86400)
         if self.device == "cuda" and not self.rank_gpus > 0:
             raise InvalidSettings(f"{owner}.rank_gpus", self.rank_gpus, "above 0 when device is cuda")
         _check_name(f"{owner}.id", self.id)
@@ -248,11 +174,11 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         owner = f"encoders[{self.id}]"
-        _between(owner, "cpus", self.cpus, 0.01, 1000)
-        _between(owner, "threads", self.threads, 1, 1024)
-        _between(owner, "max_batch_tokens", self.max_batch_tokens, 64, 10**7)
-        _between(owner, "cache_mib", self.cache_mib, 0, 10**6)
-        _between(owner, "max_queued_texts", self.max_queued_texts, 1, 10**7)
+        between(owner, "cpus", self.cpus, 0.01, 1000)
+        between(owner, "threads", self.threads, 1, 1024)
+        between(owner, "max_batch_tokens", self.max_batch_tokens, 64, 10**7)
+        between(owner, "cache_mib", self.cache_mib, 0, 10**6)
+        between(owner, "max_queued_texts", self.max_queued_texts, 1, 10**7)
         _check_name(f"{owner}.id", self.id)
 
 
@@ -277,12 +203,12 @@ class ReasoningSettings:
     def __post_init__(self) -> None:
         if not self.modules or len(set(self.modules)) < len(self.modules):
             raise InvalidSettings("reasoning.modules", self.modules, "one module or more, each named once")
-        _between("reasoning", "max_queued_audits", self.max_queued_audits, 1, 10**5)
-        _between("reasoning", "num_replicas", self.num_replicas, 1, 1000)
-        _between("reasoning", "cpus", self.cpus, 0.01, 1000)
-        _between("reasoning", "threads", self.threads, 1, 1024)
-        _between("reasoning", "cache_mib", self.cache_mib, 1, 10**6)
-        _between("reasoning", "max_queued_queries", self.max_queued_queries, 1, 10**8)
+        between("reasoning", "max_queued_audits", self.max_queued_audits, 1, 10**5)
+        between("reasoning", "num_replicas", self.num_replicas, 1, 1000)
+        between("reasoning", "cpus", self.cpus, 0.01, 1000)
+        between("reasoning", "threads", self.threads, 1, 1024)
+        between("reasoning", "cache_mib", self.cache_mib, 1, 10**6)
+        between("reasoning", "max_queued_queries", self.max_queued_queries, 1, 10**8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,8 +220,8 @@ class RegistrySettings:
     """Deleted blobs are kept this long, so that receipts can be replayed."""
 
     def __post_init__(self) -> None:
-        _between("registry", "cpus", self.cpus, 0.01, 1000)
-        _between("registry", "retention_days", self.retention_days, 0, 36500)
+        between("registry", "cpus", self.cpus, 0.01, 1000)
+        between("registry", "retention_days", self.retention_days, 0, 36500)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,8 +233,8 @@ class MixingSettings:
     """Few-shot searches that wait or run; beyond it they are refused with 429. One runs at a time. From 1 to 10**4."""
 
     def __post_init__(self) -> None:
-        _between("mixing", "cpus", self.cpus, 0.01, 1000)
-        _between("mixing", "max_searches", self.max_searches, 1, 10**4)
+        between("mixing", "cpus", self.cpus, 0.01, 1000)
+        between("mixing", "max_searches", self.max_searches, 1, 10**4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,14 +264,14 @@ class TaskSettings:
     10**6."""
 
     def __post_init__(self) -> None:
-        _between("tasks", "num_probes", self.num_probes, 16, 512)
-        _between("tasks", "cpus", self.cpus, 0.01, 1000)
-        _between("tasks", "threads", self.threads, 1, 1024)
-        _between("tasks", "max_batch", self.max_batch, 1, 1000)
-        _between("tasks", "max_queued", self.max_queued, 1, 10**5)
-        _between("tasks", "max_jobs", self.max_jobs, 1, 10**5)
-        _between("tasks", "max_compared", self.max_compared, 2, 4096)
-        _between("tasks", "index_mib", self.index_mib, 0, 10**6)
+        between("tasks", "num_probes", self.num_probes, 16, 512)
+        between("tasks", "cpus", self.cpus, 0.01, 1000)
+        between("tasks", "threads", self.threads, 1, 1024)
+        between("tasks", "max_batch", self.max_batch, 1, 1000)
+        between("tasks", "max_queued", self.max_queued, 1, 10**5)
+        between("tasks", "max_jobs", self.max_jobs, 1, 10**5)
+        between("tasks", "max_compared", self.max_compared, 2, 4096)
+        between("tasks", "index_mib", self.index_mib, 0, 10**6)
 
 
 DispatchStage = Literal["centroid", "task", "classifier", "prompt"]
@@ -368,11 +294,11 @@ class DispatchMargins:
     p-value is no larger. 0 takes every text for one of the nearest data set. From 0 to 0.5."""
 
     def __post_init__(self) -> None:
-        _between("dispatch_margins", "centroid", self.centroid, 0, 2)
-        _between("dispatch_margins", "task", self.task, 0, 2)
-        _between("dispatch_margins", "task_level", self.task_level, 0, 0.5)
-        _between("dispatch_margins", "classifier", self.classifier, 0, 1)
-        _between("dispatch_margins", "prompt", self.prompt, 0, 1)
+        between("dispatch_margins", "centroid", self.centroid, 0, 2)
+        between("dispatch_margins", "task", self.task, 0, 2)
+        between("dispatch_margins", "task_level", self.task_level, 0, 0.5)
+        between("dispatch_margins", "classifier", self.classifier, 0, 1)
+        between("dispatch_margins", "prompt", self.prompt, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,12 +332,12 @@ class CentroidSettings:
         )
 
     def __post_init__(self) -> None:
-        _between("centroids", "max_tasks", self.max_tasks, 1, 10**4)
-        _between("centroids", "max_centroids", self.max_centroids, 1, 10**5)
-        _between("centroids", "reference_count", self.reference_count, 2, 10**6)
-        _between("centroids", "window", self.window, 2, 10**6)
-        _between("centroids", "min_count", self.min_count, 2, 10**6)
-        _between("centroids", "save_every_s", self.save_every_s, 0.1, 86400)
+        between("centroids", "max_tasks", self.max_tasks, 1, 10**4)
+        between("centroids", "max_centroids", self.max_centroids, 1, 10**5)
+        between("centroids", "reference_count", self.reference_count, 2, 10**6)
+        between("centroids", "window", self.window, 2, 10**6)
+        between("centroids", "min_count", self.min_count, 2, 10**6)
+        between("centroids", "save_every_s", self.save_every_s, 0.1, 86400)
 
 
 @dataclass(frozen=True, kw_only=True)

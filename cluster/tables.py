@@ -65,3 +65,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise InvalidSettings(where, value, f"of type {hint.__name__}")
     return value
+
+
+def between(owner: str, name: str, value: float, low: float, high: float) -> None:
+    """Raises InvalidSettings where `value` is outside, NaN too."""
+    if not low <= value <= high:  # written so that NaN fails too
+        raise InvalidSettings(f"{owner}.{name}", value, f"from {low:g} to {high:g}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.digests import digest_of
 from serve import bodies
 from serve.deadlines import Deadline

@@ -12,7 +12,7 @@ import numpy as np
 
 from actors.labelled import labelled_vectors
 from actors.messages import Classified, Classify, Explain, Explained, LabelledVectors, Receipt
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Content
 from serve.context_vectors import ContextVectors

@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.labelled import labelled_vectors
 from actors.messages import Build, LabelledVectors, Receipt, SelfChecked
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.digests import short
 from metasepia.errors import DeletedName, InvalidRequest, Outdated, UnknownName
 from metasepia.reasoning.named import (

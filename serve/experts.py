@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.digests import is_digest
 from metasepia.errors import DeletedName, InvalidRequest, NotSupported, UnknownName
 from metasepia.registry.entries import SHARED, Artefact, Kind

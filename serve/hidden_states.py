@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from actors.messages import Receipt
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.centroids import CentroidKey, OnlineCentroids, adapter_digest
 from metasepia.errors import InvalidRequest, NotSupported
 from metasepia.models.prepared import PreparedBackbone

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import INPUT_KINDS, Content, Example, InputKind, check_labels, vector_content
 

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.registry.entries import Artefact
 from serve.asked import deadline_of
 from serve.contexts import number_of

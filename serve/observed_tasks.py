@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.centroids import ROUTED, CentroidFacts
 from metasepia.errors import UnknownName
 from metasepia.registry.entries import check_name

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from cluster.settings import DispatchStage, HttpSettings
+from cluster.door_settings import HttpSettings
+from cluster.settings import DispatchStage
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Protocol
 from metasepia.registry.entries import check_name

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.search.cross_entropy import SearchSettings
 from metasepia.search.fewshot import By

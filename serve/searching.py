@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from actors.messages import SearchAsked
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.embedding.answers import Answers
 from metasepia.errors import InvalidRequest, UnknownName, WindowExceeded
 from metasepia.search.fewshot import Shot, split
@@ -78,17 +78,6 @@ class Searching:
         """`tasks` None: no search starts warm."""
         self._http, self._backbones, self._prompts, self._searches = http, backbones, prompts, searches
         self._tasks = tasks
-
-    def routes(self) -> list[tuple[str, str, Any]]:
-        """(method, path, handler); they stand before /v1/mixtures/{digest}."""
-        return [
-            ("POST", PATH, self.create),
-            ("GET", PATH, self.list),
-            ("GET", PATH + "/{id}", self.get),
-            ("GET", PATH + "/{id}/trace", self.trace),
-            ("GET", PATH + "/{id}/picture", self.picture),
-            ("DELETE", PATH + "/{id}", self.cancel),
-        ]
 
     async def create(self, request: Request) -> Response:
         read = await Asked.of(request, self._http)

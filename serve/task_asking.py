@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from actors.messages import Classify, TaskAsked
-from cluster.settings import HttpSettings, TaskSettings
+from cluster.door_settings import HttpSettings
+from cluster.settings import TaskSettings
 from metasepia.embedding import probes
 from metasepia.embedding.answers import Answers
 from metasepia.embedding.probes import ProbeTexts

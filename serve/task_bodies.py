@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.blackbox.prompts import Prompt
 from metasepia.embedding.answers import Answers
 from metasepia.embedding.probes import ProbeTexts

@@ -12,7 +12,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-from cluster.settings import HttpSettings, TaskSettings
+from cluster.door_settings import HttpSettings
+from cluster.settings import TaskSettings
 from metasepia.embedding.space import KINDS, TaskEmbedding, cosines
 from metasepia.errors import DeletedName, InvalidRequest, UnknownName
 from metasepia.registry.entries import Artefact
@@ -53,19 +54,6 @@ class TaskRoutes:
     ) -> None:
         self._http, self._settings, self._catalogue, self._part = http, settings, catalogue, part
         self._asking = TaskAsking(http, settings, names, contexts, reasoning, catalogue)
-
-    def routes(self) -> list[tuple[str, str, Any]]:
-        """(method, path, handler)."""
-        return [
-            ("POST", PATH, self.make),
-            ("GET", PATH, self.list),
-            ("GET", PATH + "/probes", self.probes),
-            ("GET", PATH + "/map", self.map),
-            ("POST", PATH + "/compare", self.compare),
-            ("GET", PATH + "/{id}", self.get),
-            ("DELETE", PATH + "/{id}", self.delete),
-            ("GET", PATH + "/{id}/nearest", self.nearest),
-        ]
 
     # -- making --------------------------------------------------------------------------------------------------------
 

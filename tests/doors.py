@@ -25,14 +25,8 @@ from actors.messages import (
     SelfChecked,
     Texts,
 )
-from cluster.settings import (
-    CentroidSettings,
-    DispatchMargins,
-    EncoderSettings,
-    HttpSettings,
-    MixingSettings,
-    TaskSettings,
-)
+from cluster.door_settings import HttpSettings
+from cluster.settings import CentroidSettings, DispatchMargins, EncoderSettings, MixingSettings, TaskSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path
 from metasepia.models.prepared import PreparedBackbone
@@ -41,7 +35,8 @@ from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve.accepting import Fits
-from serve.gateway import Door, create_app
+from serve.app import create_app
+from serve.door import Door
 from serve.mixing_replica import ExpertMixingPart
 from serve.parts import Catalogue, Mixing, Weights
 from serve.searching import Searches

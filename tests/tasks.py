@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from actors.messages import EncoderInfo, Media, Texts
-from cluster.settings import HttpSettings, TaskSettings
+from cluster.door_settings import HttpSettings
+from cluster.settings import TaskSettings
 from metasepia.embedding.probes import ProbeTexts
 from metasepia.errors import WindowExceeded
 from metasepia.experts.vectors import ExpertVectors

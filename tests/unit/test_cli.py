@@ -15,7 +15,7 @@ import httpx
 import pytest
 import uvicorn
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia import cli
 from metasepia.embedding import probes
 from metasepia.experts.peft_files import CONFIG, WEIGHTS, write_peft

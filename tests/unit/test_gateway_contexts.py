@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.messages import Build, Classify
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.reasoning.named import EmbeddedContext
 from tests.doors import DIGEST, HTTP, OTHER, Bench
 from tests.unit.test_prompts import write_byte_tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.peft_files import write_peft

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 
 from actors.centroids import Seen
-from cluster.settings import CentroidSettings, HttpSettings
+from cluster.door_settings import HttpSettings
+from cluster.settings import CentroidSettings
 from metasepia.centroids import CentroidFacts
 from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.errors import Overloaded, Unavailable

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cluster.settings import EncoderSettings, HttpSettings
+from cluster.door_settings import HttpSettings
+from cluster.settings import EncoderSettings
 from metasepia.modalities.pixels import PixelEncoder
 from tests.doors import Bench, NearEncoder
 from tests.unit.test_prompts import write_byte_tokenizer

@@ -40,7 +40,8 @@ from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
-from serve.gateway import Door, create_app
+from serve.app import create_app
+from serve.door import Door
 from serve.shipped import ModuleCard
 from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoSearches, NoTasks
 

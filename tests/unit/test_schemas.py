@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pydantic
 import pytest
 
-from cluster.settings import HttpSettings
+from cluster.door_settings import HttpSettings
 from metasepia.errors import BodyTooLarge, InvalidRequest
 from serve import bodies, inputs
 from serve.failures import unwrap

@@ -1,0 +1,76 @@
+"""Settings of the doors: what a request may be, who may send it, and how many wait."""
+
+from dataclasses import dataclass
+
+from cluster.tables import between
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """The door."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """From 1 to 65535."""
+    max_body_mib: float = 8.0
+    """Larger bodies are refused with 413. From 0.01 to 1024."""
+    max_upload_mib: float = 64.0
+    """Larger experts are refused with 413, those whose length is told unread. From 0.01 to 4096."""
+    max_json_depth: int = 64
+    """Deeper JSON is refused with 400. From 8 to 500."""
+    request_timeout_s: float = 120.0
+    """Deadline of a request that brings none. From 1 to 86400."""
+    max_examples: int = 4096
+    """Labelled examples of one context, in a request or named. From 256 to 100000."""
+    max_unlabelled: int = 4096
+    """Unlabelled inputs of one context. From 0 to 100000."""
+    max_classes: int = 512
+    """Labels of one context. From 2 to 2048."""
+    max_label_chars: int = 256
+    """Characters of a label. From 16 to 256."""
+    max_text_chars: int = 50_000
+    """Characters of a text to classify or to learn from; the encoder's window, in tokens, is often less. From 100 to
+    10**7."""
+    max_vector_width: int = 8192
+    """Numbers of a vector that a request brings. From 1 to 65536."""
+    max_explained: int = 262_144
+    """Examples times inputs times labels of a classification that is explained. From 256 to 10**7."""
+    max_explained_examples: int = 1024
+    """Examples of a context whose answers are explained: each costs a compiling of the context. From 16 to 100000."""
+    max_inputs: int = 2048
+    """Texts to classify or embed in one request. From 300 to 100000."""
+    max_states_mib: float = 256.0
+    """Hidden states of one answer, in float32, as an Arrow stream. From 0.01 to 10**6."""
+    max_json_states_mib: float = 8.0
+    """The same as JSON, whose text is several times longer and is made at once. From 0.01 to 1024."""
+
+    def __post_init__(self) -> None:
+        between("http", "port", self.port, 1, 65535)
+        between("http", "max_body_mib", self.max_body_mib, 0.01, 1024)
+        between("http", "max_upload_mib", self.max_upload_mib, 0.01, 4096)
+        between("http", "max_json_depth", self.max_json_depth, 8, 500)
+        between("http", "request_timeout_s", self.request_timeout_s, 1, 86400)
+        between("http", "max_examples", self.max_examples, 256, 100_000)
+        between("http", "max_unlabelled", self.max_unlabelled, 0, 100_000)
+        between("http", "max_classes", self.max_classes, 2, 2048)
+        between("http", "max_label_chars", self.max_label_chars, 16, 256)
+        between("http", "max_text_chars", self.max_text_chars, 100, 10**7)
+        between("http", "max_vector_width", self.max_vector_width, 1, 65_536)
+        between("http", "max_explained", self.max_explained, 256, 10**7)
+        between("http", "max_explained_examples", self.max_explained_examples, 16, 100_000)
+        between("http", "max_inputs", self.max_inputs, 300, 100_000)
+        between("http", "max_states_mib", self.max_states_mib, 0.01, 10**6)
+        between("http", "max_json_states_mib", self.max_json_states_mib, 0.01, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """The Serve ingress."""
+
+    cpus: float = 0.1
+    max_ongoing_requests: int = 256
+    """Requests inside the gateway at once; more are refused with 503 by Serve's own limit. From 1 to 100000."""
+
+    def __post_init__(self) -> None:
+        between("gateway", "cpus", self.cpus, 0.01, 1000)
+        between("gateway", "max_ongoing_requests", self.max_ongoing_requests, 1, 100_000)

@@ -1,0 +1,48 @@
+"""The ASGI application of a door: routes from the table of operations, layers around them in one order.
+
+From the outside in: measured and logged, key checked, replayed where an Idempotency-Key says so, routed, answered in
+the envelope whatever a handler raises. gRPC calls come in through the same application (`serve/grpc_door.py`).
+"""
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from serve import failures
+from serve.door import Door
+from serve.metrics import Measured
+from serve.operations import Handler, operations
+
+
+def create_app(door: Door) -> ASGIApp:
+    """The routes of a door, every error in the envelope, every request measured."""
+    app = Starlette(
+        routes=[Route(one.path, _in_envelope(one.handler), methods=[one.method]) for one in operations(door)],
+        exception_handlers={HTTPException: _no_route},
+    )
+    app.router.redirect_slashes = False
+    return Measured(app, door.metrics)
+
+
+def _in_envelope(handler: Handler) -> Handler:
+    """Turns whatever a handler raises into an answer. Only a cancellation goes on: the client has gone."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            answer = failures.answer(error)
+            return JSONResponse(answer.body, answer.failure.status, headers=answer.headers)
+
+    return answered
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    failure = failures.Failure(error.status_code, "invalid_request_error", code, failures.grpc.StatusCode.UNIMPLEMENTED)
+    answer = failures.envelope(failure, f"{request.method} {request.url.path} is not served here", None)
+    return JSONResponse(answer.body, error.status_code, headers=dict(error.headers or {}))

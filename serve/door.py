@@ -1,0 +1,251 @@
+"""What stands behind the routes: a body checked, a name resolved, a part asked, an answer with its receipt."""
+
+import asyncio
+import importlib.metadata
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from cluster.door_settings import HttpSettings
+from cluster.settings import CentroidSettings, DispatchMargins, TaskSettings
+from metasepia.errors import InvalidRequest, NotSupported, UnknownName
+from metasepia.reasoning.named import PREFIX
+from serve import completion, failures
+from serve.accepting import Fits
+from serve.asked import Asked, deadline_of
+from serve.classification import Classification
+from serve.context_vectors import ContextVectors
+from serve.contexts import Contexts, number_of
+from serve.embedding import Embedding, embeddings_json
+from serve.experts import Experts
+from serve.health import Health, probe_backbone
+from serve.hidden_states import HiddenStatesRoute
+from serve.metrics import CONTENT_TYPE, Metrics
+from serve.mixtures import Mixtures
+from serve.names import AUTO, MIXTURE, OWNER, Names
+from serve.observed_tasks import ObservedTasks
+from serve.observing import Centroids, Observer
+from serve.parts import (
+    Backbone,
+    Catalogue,
+    Mixing,
+    Reasoning,
+    TextEncoder,
+)
+from serve.prompts import Prompts
+from serve.routing import Routed, Routing
+from serve.schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    ContextRequest,
+    EmbeddingsRequest,
+    MixtureRequest,
+    MoreExamplesRequest,
+)
+from serve.searching import Searches, Searching
+from serve.task_part import TaskPart
+from serve.tasks import TaskRoutes
+
+
+class Door:
+    """Everything behind the routes. Plain: the parts come in, so tests give their own."""
+
+    def __init__(
+        self,
+        http: HttpSettings,
+        backbones: Sequence[Backbone],
+        encoders: Sequence[TextEncoder],
+        reasoning: Reasoning,
+        mixing: Mixing,
+        searches: Searches,
+        catalogue: Catalogue,
+        dispatch: Sequence[str],
+        margins: DispatchMargins,
+        fits: Mapping[str, Fits],
+        centroids: Centroids,
+        observing: CentroidSettings,
+        tasks: TaskPart,
+        embedding_tasks: TaskSettings,
+    ) -> None:
+        self._http, self._mixing, self._reasoning = http, mixing, reasoning
+        self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
+        first = backbones[0]
+        self._centroids, observer = centroids, Observer(centroids, observing)
+        self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id], observer, encoders)
+        self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
+        embedding = Embedding(self.names, self.prompts)
+        self._embedding = embedding
+        vectors = ContextVectors(self.names, embedding, self.prompts)
+        self._contexts = Contexts(http, self.names, vectors, reasoning, catalogue)
+        self._classification = Classification(http, self._contexts, vectors, reasoning)
+        self.experts = Experts(http, fits, catalogue)
+        self.mixtures = Mixtures(http, self.names.backbones, catalogue)
+        self.searching = Searching(http, self.names.backbones, self.prompts, searches, tasks)
+        self.metrics = Metrics()
+        self.hidden_states = HiddenStatesRoute(
+            http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens
+        )
+        self.tasks = ObservedTasks(http, self.names.backbones, centroids)
+        self.task_part = tasks
+        self.task_embeddings = TaskRoutes(
+            http, embedding_tasks, self.names, self._contexts, reasoning, catalogue, tasks
+        )
+        probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
+        probes |= {f"encoder {one.id}": one.check for one in encoders}
+        self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check, "task embedding": tasks.check})
+
+    async def classify(self, request: Request) -> Response:
+        asked = await Asked.of(request, self._http)
+        body = ClassifyRequest.of(asked.tree)
+        body.check(self._http)
+        answer = await self._classification.classify(body, asked.digest, asked.deadline)
+        self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
+        return JSONResponse(answer)
+
+    async def create_context(self, request: Request) -> Response:
+        asked = await Asked.of(request, self._http)
+        body = ContextRequest.of(asked.tree)
+        body.check(self._http)
+        answer = await self._contexts.create(body, asked.digest, asked.deadline)
+        self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
+        return JSONResponse(answer)
+
+    async def extend_context(self, request: Request) -> Response:
+        asked = await Asked.of(request, self._http)
+        body = MoreExamplesRequest.of(asked.tree)
+        body.check(self._http)
+        answer = await self._contexts.extend(request.path_params["id"], body, asked.digest, asked.deadline)
+        self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
+        return JSONResponse(answer)
+
+    async def contexts(self, request: Request) -> Response:
+        limit = number_of(request.query_params, "limit", 100, 1, 1000)
+        async with deadline_of(request, self._http).limit("listing the contexts"):
+            return JSONResponse(await self._contexts.listing(request.query_params.get("after"), limit))
+
+    async def context(self, request: Request) -> Response:
+        async with deadline_of(request, self._http).limit("reading the context"):
+            return JSONResponse(await self._contexts.get(request.path_params["id"]))
+
+    async def context_examples(self, request: Request) -> Response:
+        begin = number_of(request.query_params, "begin", 0, 0, 10**9)
+        limit = number_of(request.query_params, "limit", 1000, 1, 10_000)
+        async with deadline_of(request, self._http).limit("reading the context"):
+            return JSONResponse(await self._contexts.examples(request.path_params["id"], begin, limit))
+
+    async def delete_context(self, request: Request) -> Response:
+        async with deadline_of(request, self._http).limit("deleting the context"):
+            return JSONResponse(await self._contexts.delete(request.path_params["id"]))
+
+    async def embeddings(self, request: Request) -> Response:
+        asked = await Asked.of(request, self._http)
+        body = EmbeddingsRequest.of(asked.tree)
+        body.check(self._http)
+        single = isinstance(asked.tree["input"], str) or body.is_one_token_list
+        fields = ["input"] if single else [f"input[{index}]" for index in range(len(body.inputs))]
+        if body.model not in self.names.encoders and body.model not in self.names.backbones:
+            await self.names.resolve(body.model)  # says what is known, unless it is an expert
+            raise NotSupported(f"embedding with {body.model}", "use its backbone or an encoder")
+        embedded = await self._embedding.embed(body.model, body.inputs, fields, asked.deadline, asked.digest)
+        self.metrics.add_tokens(embedded.num_tokens, 0)
+        return JSONResponse(embeddings_json(body, embedded))
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatRequest)
+
+    async def complete(self, request: Request) -> Response:
+        return await self._complete(request, CompletionRequest)
+
+    async def _complete(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        asked = await Asked.of(request, self._http)
+        body = kind.of(asked.tree)
+        body.check()
+        async with asked.deadline.limit("resolving the model"):
+            if body.model == AUTO and await self._routing.is_served():
+                backbone = self._routing.backbone
+                prompts = self.prompts[backbone.id]
+                token_ids = await completion.tokens_of(body, backbone, prompts)
+                text = completion.question_of(body)
+                routed = await self._routing.route(token_ids, body.dispatch, asked.deadline, text)
+            else:
+                routed = Routed(await self.names.resolve(body.model))
+                backbone = routed.chosen.backbone
+                prompts = self.prompts[backbone.id]
+                token_ids = await completion.tokens_of(body, backbone, prompts)
+        plan = completion.plan(body, token_ids, routed, asked.digest, asked.deadline)
+        if not body.stream:
+            answer = await completion.whole(plan, prompts)
+            self.metrics.add_tokens(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
+            return JSONResponse(answer)
+        events = completion.events(plan, prompts, self.metrics.add_tokens)
+        # The first event decides the status: a refusal must not hide inside a 200.
+        first = await anext(events)
+        return StreamingResponse(
+            _server_sent(first, events), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
+
+    async def mix(self, request: Request) -> Response:
+        asked = await Asked.of(request, self._http)
+        body = MixtureRequest.of(asked.tree)
+        backbone = self.names.backbones.get(body.backbone)
+        if backbone is None:
+            raise UnknownName("backbone", body.backbone, tuple(self.names.backbones))
+        if body.name == "search":
+            raise InvalidRequest("name", "'search' is a path of this server; choose another")
+        async with asked.deadline.limit("registering the mixture"):
+            digest = await self._mixing.register(backbone.prepared.digest, body.weights, OWNER, body.name)
+        id_ = body.name or digest
+        return JSONResponse(
+            {"id": id_, "object": "mixture", "model": f"{backbone.id}:{MIXTURE}{id_}", "digest": digest}
+        )
+
+    async def models(self, request: Request) -> Response:
+        async with deadline_of(request, self._http).limit("listing the models"):
+            return JSONResponse({"object": "list", "data": await self.names.listing()})
+
+    async def model(self, request: Request) -> Response:
+        wanted = request.path_params["model"]
+        async with deadline_of(request, self._http).limit("listing the models"):
+            if wanted.startswith(PREFIX):
+                stored = await self._contexts.find(wanted, usable=False)
+                return JSONResponse(self.names.context(stored.artefact))
+            return JSONResponse(await self.names.one(wanted))
+
+    async def health(self, request: Request) -> Response:
+        report = await self.health_of_parts.report()
+        if report.ready:
+            return JSONResponse({"status": "ready", "parts": report.parts})
+        answer = failures.envelope(failures.TABLE[failures.errors.Unavailable], report.reason, None, 2.0)
+        return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
+
+    async def prometheus(self, request: Request) -> Response:
+        backbones = list(self.names.backbones.values())
+        text = await self.metrics.text(backbones, self._reasoning, self._centroids, self.task_part)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": importlib.metadata.version("metasepia")})
+
+
+async def _server_sent(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events; an error after the first one is an event too, since the status has left."""
+    async with aclosing(events):
+        yield _event(first)
+        try:
+            async for event in events:
+                yield _event(event)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            yield _event(failures.answer(error).body)
+        yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
