@@ -1,6 +1,7 @@
 """What a backbone is to everybody else, and the slow one-process backbone that the others are checked against."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metasepia.decoding.choices import choose
+from metasepia.decoding.choices import choose, top
 from metasepia.errors import DeadlineExceeded, InvalidRequest, UnknownName
 from metasepia.experts.factors import FactorSet
 from metasepia.experts.lora import LoraAdapter
@@ -117,7 +118,7 @@ class ReferenceBackbone:
                     raise DeadlineExceeded("generation", row.deadline_unix_s - started)
                 sequence = (*row.token_ids, *answer)
                 logits, _ = await asyncio.to_thread(self._forward, sequence, row.adapter)
-                chosen = choose(logits[-1:], [row.sampling], [row.seed], [len(sequence)])[0]
+                chosen = choose(logits[-1:], [row.sampling], [row.seed], [len(sequence)], [row.top_logprobs])[0]
                 if chosen.token_id in row.sampling.stop_token_ids:
                     finish, chosen = "stop", None
                 else:
@@ -127,6 +128,7 @@ class ReferenceBackbone:
                 request_id=row.request_id,
                 token_ids=() if chosen is None else (chosen.token_id,),
                 logprobs=() if chosen is None else (chosen.logprob,),
+                top=() if chosen is None or not chosen.top else (chosen.top,),
                 finish=finish,
                 executed=self._executed(row) if finish else None,
             )
@@ -137,8 +139,13 @@ class ReferenceBackbone:
         self._check(row)
         logits, _ = await asyncio.to_thread(self._forward, row.token_ids, row.adapter)
         targets = torch.tensor(row.token_ids[row.score_from :], dtype=torch.long)
-        logprobs = logits[row.score_from - 1 : -1].log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return Scores(request_id=row.request_id, logprobs=logprobs.numpy(), executed=self._executed(row))
+        logprobs = logits[row.score_from - 1 : -1].log_softmax(-1)
+        own = logprobs.gather(-1, targets[:, None])[:, 0].numpy()
+        scores = Scores(request_id=row.request_id, logprobs=own, executed=self._executed(row))
+        if not row.top_logprobs:
+            return scores
+        best, ids = top(logprobs, row.top_logprobs)
+        return dataclasses.replace(scores, top_ids=ids.numpy(), top_logprobs=best.double().numpy())
 
     async def hidden_states(self, row: Row) -> HiddenStates:
         self._check(row)

@@ -15,6 +15,9 @@ Weight = float | tuple[float, ...]
 Adapter = tuple[tuple[str, Weight], ...]
 """Expert digests with their weights on the simplex (in each layer); empty means the base weights."""
 
+MAX_TOP_LOGPROBS = 20
+"""OpenAI's bound."""
+
 Want = Literal["tokens", "logprobs", "hidden_states"]
 
 Path = Literal["plain", "factors", "truncated", "materialised", "lora"]
@@ -66,6 +69,8 @@ class Row:
     want: Want = "tokens"
     score_from: int = 1
     """want = logprobs: the first position whose token is scored given those before it. In [1, number of tokens]."""
+    top_logprobs: int = 0
+    """Likeliest tokens that are told beside each token chosen or scored. From 0 to MAX_TOP_LOGPROBS."""
     hidden: HiddenStatesWanted = field(default_factory=HiddenStatesWanted)
     prefix: tuple[int, ...] = ()
     """Tokens that other rows begin with too: their keys and values are computed once and kept, and this row takes as
@@ -94,6 +99,9 @@ class TokenChunk:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Natural log-probability of each token under the untempered distribution."""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """Beside each token the row's `top_logprobs` likeliest at its place, (id, log-probability), the likeliest first; ()
+    where the row asks for none."""
     finish: Literal["stop", "length"] | None = None
     """Set on the last chunk only, together with `executed`."""
     executed: Executed | None = None
@@ -105,7 +113,12 @@ class Scores:
 
     request_id: str
     logprobs: np.ndarray
+    """float32 [tokens]."""
     executed: Executed
+    top_ids: np.ndarray | None = None
+    """int64 [tokens, top]: the likeliest tokens at each place, the likeliest first; None where none are asked for."""
+    top_logprobs: np.ndarray | None = None
+    """float64 [tokens, top]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,17 @@ from metasepia.rows import Sampling
 
 
 def choose(
-    logits: Float[Tensor, "rows vocab"], sampling: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]
+    logits: Float[Tensor, "rows vocab"],
+    sampling: Sequence[Sampling],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    tops: Sequence[int] = (),
 ) -> list[Chosen]:
     """The next token of each row: the largest logit at temperature 0, else a draw from the tempered nucleus.
 
     A row draws the same in any batch and after any restart; `positions` are those of the tokens chosen, in the whole
-    sequence. Logits that are not finite give a logprob that is not.
+    sequence. `tops`: how many of the likeliest are told for each row; empty: none. Logits that are not finite give a
+    logprob that is not.
     """
     logits = logits.float()
     logprobs = logits.log_softmax(-1)
@@ -31,7 +36,21 @@ def choose(
         if one.temperature > 0:
             tokens[i] = draw(logits[i], one, seeds[i], positions[i])
     of_tokens = logprobs.gather(-1, tokens[:, None])[:, 0]
-    return [Chosen(token_id=t, logprob=p) for t, p in zip(tokens.tolist(), of_tokens.tolist(), strict=True)]
+    likeliest: list[tuple[tuple[int, float], ...]] = [()] * len(logits)
+    for i, number in enumerate(tops):
+        if number:
+            values, ids = top(logprobs[i], number)
+            likeliest[i] = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    pairs = zip(tokens.tolist(), of_tokens.tolist(), likeliest, strict=True)
+    return [Chosen(token_id=token, logprob=logprob, top=best) for token, logprob, best in pairs]
+
+
+def top(logprobs: Float[Tensor, "*places vocab"], number: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the largest, both [*places, number]; the smaller id first where two are equal."""
+    number = min(number, logprobs.shape[-1])
+    ids = logprobs.topk(number, dim=-1).indices.sort(dim=-1).values
+    values, order = logprobs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
 
 
 def draw(logits: Float[Tensor, " vocab"], sampling: Sampling, seed: int, position: int) -> int:

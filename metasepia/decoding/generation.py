@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metasepia.decoding.cache import RowCache, Segment
-from metasepia.decoding.choices import choose
+from metasepia.decoding.choices import choose, top
 from metasepia.decoding.fused_model import FusedModel
 from metasepia.decoding.live import LiveRows
 from metasepia.decoding.steps import Advance, Begin, NewRow, StepPlan, StepResult
@@ -146,7 +146,8 @@ class RowDecoder:
     ) -> None:
         if not self._chooses:
             return
-        chosen = choose(logits, [row.sampling for row in rows], [row.seed for row in rows], positions)
+        seeds, tops = [row.seed for row in rows], [row.top_logprobs for row in rows]
+        chosen = choose(logits, [row.sampling for row in rows], seeds, positions, tops)
         for row, one, what in zip(rows, chosen, executed, strict=True):
             if np.isfinite(one.logprob):
                 result.chosen[row.key], result.executed[row.key] = one, what
@@ -235,11 +236,20 @@ class RowDecoder:
             return
         logits = logits[:, : last - start].float()
         targets = group.token_ids[:, start + 1 : last + 1].to(logits.device)
-        logprobs = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).cpu()
+        mass = logits.logsumexp(-1)
+        logprobs = (logits.gather(-1, targets[..., None])[..., 0] - mass).cpu()
+        most = max(row.top_logprobs for row in group.rows if row is not None)
+        best, ids = top(logits, most)
+        best = best - mass[..., None]
         for i, row in enumerate(group.rows):
             if row is not None:
                 scored_from = group.width - len(row.token_ids) + row.score_from
-                group.parts[i].append(logprobs[i, max(0, scored_from - start - 1) :])
+                first = max(0, scored_from - start - 1)
+                part = logprobs[i, first:]
+                if number := min(row.top_logprobs, best.shape[-1]):
+                    beside = [ids[i, first:, :number].double(), best[i, first:, :number].double()]
+                    part = torch.cat([part.double()[:, None], *(one.cpu() for one in beside)], -1)
+                group.parts[i].append(part)
 
     def _pool(
         self, group: _Group, hidden: Float[Tensor, "layers rows new hidden"] | None, start: int, stop: int
@@ -342,7 +352,7 @@ def check_attends(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 def _joined(row: NewRow, parts: Sequence[Tensor]) -> np.ndarray:
     """The pieces of a row's answer as one float32 array."""
     if row.want == "logprobs":
-        return torch.cat([*parts, torch.empty(0)]).numpy()
+        return torch.cat(list(parts)).numpy() if parts else np.empty(0, np.float32)
     if row.hidden.pooling == "none":
         return torch.cat(list(parts), dim=1).numpy()
     pooled = torch.stack(list(parts)).sum(0)

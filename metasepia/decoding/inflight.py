@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from metasepia.decoding.steps import NewRow
 from metasepia.errors import InvalidRequest, MetasepiaError, UnknownName, WindowExceeded
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
+from metasepia.rows import MAX_TOP_LOGPROBS, Adapter, HiddenStates, Row, Scores, TokenChunk
 
 if TYPE_CHECKING:
     from metasepia.decoding.prefixes import Prefix
@@ -83,6 +83,8 @@ def check(row: Row, prepared: PreparedBackbone, limits: Limits) -> None:
         total += sampling.max_tokens
     if row.want == "logprobs" and not 1 <= row.score_from <= total:
         raise InvalidRequest("score_from", f"must lie from 1 to {total}, got {row.score_from}")
+    if not 0 <= row.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest("top_logprobs", f"must lie from 0 to {MAX_TOP_LOGPROBS}, got {row.top_logprobs}")
     if row.want == "hidden_states":
         num_layers = prepared.num_layers
         if not row.hidden.layers or not all(-num_layers - 1 <= layer <= num_layers for layer in row.hidden.layers):
@@ -175,6 +177,7 @@ class Entry:
             sampling=row.sampling,
             seed=row.seed,
             score_from=row.score_from,
+            top_logprobs=row.top_logprobs,
             hidden=row.hidden,
             reuse=(self.prefix.key, self.shared) if self.prefix is not None else None,
         )

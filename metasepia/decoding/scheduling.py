@@ -380,6 +380,7 @@ class Scheduler:
             request_id=entry.row.request_id,
             token_ids=(chosen.token_id,) if kept else (),
             logprobs=(chosen.logprob,) if kept else (),
+            top=(chosen.top,) if kept and chosen.top else (),
             finish=finish,
             executed=executed if finish else None,
         )
@@ -387,5 +388,14 @@ class Scheduler:
 
 def _array_answer(row: Row, array: np.ndarray, executed: Executed) -> Scores | HiddenStates:
     if row.want == "logprobs":
-        return Scores(request_id=row.request_id, logprobs=array, executed=executed)
+        if array.ndim == 1:
+            return Scores(request_id=row.request_id, logprobs=array, executed=executed)
+        own, ids, best = np.split(array, [1, 1 + array.shape[1] // 2], axis=1)
+        return Scores(
+            request_id=row.request_id,
+            logprobs=own[:, 0].astype(np.float32),
+            executed=executed,
+            top_ids=ids.astype(np.int64),
+            top_logprobs=best,
+        )
     return HiddenStates(request_id=row.request_id, states=array, executed=executed)

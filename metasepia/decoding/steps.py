@@ -23,6 +23,7 @@ class NewRow:
     sampling: Sampling
     seed: int
     score_from: int
+    top_logprobs: int = 0
     hidden: HiddenStatesWanted
     reuse: tuple[int, int] | None = None
     """Key of a kept prefix with the same adapter, and how many of its first tokens this row begins with; at least one
@@ -69,6 +70,8 @@ class Chosen:
 
     token_id: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens there, as many as the row asks for, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ class StepResult:
     chosen: dict[int, Chosen] = field(default_factory=dict)
     """Each row fed, and each row whose prompt was read to its end (it is live from now on)."""
     arrays: dict[int, np.ndarray] = field(default_factory=dict)
-    """Log-probabilities or hidden states of rows that wanted them; these have left."""
+    """Log-probabilities or hidden states of rows that wanted them; these have left. Log-probabilities are float32
+    [tokens], or float64 [tokens, 1 + 2 top] of a row that asks for the likeliest: its own, their ids, theirs."""
     executed: dict[int, Executed] = field(default_factory=dict)
     """What was run, for each key in `chosen` or `arrays`."""
     failed: dict[int, MetasepiaError] = field(default_factory=dict)

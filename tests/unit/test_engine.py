@@ -18,6 +18,7 @@ from metasepia.decoding.inflight import Limits
 from metasepia.errors import (
     CorruptArtefact,
     DeadlineExceeded,
+    InvalidRequest,
     InvalidSettings,
     NotSupported,
     Unavailable,
@@ -128,6 +129,40 @@ def test_scores_and_hidden_states_are_the_oracles(engine: Engine, oracle: Refere
     ours, theirs, our_states, their_states = run(both())
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
     np.testing.assert_allclose(our_states.states, their_states.states, atol=1e-4)
+
+
+def test_the_likeliest_tokens_are_the_oracles_beside_tokens_and_scores(
+    engine: Engine, oracle: ReferenceBackbone
+) -> None:
+    rows = [row(8 + 3 * i, top_logprobs=number, score_from=2) for i, number in enumerate((0, 1, 5, 20))]
+
+    async def both() -> list[Any]:
+        sides = (engine, oracle)
+        chunks = [await asyncio.gather(*(chunks_of(side, one) for one in rows)) for side in sides]
+        return [*chunks, *[await asyncio.gather(*(side.score(one) for one in rows)) for side in sides]]
+
+    ours, theirs, our_scores, their_scores = run(both())
+    for one, a, b in zip(rows, ours, theirs, strict=True):
+        for mine, other in zip(a, b, strict=True):
+            assert [len(beside) for beside in mine.top] == [one.top_logprobs] * (len(mine.token_ids) * bool(mine.top))
+            assert bool(mine.top) == bool(one.top_logprobs and mine.token_ids)
+            for beside, expected in zip(mine.top, other.top, strict=True):
+                assert [token for token, _ in beside] == [token for token, _ in expected]
+                np.testing.assert_allclose([p for _, p in beside], [p for _, p in expected], atol=1e-4)
+            if mine.top:  # greedy: what was chosen is the likeliest
+                assert mine.top[0][0] == (mine.token_ids[0], mine.logprobs[0])
+    assert our_scores[0].top_ids is None
+    for one, mine, other in zip(rows[1:], our_scores[1:], their_scores[1:], strict=True):
+        np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-4)
+        assert mine.top_ids.shape == (len(one.token_ids) - 2, one.top_logprobs)
+        np.testing.assert_array_equal(mine.top_ids, other.top_ids)
+        np.testing.assert_allclose(mine.top_logprobs, other.top_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [-1, 21])
+def test_more_likeliest_tokens_than_the_bound_are_refused(engine: Engine, number: int) -> None:
+    error = run(raised(tokens_of(engine, row(top_logprobs=number))))
+    assert isinstance(error, InvalidRequest) and error.param == "top_logprobs"
 
 
 def test_two_event_loops_may_ask_at_once(engine: Engine, oracle: ReferenceBackbone) -> None:
