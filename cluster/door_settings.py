@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from cluster.tables import between
 
+ENDING_S = 30.0
+"""Serve's parts, then Ray, once nothing is answered any more; whatever is left then is killed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
@@ -68,9 +71,41 @@ class GatewaySettings:
     """The Serve ingress."""
 
     cpus: float = 0.1
-    max_ongoing_requests: int = 256
-    """Requests inside the gateway at once; more are refused with 503 by Serve's own limit. From 1 to 100000."""
+    max_ongoing_requests: int = 1024
+    """Requests inside a gateway at once, those that wait for their turn included; as many again wait at the proxy, and
+    more are refused with 503 by Serve's own limit. From 1 to 100000."""
 
     def __post_init__(self) -> None:
         between("gateway", "cpus", self.cpus, 0.01, 1000)
         between("gateway", "max_ongoing_requests", self.max_ongoing_requests, 1, 100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionSettings:
+    """What waits at the gateway, whose turn it is, and how it ends: `serve/admission.py`, `serve/drain.py`."""
+
+    max_queued_tokens: int = 262_144
+    """Of the requests that wait, prompts and answers; beyond it they are refused with 429. From 256 to 10**9."""
+    max_queued_mib: float = 64.0
+    """Of their bodies. From 0.01 to 10**6."""
+    max_queued_requests: int = 512
+    """Below gateway.max_ongoing_requests, so that the gateway decides who waits and not the proxy before it. From 1 to
+    10**6."""
+    ahead: float = 2.0
+    """Work let through to a part, in multiples of what it does at once. More fills its batches, less keeps the turns of
+    tenants fair. From 1 to 100."""
+    drain_s: float = 30.0
+    """From the order to end until requests that run are cut off; new ones are refused with 503 meanwhile. Also what
+    Serve gives a replica that it takes down. From 0 to 3600."""
+
+    @property
+    def grace_s(self) -> float:
+        """From SIGTERM to the last process: what whoever stops the graph has to wait before it kills."""
+        return self.drain_s + ENDING_S
+
+    def __post_init__(self) -> None:
+        between("admission", "max_queued_tokens", self.max_queued_tokens, 256, 10**9)
+        between("admission", "max_queued_mib", self.max_queued_mib, 0.01, 10**6)
+        between("admission", "max_queued_requests", self.max_queued_requests, 1, 10**6)
+        between("admission", "ahead", self.ahead, 1, 100)
+        between("admission", "drain_s", self.drain_s, 0, 3600)

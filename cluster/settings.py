@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster import tables
-from cluster.door_settings import GatewaySettings, HttpSettings
+from cluster.door_settings import AdmissionSettings, GatewaySettings, HttpSettings
+from cluster.scaling_settings import ScalingSettings
 from cluster.tables import between
 from metasepia.centroids import CentroidLimits
 from metasepia.embedding.space import MethodName
@@ -111,6 +112,8 @@ class BackboneSettings:
     """What the checkpoint is expected to be; refused at start where its config.json says otherwise."""
     threads: int = 1
     """Compute threads of each rank. From 1 to 1024."""
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
+    """Gangs, each with all experts and a queue of its own."""
     replica_cpus: float = 0.1
     rank_cpus: float = 0.8
     rank_gpus: float = 0.0
@@ -143,6 +146,7 @@ class BackboneSettings:
         between(owner, "heartbeat_timeout_s", self.heartbeat_timeout_s, 1, 600)
         between(owner, "collective_timeout_s", self.collective_timeout_s, 1, 600)
         between(owner, "start_timeout_s", self.start_timeout_s, 10, 86400)
+        self.scaling.check(owner, self.max_queued_tokens)
         if self.device == "cuda" and not self.rank_gpus > 0:
             raise InvalidSettings(f"{owner}.rank_gpus", self.rank_gpus, "above 0 when device is cuda")
         _check_name(f"{owner}.id", self.id)
@@ -169,6 +173,7 @@ class EncoderSettings:
     """Padded tokens of one forward; on a CPU more is slower. From 64 to 10**7."""
     max_queued_texts: int = 16_384
     """Beyond it requests are refused with 429. From 1 to 10**7."""
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
     cache_mib: float = 32.0
     """Vectors kept of texts seen before, the least recently used leave first; 0 keeps none. From 0 to 10**6."""
 
@@ -179,6 +184,7 @@ class EncoderSettings:
         between(owner, "max_batch_tokens", self.max_batch_tokens, 64, 10**7)
         between(owner, "cache_mib", self.cache_mib, 0, 10**6)
         between(owner, "max_queued_texts", self.max_queued_texts, 1, 10**7)
+        self.scaling.check(owner, self.max_queued_texts)
         _check_name(f"{owner}.id", self.id)
 
 
@@ -189,7 +195,7 @@ class ReasoningSettings:
     modules: tuple[str, ...] = ("default", "tart-paper")
     """Modules shipped in `metasepia/assets/modules`, or paths to their safetensors files. The first one answers those
     who name none."""
-    num_replicas: int = 1
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
     cpus: float = 0.3
     threads: int = 1
     cache_mib: float = 256.0
@@ -204,11 +210,11 @@ class ReasoningSettings:
         if not self.modules or len(set(self.modules)) < len(self.modules):
             raise InvalidSettings("reasoning.modules", self.modules, "one module or more, each named once")
         between("reasoning", "max_queued_audits", self.max_queued_audits, 1, 10**5)
-        between("reasoning", "num_replicas", self.num_replicas, 1, 1000)
         between("reasoning", "cpus", self.cpus, 0.01, 1000)
         between("reasoning", "threads", self.threads, 1, 1024)
         between("reasoning", "cache_mib", self.cache_mib, 1, 10**6)
         between("reasoning", "max_queued_queries", self.max_queued_queries, 1, 10**8)
+        self.scaling.check("reasoning", self.max_queued_queries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +360,7 @@ class Settings:
     ray: RaySettings = field(default_factory=RaySettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     mixing: MixingSettings = field(default_factory=MixingSettings)
