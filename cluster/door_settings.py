@@ -109,3 +109,26 @@ class AdmissionSettings:
         between("admission", "max_queued_requests", self.max_queued_requests, 1, 10**6)
         between("admission", "ahead", self.ahead, 1, 100)
         between("admission", "drain_s", self.drain_s, 0, 3600)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpcSettings:
+    """The gRPC door: the same calls, on a port of Serve's gRPC proxy."""
+
+    enabled: bool = True
+    host: str = ""
+    """Address to listen on. Empty: that of `[http]`."""
+    port: int = 9000
+    """From 1 to 65535."""
+    reflection: bool = True
+    """Lets clients such as grpcurl ask which services and messages there are."""
+    max_message_mib: float = 64.0
+    """Longer messages are refused unread, in both directions. What a request may hold is bounded by `[http]`. From 0.01
+    to 1024."""
+    max_watchers: int = 64
+    """Open streams of grpc.health.v1.Health/Watch; each is a request inside the gateway. From 1 to 10000."""
+
+    def __post_init__(self) -> None:
+        between("grpc", "port", self.port, 1, 65535)
+        between("grpc", "max_message_mib", self.max_message_mib, 0.01, 1024)
+        between("grpc", "max_watchers", self.max_watchers, 1, 10_000)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster import tables
-from cluster.door_settings import AdmissionSettings, GatewaySettings, HttpSettings
+from cluster.door_settings import AdmissionSettings, GatewaySettings, GrpcSettings, HttpSettings
 from cluster.scaling_settings import ScalingSettings
 from cluster.tables import between
 from metasepia.centroids import CentroidLimits
@@ -359,6 +359,7 @@ class Settings:
     dispatch_margins: DispatchMargins = field(default_factory=DispatchMargins)
     ray: RaySettings = field(default_factory=RaySettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    grpc: GrpcSettings = field(default_factory=GrpcSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
@@ -366,6 +367,11 @@ class Settings:
     mixing: MixingSettings = field(default_factory=MixingSettings)
     centroids: CentroidSettings = field(default_factory=CentroidSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
+
+    @property
+    def grpc_host(self) -> str:
+        """What the gRPC door listens on."""
+        return self.grpc.host or self.http.host
 
     @property
     def surrogate(self) -> EncoderSettings:
@@ -397,8 +403,13 @@ def _check_name(name: str, value: str) -> None:
         raise InvalidSettings(name, value, "[a-z0-9][a-z0-9._-]{0,63}, and not auto, mix@... or ctx-...")
 
 
-def read(profile: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings of a profile (`laptop`, `gpu`, or a path to a TOML file), with the environment's overrides.
+def read(
+    profile: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    over: Mapping[str, Any] | None = None,
+) -> Settings:
+    """The settings of a profile (`laptop`, `gpu`, or a path to a TOML file), with `over`, tables as a profile has them,
+    and then the environment's overrides.
 
     Raises InvalidSettings for a profile that does not exist, a field that does not exist and a value out of range.
     """
@@ -412,6 +423,7 @@ def read(profile: str | Path | None = None, environ: Mapping[str, str] | None = 
         tree: dict[str, Any] = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettings("profile", str(path), f"valid TOML ({error})") from error
+    tree = tables.merge(tree, over or {})
     for key, text in sorted(environ.items()):
         if key.startswith(ENV_PREFIX) and key not in NOT_SETTINGS:
             tables.override(tree, key, key.removeprefix(ENV_PREFIX).lower().split("__"), text)
