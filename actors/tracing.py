@@ -1,0 +1,216 @@
+"""Spans of one request over all processes (OpenTelemetry), off unless the settings give them a place to go.
+
+A request's span begins at the gateway, with the client's W3C `traceparent` where it brings one. Messages carry the
+traceparent of the span that sent them, so the spans of other processes are its children. A batch is a span of its own
+trace, linked to the spans of all its requests; each of these has a child that is linked back. While traces are off, or
+a request is not sampled, `traceparent()` is None and nothing is made of it anywhere.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from cluster.meter_settings import Telemetry, TraceSettings
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Link, Span, Tracer
+
+Value = str | bool | int | float
+
+_FLUSH_MS = 1000
+
+
+class _Nothing:
+    """Stands for a span where there is none."""
+
+    traceparent: str | None = None
+
+    def set(self, **attributes: Value) -> None: ...
+
+    def failed(self, reason: str) -> None: ...
+
+    def __enter__(self) -> "_Nothing":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_NOTHING = _Nothing()
+
+
+class Spanning:
+    """A span that is open; the current one of this task while it is entered."""
+
+    def __init__(self, span: "Span") -> None:
+        self._span = span
+        self.traceparent = _header(span)
+
+    def set(self, **attributes: Value) -> None:
+        self._span.set_attributes(attributes)
+
+    def failed(self, reason: str) -> None:
+        from opentelemetry.trace import StatusCode
+
+        self._span.set_status(StatusCode.ERROR, reason)
+
+
+Opened = contextlib.AbstractContextManager[Spanning | _Nothing]
+
+
+def span(name: str, **attributes: Value) -> Opened:
+    """A child of this task's current span; nothing where there is none."""
+    if (tracer := _tracer()) is None or traceparent() is None:
+        return _NOTHING
+    return _opened(tracer, name, None, attributes)
+
+
+def request_span(name: str, traceparent: str | None, **attributes: Value) -> Opened:
+    """The first span of a request here: a child of the client's, by its header, or the root of a trace."""
+    if (tracer := _tracer()) is None:
+        return _NOTHING
+    return _opened(tracer, name, _context(traceparent), attributes)
+
+
+def continued(name: str, traceparent: str | None, **attributes: Value) -> Opened:
+    """A child of the span that sent a message; nothing where it had none."""
+    if traceparent is None or (tracer := _tracer()) is None:
+        return _NOTHING
+    return _opened(tracer, name, _context(traceparent), attributes)
+
+
+def linked_span(name: str, traceparents: Iterable[str | None], **attributes: Value) -> Opened:
+    """A batch: linked to the spans of all its requests; nothing where none of them is traced."""
+    traced = [one for one in traceparents if one is not None]
+    if not traced or (tracer := _tracer()) is None:
+        return _NOTHING
+    return _opened(tracer, name, _context(None), attributes, _links(traced))
+
+
+def record(
+    name: str,
+    parent: str | None,
+    begin_unix_s: float,
+    end_unix_s: float,
+    links: Iterable[str | None] = (),
+    **attributes: Value,
+) -> str | None:
+    """A span that has ended, a child of a message's; its traceparent. Nothing where `parent` is None."""
+    if parent is None or (tracer := _tracer()) is None:
+        return None
+    made = tracer.start_span(
+        name,
+        _context(parent),
+        links=_links([one for one in links if one is not None]),
+        start_time=int(begin_unix_s * 1e9),
+        attributes=attributes,
+    )
+    made.end(int(end_unix_s * 1e9))
+    return _header(made)
+
+
+def traceparent() -> str | None:
+    """Of this task's current span, as messages and headers carry it; None where it has none or is not sampled."""
+    if _tracer() is None:
+        return None
+    from opentelemetry import trace
+
+    return _header(trace.get_current_span())
+
+
+def trace_id() -> str | None:
+    """Of this task's current span, for logs."""
+    header = traceparent()
+    return None if header is None else header.split("-")[1]
+
+
+def flush() -> None:
+    """Sends what is kept; for ends of processes and tests."""
+    if (provider := _provider()) is not None:
+        provider.force_flush()
+
+
+def configure(settings: TraceSettings) -> None:
+    """In place of what the environment says; before the first span, or in tests."""
+    with contextlib.suppress(KeyError):
+        if (provider := _made.pop("provider")) is not None:
+            provider.shutdown()
+    _made["provider"] = _make(settings)
+    _tracer.cache_clear()
+
+
+_made: dict[str, "TracerProvider | None"] = {}
+
+
+def _provider() -> "TracerProvider | None":
+    if "provider" not in _made:
+        _made["provider"] = _make(Telemetry.of().traces)
+    return _made["provider"]
+
+
+@functools.cache
+def _tracer() -> "Tracer | None":
+    provider = _provider()
+    return None if provider is None else provider.get_tracer("metasepia")
+
+
+def _make(settings: TraceSettings) -> "TracerProvider | None":
+    if not settings.on:
+        return None
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+
+    from actors.recording import replica
+
+    exporters: list[SpanExporter] = []
+    if settings.endpoint:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        exporters.append(OTLPSpanExporter(endpoint=settings.endpoint))
+    if settings.file:
+        lines = open(settings.file, "a", buffering=1)  # noqa: SIM115  as long as the process lives
+        exporters.append(ConsoleSpanExporter(out=lines, formatter=lambda one: one.to_json(indent=None) + "\n"))
+    provider = TracerProvider(
+        sampler=ParentBasedTraceIdRatio(settings.sample_ratio),
+        resource=Resource.create({"service.name": "metasepia", "service.instance.id": replica()}),
+    )
+    for exporter in exporters:
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_FLUSH_MS))
+    return provider
+
+
+@contextlib.contextmanager
+def _opened(
+    tracer: "Tracer",
+    name: str,
+    context: "Context | None",
+    attributes: Mapping[str, Value],
+    links: "list[Link] | None" = None,
+) -> Iterator[Spanning]:
+    with tracer.start_as_current_span(name, context, attributes=dict(attributes), links=links or []) as opened:
+        yield Spanning(opened)
+
+
+def _context(header: str | None) -> "Context":
+    """Of a header; an empty one, so a new trace, where it is None or makes no sense."""
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    return TraceContextTextMapPropagator().extract({"traceparent": header} if header else {}, Context())
+
+
+def _links(headers: Iterable[str]) -> "list[Link]":
+    from opentelemetry import trace
+
+    return [trace.Link(trace.get_current_span(_context(one)).get_span_context()) for one in headers]
+
+
+def _header(one: "Span") -> str | None:
+    context = one.get_span_context()
+    if not (context.is_valid and context.trace_flags.sampled):
+        return None
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
