@@ -132,3 +132,34 @@ class GrpcSettings:
         between("grpc", "port", self.port, 1, 65535)
         between("grpc", "max_message_mib", self.max_message_mib, 0.01, 1024)
         between("grpc", "max_watchers", self.max_watchers, 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeySettings:
+    """Who may come in. Keys are kept beside the catalogue of the registry, as hashes; `python -m actors.keys` makes
+    the first one.
+    """
+
+    required: bool = False
+    """Every call but health and version brings a key. False is for loopback only: then whoever reaches the port may do
+    everything, as the tenant `local`."""
+    open_metrics: bool = False
+    """/metrics and /v1/status need no key, for a scraper that has none. False: one with the scope `admin`."""
+    requests_per_minute: int = 0
+    """Of a key that was made without a limit of its own, in each UTC minute. 0: no limit. From 0 to 10**9."""
+    tokens_per_day: int = 0
+    """Likewise tokens read and written in each UTC day. 0: no limit. From 0 to 10**15."""
+    max_keys: int = 100_000
+    """Keys that are kept, revoked and expired ones too. From 1 to 10**6."""
+    sync_every_s: float = 0.25
+    """Each gateway tells the registry what its keys have used, and learns of keys made and revoked and of what was used
+    elsewhere. A revocation is in force everywhere within this time and that of one call. From 0.05 to 0.5."""
+    max_silence_s: float = 30.0
+    """A gateway that the registry has not answered for this long lets nobody in with a key. From 1 to 3600."""
+
+    def __post_init__(self) -> None:
+        between("keys", "requests_per_minute", self.requests_per_minute, 0, 10**9)
+        between("keys", "tokens_per_day", self.tokens_per_day, 0, 10**15)
+        between("keys", "max_keys", self.max_keys, 1, 10**6)
+        between("keys", "sync_every_s", self.sync_every_s, 0.05, 0.5)
+        between("keys", "max_silence_s", self.max_silence_s, 1, 3600)

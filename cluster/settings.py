@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster import tables
-from cluster.door_settings import AdmissionSettings, GatewaySettings, GrpcSettings, HttpSettings
+from cluster.door_settings import AdmissionSettings, GatewaySettings, GrpcSettings, HttpSettings, KeySettings
 from cluster.scaling_settings import ScalingSettings
 from cluster.tables import between
 from metasepia.centroids import CentroidLimits
@@ -24,8 +24,8 @@ from metasepia.modalities.media import Modality
 
 PROFILES = Path(__file__).parent / "profiles"
 ENV_PREFIX = "METASEPIA_"
-NOT_SETTINGS = (ENV_PREFIX + "PROFILE", ENV_PREFIX + "URL")
-"""Which profile is read, and where the command `metasepia` finds a server."""
+NOT_SETTINGS = (ENV_PREFIX + "PROFILE", ENV_PREFIX + "URL", ENV_PREFIX + "KEY")
+"""Which profile is read; where the command `metasepia` finds a server, and the key that it shows there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +362,7 @@ class Settings:
     grpc: GrpcSettings = field(default_factory=GrpcSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    keys: KeySettings = field(default_factory=KeySettings)
     reasoning: ReasoningSettings = field(default_factory=ReasoningSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     mixing: MixingSettings = field(default_factory=MixingSettings)

@@ -5,6 +5,8 @@
     ├── InvalidRequest         (ValueError)      a request field outside its range
     │   ├── WindowExceeded                       more tokens than the backbone's window
     │   └── BodyTooLarge                         more bytes than a request may have
+    ├── Unauthenticated        (PermissionError) no key, or one that does not open this door
+    ├── Forbidden              (PermissionError) a key without the scope that the call needs
     ├── UnknownName            (LookupError)     a name nobody registered; lists those that exist
     ├── DeletedName            (LookupError)     a name that stood for something until it was deleted
     ├── NameTaken              (ValueError)      a name that stands for something else already
@@ -14,6 +16,7 @@
     ├── CorruptArtefact        (ValueError)      a file that is not what its digest or kind says
     ├── CannotPlace            (RuntimeError)    the cluster has less than the settings add up to
     ├── Overloaded             (RuntimeError)    a bounded queue is full; carries `retry_after_s`
+    │   └── QuotaExceeded                        a key has used what it may until its window ends
     ├── DeadlineExceeded       (TimeoutError)    a deadline passed before the answer was whole
     ├── Unavailable            (ConnectionError) a part is down or being rebuilt; carries `retry_after_s`
     ├── NoLearningSignal       (RuntimeError)    rewards never differ: policy gradients have no direction
@@ -22,6 +25,7 @@
 Each class's `args` equal its constructor's parameters, so that Ray hands the caller the error itself.
 """
 
+import math
 from datetime import UTC, datetime
 
 
@@ -67,6 +71,28 @@ class BodyTooLarge(InvalidRequest):
         MetasepiaError.__init__(self, max_mib, way_out)
         self.param, self.max_mib, self.way_out = "body", max_mib, way_out
         self.message = f"longer than {max_mib:g} MiB; {way_out}"
+
+
+class Unauthenticated(MetasepiaError, PermissionError):
+    """The door asks for a key, and the request brought none, or one that opens nothing. Never says which key it was."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem}; send one as 'Authorization: Bearer msk_...'"
+
+
+class Forbidden(MetasepiaError, PermissionError):
+    """The key is good, and lacks the scope that the call needs."""
+
+    def __init__(self, operation: str, scope: str) -> None:
+        super().__init__(operation, scope)
+        self.operation, self.scope = operation, scope
+
+    def __str__(self) -> str:
+        return f"{self.operation} needs a key with the scope {self.scope!r}, which this one has not"
 
 
 class UnknownName(MetasepiaError, LookupError):
@@ -181,6 +207,17 @@ class Overloaded(MetasepiaError, RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.queue} is full; try again in {self.retry_after_s:.0f} s"
+
+
+class QuotaExceeded(Overloaded):
+    """A key has used what it may within a window of time. `retry_after_s` is how long the window still lasts."""
+
+    def __init__(self, limit: str, retry_after_s: float) -> None:
+        super().__init__(limit, retry_after_s)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"this key has used its {self.limit}; try again in {math.ceil(self.retry_after_s)} s"
 
 
 class DeadlineExceeded(MetasepiaError, TimeoutError):

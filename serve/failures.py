@@ -43,12 +43,15 @@ TABLE: dict[type[BaseException], Failure] = {
         400, "invalid_request_error", "context_length_exceeded", grpc.StatusCode.INVALID_ARGUMENT
     ),
     errors.InvalidRequest: Failure(400, "invalid_request_error", "invalid_value", grpc.StatusCode.INVALID_ARGUMENT),
+    errors.Unauthenticated: Failure(401, "invalid_request_error", "invalid_api_key", grpc.StatusCode.UNAUTHENTICATED),
+    errors.Forbidden: Failure(403, "invalid_request_error", "insufficient_scope", grpc.StatusCode.PERMISSION_DENIED),
     errors.UnknownName: Failure(404, "invalid_request_error", "model_not_found", grpc.StatusCode.NOT_FOUND),
     errors.DeletedName: Failure(410, "invalid_request_error", "deleted", grpc.StatusCode.NOT_FOUND),
     errors.NameTaken: Failure(409, "invalid_request_error", "already_exists", grpc.StatusCode.ALREADY_EXISTS),
     errors.Outdated: Failure(409, "invalid_request_error", "outdated", grpc.StatusCode.FAILED_PRECONDITION),
     errors.DifferentSpaces: Failure(400, "invalid_request_error", "different_spaces", grpc.StatusCode.INVALID_ARGUMENT),
     errors.NotSupported: Failure(400, "invalid_request_error", "not_supported", grpc.StatusCode.UNIMPLEMENTED),
+    errors.QuotaExceeded: Failure(429, "rate_limit_error", "quota_exceeded", grpc.StatusCode.RESOURCE_EXHAUSTED),
     errors.Overloaded: Failure(429, "rate_limit_error", "overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED),
     errors.DeadlineExceeded: Failure(504, "timeout_error", "deadline_exceeded", grpc.StatusCode.DEADLINE_EXCEEDED),
     errors.Unavailable: Failure(503, "server_error", "unavailable", grpc.StatusCode.UNAVAILABLE),
@@ -128,7 +131,7 @@ def answer(error: BaseException) -> Answer:
 
 
 def envelope(failure: Failure, message: str, param: str | None = None, retry_after_s: float | None = None) -> Answer:
-    """OpenAI's error envelope; Retry-After in whole seconds, at least 1, on 429 and 503."""
+    """OpenAI's error envelope; Retry-After in whole seconds, at least 1, on 429 and 503; WWW-Authenticate on 401."""
     body: dict[str, dict[str, object]] = {
         "error": {"message": message, "type": failure.type, "param": param, "code": failure.code}
     }
@@ -136,6 +139,8 @@ def envelope(failure: Failure, message: str, param: str | None = None, retry_aft
     if failure.status in (429, 503):
         seconds = retry_after_s if retry_after_s is not None else failure.retry_after_s
         headers["retry-after"] = str(max(1, math.ceil(seconds if seconds is not None else 1.0)))
+    if failure.status == 401:
+        headers["www-authenticate"] = 'Bearer realm="metasepia"'
     return Answer(failure, body, headers)
 
 

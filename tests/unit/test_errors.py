@@ -12,6 +12,8 @@ CASES: list[errors.MetasepiaError] = [
     errors.InvalidRequest("temperature", "must be from 0 to 2, got 3"),
     errors.WindowExceeded("messages", 9000, 8192),
     errors.BodyTooLarge(8.0),
+    errors.Unauthenticated("this key is not known here"),
+    errors.Forbidden("CreateKey", "admin"),
     errors.UnknownName("expert", "law", ("maths",)),
     errors.DeletedName("context", "ctx-0", 1e9),
     errors.NameTaken("expert", "law", "0a" * 32),
@@ -22,6 +24,7 @@ CASES: list[errors.MetasepiaError] = [
     errors.CorruptArtefact("expert.safetensors", "it ends inside tensor z"),
     errors.CannotPlace("CPU", 3.0, 2.0, "gateway 1 + backbone 2"),
     errors.Overloaded("the queue of smollm2", 3.0),
+    errors.QuotaExceeded("requests of this minute (60)", 12.5),
     errors.DeadlineExceeded("classification", 2.0),
     errors.Unavailable("backbone smollm2", 5.0),
     errors.Locked("catalogue.sqlite", "pid 7"),
@@ -40,5 +43,13 @@ def test_every_class_of_the_tree_is_covered_and_refines_a_builtin():
         errors.MetasepiaError
     }
     assert classes == {type(e) for e in CASES}
-    builtin = (ValueError, LookupError, NotImplementedError, RuntimeError, TimeoutError, ConnectionError)
+    builtin = (
+        ValueError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        TimeoutError,
+        ConnectionError,
+        PermissionError,
+    )
     assert all(issubclass(c, builtin) for c in classes)
