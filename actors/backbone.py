@@ -90,6 +90,11 @@ class _Held:
     def num_tokens(self) -> int:
         return len(self.row.token_ids) + (self.row.sampling.max_tokens if self.row.want == "tokens" else 0)
 
+    @property
+    def remaining_tokens(self) -> int:
+        """Still to be read or, at most, sent."""
+        return self.row.sampling.max_tokens - len(self.sent) if self.sent else self.num_tokens
+
 
 class BackboneGroup(AsksRows):
     """One frozen backbone on a tensor-parallel gang. All methods belong to the event loop that started it."""
@@ -186,6 +191,11 @@ class BackboneGroup(AsksRows):
     @property
     def digest(self) -> str:
         return self._parts.prepared.digest
+
+    @property
+    def queued_tokens(self) -> int:
+        """Of all rows that clients wait for, waiting or running: prompts not yet answered, answers still to come."""
+        return sum(one.remaining_tokens for one in self._held.values() if one.row.priority >= 0)
 
     @property
     def ranks(self) -> tuple[Joined, ...]:

@@ -113,6 +113,10 @@ class Encoder:
             "texts_per_s": self._texts_per_s or 0.0,
         }
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, where the number of replicas is not fixed (`serve.autoscaling`)."""
+        return {"queued": float(self._num_queued)}
+
     async def embed(self, message: Texts | Media) -> np.ndarray:
         """Unit-norm vectors, float32 [items, width], in the order given.
 

@@ -203,6 +203,10 @@ class ReasoningPool:
         if not self._worker.is_alive():
             raise Unavailable("the reasoning pool", 1.0)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, where the number of replicas is not fixed (`serve.autoscaling`)."""
+        return {"queued": float(self._num_queued)}
+
     def stop(self) -> None:
         """Ends the threads; what waits fails with Unavailable."""
         self._audits.stop()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from cluster.scaling_settings import ScalingSettings
 from cluster.settings import BackboneSettings, RegistrySettings, Settings
 from metasepia.errors import CannotPlace
 
@@ -21,23 +22,26 @@ def registry(settings: RegistrySettings) -> dict[str, Any]:
 
 
 def parts(settings: Settings) -> list[tuple[str, float, float]]:
-    """(part, CPUs, GPUs) of everything that the graph places."""
+    """(part, CPUs, GPUs) of everything that the graph places: on a cluster of our own, which cannot grow, as many
+    replicas as a part may ever have, else those that it begins with.
+    """
+
+    def row(part: str, scaling: ScalingSettings, cpus: float, gpus: float = 0.0) -> tuple[str, float, float]:
+        number = scaling.max_replicas if settings.ray.address == "local" else scaling.min_replicas
+        return f"{part} x {number}" if number > 1 else part, number * cpus, number * gpus
+
     rows = [
         ("gateway", settings.gateway.cpus, 0.0),
         ("registry", settings.registry.cpus, 0.0),
         ("expert mixing", settings.mixing.cpus, 0.0),
         ("task embedding", settings.tasks.cpus, 0.0),
-        (
-            f"reasoning pool x {settings.reasoning.num_replicas}",
-            settings.reasoning.num_replicas * settings.reasoning.cpus,
-            0.0,
-        ),
+        row("reasoning pool", settings.reasoning.scaling, settings.reasoning.cpus),
     ]
-    rows += [(f"encoder {e.id}", e.cpus, e.gpus) for e in settings.encoders]
+    rows += [row(f"encoder {e.id}", e.scaling, e.cpus, e.gpus) for e in settings.encoders]
     for b in settings.backbones:
         bundles = gang_bundles(b)
         cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
-        rows.append((f"backbone {b.id} (tp_size {b.tp_size})", cpus, gpus))
+        rows.append(row(f"backbone {b.id} (tp_size {b.tp_size})", b.scaling, cpus, gpus))
     return rows
 
 

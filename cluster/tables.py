@@ -41,6 +41,28 @@ def build(kind: type, tree: Mapping[str, Any], where: str = "") -> Any:
     return kind(**{name: _convert(hints[name], value, where + name) for name, value in tree.items()})
 
 
+def tree_of(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as tables that JSON and TOML can say, such that `build` gives it back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items() if one is not None}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(settings))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`: tables are merged, anything else, a list too, takes the old one's place."""
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):

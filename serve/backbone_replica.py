@@ -16,6 +16,7 @@ from cluster.settings import BackboneSettings
 from metasepia.errors import Unavailable
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
+from serve.autoscaling import QUEUED
 from serve.names import OWNER
 
 
@@ -59,6 +60,10 @@ class BackboneReplica:
 
     async def info(self) -> dict[str, Any]:
         return dataclasses.asdict(self._group.info)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler."""
+        return {QUEUED: float(self._group.queued_tokens)}
 
     async def check_health(self) -> None:
         """For Serve. A gang that is being rebuilt is no reason to replace the replica: the group does that itself."""

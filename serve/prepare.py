@@ -1,20 +1,25 @@
 """Makes weights and factors ready, with progress: `python -m serve.prepare [--profile laptop]`.
 
-`serve.main` runs it as a process of its own first: it may load torch, and main stays for as long as the graph runs.
+Every part of the graph finds them by `ready`, on whatever node it is; where something is missing, a process of its own
+makes it first, since that loads torch and a gateway stays for as long as the graph runs. `serve.main` does so before
+it starts anything, so that people see how far it is.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
-from cluster import plan
+from cluster import plan, tables
 from cluster import settings as settings_of
 from cluster.settings import Settings
-from metasepia.errors import InvalidSettings, MetasepiaError
+from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
 from metasepia.models import checkpoints
 from metasepia.models.prepared import PreparedBackbone
 from serve.accepting import find_index
+
+ROOT = Path(__file__).parents[1]
 
 
 def prepare(settings: Settings) -> dict[str, PreparedBackbone]:
@@ -34,11 +39,42 @@ def prepare(settings: Settings) -> dict[str, PreparedBackbone]:
     return found
 
 
+def ready(settings: Settings) -> dict[str, PreparedBackbone]:
+    """`prepare` without torch in this process. Several may ask at once: one makes what is missing, the others wait.
+
+    Raises InvalidSettings for a source that is none, Unavailable with the words of what failed.
+    """
+    if not _is_ready(settings):
+        done = subprocess.run(
+            [sys.executable, "-m", "serve.prepare", "--settings", "-"],
+            input=json.dumps(tables.tree_of(settings)), cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            raise Unavailable(f"a part of the graph (its weights were not made ready: {words[-1]})", 60.0)
+    return prepare(settings)
+
+
+def _is_ready(settings: Settings) -> bool:
+    for one in settings.backbones:
+        found = checkpoints.find(one.source, settings.home)
+        if found is None:
+            return False
+        if one.expert_layers and find_index(found.digest, one.expert_layers, settings.home, one.expert_rank) is None:
+            return False
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile")
+    parser.add_argument("--settings", choices=["-"], help="read them as JSON from standard input")
+    arguments = parser.parse_args()
     try:
-        prepare(settings_of.read(parser.parse_args().profile))
+        if arguments.settings:
+            prepare(tables.build(Settings, json.load(sys.stdin)))
+        else:
+            prepare(settings_of.read(arguments.profile))
     except MetasepiaError as error:
         print(error, file=sys.stderr)
         return 1
