@@ -7,12 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 
-from serve import processes
+from cluster import settings as settings_of
+from cluster.settings import PROFILES
+from metasepia.experts.vectors import ExpertVectors
+from metasepia.registry.catalogue import Registry
+from metasepia.registry.entries import SHARED as SHARED_BY_ALL
+from serve import prepare, processes
+from serve.accepting import Fits
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / ".metasepia"
@@ -37,6 +45,24 @@ def new_home(home: Path) -> Path:
     return home
 
 
+def put_expert(home: Path, backbone: str, name: str, scale: Callable[[int], np.ndarray]) -> str:
+    """An expert of a backbone of the laptop in the registry of `home`, `scale` of the length of each layer's singular
+    values; returns its digest.
+    """
+    settings = settings_of.read("laptop", {"METASEPIA_HOME": str(home)})
+    fits = Fits.of(
+        next(one for one in settings.backbones if one.id == backbone), prepare.prepare(settings)[backbone], home
+    )
+    assert fits.index is not None  # others' factors may lie there too
+    z = {layer: scale(length).astype(np.float32) for layer, length in fits.index.lengths.items()}
+    expert = ExpertVectors(backbone=fits.index.backbone, factors=fits.index.digest, z=z)
+    registry = Registry(home / "registry")
+    card: dict[str, object] = {"backbone": expert.backbone}
+    registry.put("expert", expert.to_bytes(), digest=expert.digest, name=name, owner=SHARED_BY_ALL, card=card)
+    registry.close()
+    return expert.digest
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,18 +72,26 @@ def free_port() -> int:
 class Served:
     """One running graph."""
 
+    profile = PROFILES / "laptop.toml"
+
     def __init__(self, home: Path, **environment: str) -> None:
-        self.port = free_port()
+        self.port, self.grpc_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.home, self._log, self.run = home, home / "serve.log", ""
         env = {name: value for name, value in os.environ.items() if not name.startswith(("METASEPIA_", "RAY_"))}
         env |= {"METASEPIA_HOME": str(home), "METASEPIA_HTTP__PORT": str(self.port), "OMP_NUM_THREADS": "1"}
+        env["METASEPIA_GRPC__PORT"] = str(self.grpc_port)
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serve.main"],
                 cwd=ROOT, env=env | environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self.wait_until_ready()
+
+    @property
+    def pid(self) -> int:
+        """Of `serve.main`."""
+        return self.process.pid
 
     @property
     def output(self) -> str:
