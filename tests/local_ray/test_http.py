@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,15 @@ import openai
 import pyarrow as pa
 import pytest
 
-from cluster import settings as settings_of
 from cluster.settings import CentroidSettings
 from jobs import export_expert
 from metasepia.centroids import OnlineCentroids
 from metasepia.experts.peft_files import CONFIG, WEIGHTS
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.registry.catalogue import Registry
-from metasepia.registry.entries import SHARED
-from serve import prepare
-from serve.accepting import Fits
 from tests.requests import BACKBONE, BAD_BODIES, CHAT, CLASSIFY, ENCODER, QUESTION, STORY
-from tests.serving import REVIEWS, ROOT, Served, new_home
+from tests.serving import REVIEWS, ROOT, Served
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def _put_expert(home: Path, name: str, scale: Callable[[int], np.ndarray]) -> str:
-    """An expert of the default backbone in the registry of `home`; returns its digest."""
-    settings = settings_of.read("laptop", {"METASEPIA_HOME": str(home)})
-    prepared = prepare.prepare(settings)[BACKBONE]
-    index = Fits.of(settings.backbones[0], prepared, home).index  # others' factors may lie there too
-    assert index is not None
-    z = {layer: scale(length).astype(np.float32) for layer, length in index.lengths.items()}
-    expert = ExpertVectors(backbone=index.backbone, factors=index.digest, z=z)
-    registry = Registry(home / "registry")
-    card: dict[str, object] = {"backbone": expert.backbone}
-    registry.put("expert", expert.to_bytes(), digest=expert.digest, name=name, owner=SHARED, card=card)
-    registry.close()
-    return expert.digest
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    home = new_home(tmp_path_factory.mktemp("served"))
-    noise = np.random.default_rng(0)
-    _put_expert(home, "ones", np.ones)
-    _put_expert(home, "noisy", lambda length: noise.uniform(0.2, 1.8, length))
-    graph = Served(home, METASEPIA_CENTROIDS__SAVE_EVERY_S="0.5", METASEPIA_CENTROIDS__REFERENCE_COUNT="6")
-    yield graph
-    graph.stop()
 
 
 @pytest.fixture(scope="module")
@@ -572,8 +540,8 @@ def test_a_port_in_use_is_said_in_words_at_start(served: Served):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_ctrl_c_ends_every_process_within_a_minute(served: Served):
-    """Last: the graph is gone afterwards."""
+def test_ctrl_c_ends_every_process_within_a_minute(ending: Served):
+    served = ending
     assert len(served.living()) > 5
     begin = time.monotonic()
     served.stop()
