@@ -18,6 +18,8 @@ class Asked:
     tree: dict[str, Any]
     digest: str
     deadline: Deadline
+    num_bytes: int = 0
+    """Of the body."""
 
     @classmethod
     async def of(cls, request: Request, http: HttpSettings) -> "Asked":
@@ -26,7 +28,7 @@ class Asked:
         async with deadline.limit("reading the body"):
             body = await bodies.read(request.stream(), request.headers, http.max_body_mib)
         tree = bodies.parse(body, http.max_json_depth)
-        return cls(tree, digest_of(tree), deadline)
+        return cls(tree, digest_of(tree), deadline, len(body))
 
 
 def deadline_of(request: Request, http: HttpSettings) -> Deadline:
