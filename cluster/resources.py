@@ -7,6 +7,9 @@ from cluster.scaling_settings import ScalingSettings
 from cluster.settings import BackboneSettings, RegistrySettings, Settings
 from metasepia.errors import CannotPlace
 
+NODE_SHARE = 0.001
+"""Of a resource that only says where a node is: asked for by few, it never runs out."""
+
 
 def gang_bundles(backbone: BackboneSettings) -> list[dict[str, float]]:
     """The placement group of one backbone replica: bundle 0 the replica, then one a rank, then its spares."""
@@ -18,7 +21,13 @@ def gang_bundles(backbone: BackboneSettings) -> list[dict[str, float]]:
 
 def registry(settings: RegistrySettings) -> dict[str, Any]:
     """Outlives its creator and restarts for ever, as all it knows is on disk; reads do not wait for one another."""
-    return {"num_cpus": settings.cpus, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 4}
+    alone = {"num_cpus": settings.cpus, "lifetime": "detached", "max_restarts": -1, "max_concurrency": 4}
+    return alone | at_home(settings)
+
+
+def at_home(settings: RegistrySettings) -> dict[str, Any]:
+    """What keeps an actor on the node with the disk of `home`, where a resource of that node says which it is."""
+    return {"resources": {settings.node_resource: NODE_SHARE}} if settings.node_resource else {}
 
 
 def parts(settings: Settings) -> list[tuple[str, float, float]]:

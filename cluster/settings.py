@@ -222,6 +222,10 @@ class RegistrySettings:
     """The catalogue of experts, mixtures, contexts and modules."""
 
     cpus: float = 0.1
+    node_resource: str = ""
+    """A custom resource of Ray that only the node with the disk of `home` offers; what writes there follows it to
+    whichever node offers it next (Kubernetes gives a pod's volume to its successor). Empty: the node that starts the
+    graph, for good."""
     retention_days: float = 30.0
     """Deleted blobs are kept this long, so that receipts can be replayed."""
 
