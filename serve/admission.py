@@ -176,7 +176,7 @@ class Admission:
 
     def _let_in(self, lane: "_Lane") -> None:
         while lane.waiting:
-            tenant = min(lane.waiting.values(), key=lambda one: one.level)
+            tenant = min(lane.waiting.values(), key=lambda one: (one.level, one.tokens))
             place = tenant.queue[0]
             if not lane.has_room(place):
                 return
