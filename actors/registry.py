@@ -22,6 +22,8 @@ from metasepia.registry.entries import Artefact, Changes, Kind
 
 NAME, NAMESPACE = "registry", "metasepia"
 PURGE_EVERY_S = 3600.0
+HEAD = "node:__internal_head__"
+"""The resource that Ray gives to the head node alone."""
 
 
 class RegistryWriter:
@@ -89,22 +91,24 @@ class RegistryPlace:
     """Where the cluster's registry is, if it has to be created."""
 
     root: str
-    node_id: str
-    """The node that has the volume."""
+    node_id: str | None
+    """The node that has the volume; None: the cluster's head."""
     settings: RegistrySettings
+
+    @classmethod
+    def of(cls, settings: Settings, node_id: str | None = None) -> "RegistryPlace":
+        root = str((settings.home / "registry").expanduser().resolve())
+        return cls(root=root, node_id=node_id, settings=settings.registry)
 
 
 def start(settings: Settings, node_id: str | None = None, *, timeout_s: float = 60.0) -> "RegistryClient":
     """Gets or creates the registry of this cluster and waits until it answers.
 
-    `node_id` is the node that has the volume of `settings.home`; None: this one. Raises Locked, InvalidSettings,
+    `node_id` is the node that has the volume of `settings.home`; None: this one, unless the settings name a resource of
+    it. Raises Locked, InvalidSettings,
     CorruptArtefact and Unavailable as `Registry` does; InvalidSettings also when the cluster's has another home.
     """
-    place = RegistryPlace(
-        root=str((settings.home / "registry").expanduser().resolve()),
-        node_id=node_id or ray.get_runtime_context().get_node_id(),
-        settings=settings.registry,
-    )
+    place = RegistryPlace.of(settings, node_id or ray.get_runtime_context().get_node_id())
     give_up_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -116,9 +120,7 @@ def start(settings: Settings, node_id: str | None = None, *, timeout_s: float = 
             if time.monotonic() > give_up_s:
                 raise Unavailable(f"the registry ({error})", 5.0) from error
             time.sleep(0.1)
-    if info.root != place.root:
-        allowed = f"{Path(info.root).parent}, which the registry of this cluster has open; stop it first to change home"
-        raise InvalidSettings("home", str(settings.home), allowed)
+    _check_home(info, place)
     return RegistryClient(place)
 
 
@@ -201,6 +203,11 @@ class RegistryClient:
         """Which directory, which epoch, which process; also the check that the registry answers."""
         return await self._call("info", timeout_s=timeout_s)
 
+    async def check_home(self) -> None:
+        """Raises InvalidSettings where the cluster's registry has another home than this client was made for."""
+        if self._place is not None:
+            _check_home(await self.info(timeout_s=60.0), self._place)
+
     async def _call(self, method: str, *args: object, timeout_s: float | None) -> Any:
         give_up_s = time.monotonic() + (timeout_s or self._timeout_s)
         pause_s = 0.05
@@ -228,6 +235,12 @@ def _client(place: RegistryPlace | None, timeout_s: float) -> RegistryClient:
     return RegistryClient(place, timeout_s=timeout_s)
 
 
+def _check_home(info: RegistryInfo, place: RegistryPlace) -> None:
+    if info.root != place.root:
+        allowed = f"{Path(info.root).parent}, which the registry of this cluster has open; stop it first to change home"
+        raise InvalidSettings("home", str(Path(place.root).parent), allowed)
+
+
 def _find(place: RegistryPlace | None) -> "ActorProxy[RegistryWriter]":
     """The cluster's registry writer, created if there is none and its place is known. Raises Unavailable."""
     if place is None:
@@ -235,8 +248,13 @@ def _find(place: RegistryPlace | None) -> "ActorProxy[RegistryWriter]":
             return ray.get_actor(NAME, namespace=NAMESPACE)
         except ValueError:
             raise Unavailable("the registry (nobody has started it)", 5.0) from None
-    pinned = NodeAffinitySchedulingStrategy(place.node_id, soft=False)  # the catalogue is on that node's disk
-    options = {"name": NAME, "namespace": NAMESPACE, "get_if_exists": True, "scheduling_strategy": pinned}
+    options: dict[str, Any] = {"name": NAME, "namespace": NAMESPACE, "get_if_exists": True}
+    if place.settings.node_resource:
+        pass  # `resources.registry` asks for it
+    elif place.node_id is None:  # the catalogue is on one node's disk
+        options["resources"] = {HEAD: 0.001}
+    else:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
     return RegistryWriterActor.options(**options, **resources.registry(place.settings)).remote(
         place.root, place.settings
     )

@@ -5,17 +5,16 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.backbone import BackboneGroup
 from actors.registry import RegistryClient
-from cluster.settings import BackboneSettings
+from cluster.settings import Settings
 from metasepia.errors import Unavailable
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
+from serve import prepare, shipped
 from serve.autoscaling import QUEUED
 from serve.names import OWNER
 
@@ -23,18 +22,21 @@ from serve.names import OWNER
 class BackboneReplica:
     """A `BackboneGroup` in the replica's own placement group: bundle 0 is the replica, then one a rank."""
 
-    async def __init__(
-        self, settings: BackboneSettings, prepared: PreparedBackbone, home: str, registry: RegistryClient
-    ) -> None:
+    async def __init__(self, settings: Settings, id_: str, registry: RegistryClient) -> None:
         group = ray.util.get_current_placement_group()
         assert group is not None  # graph.py gives every backbone one
-        self._settings = settings
+        one = self._settings = next(one for one in settings.backbones if one.id == id_)
+        ready = asyncio.to_thread(prepare.ready, dataclasses.replace(settings, backbones=(one,)))
+        prepared = (await ready)[id_]
+        # Whoever starts the graph, the registry has what comes with the package before the first request for it.
+        await registry.check_home()
+        await shipped.import_all(registry)
 
         async def resolve(name: str) -> str:
             return (await registry.resolve("expert", name, OWNER)).digest
 
         self._group = await BackboneGroup.start(
-            settings, prepared, Path(home), group, first_bundle=1, fetch=registry.get, resolve=resolve
+            one, prepared, settings.home, group, first_bundle=1, fetch=registry.get, resolve=resolve
         )
         self._served_unix_s = time.time()
 

@@ -1,27 +1,20 @@
 """The Serve ingress: a door over Serve's handles. No torch is loaded here (a test looks)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.door_settings import HttpSettings
-from cluster.settings import CentroidSettings, DispatchMargins, TaskSettings
-from metasepia.models.prepared import PreparedBackbone
+from actors.registry import RegistryClient
+from cluster.settings import Settings
+from serve import prepare, shipped
 from serve.accepting import Fits
 from serve.app import create_app
 from serve.door import Door
 from serve.observing import ServedCentroids
-from serve.parts import (
-    Catalogue,
-    ServedBackbone,
-    ServedEncoder,
-    ServedMixing,
-    ServedReasoning,
-)
+from serve.parts import ServedBackbone, ServedEncoder, ServedMixing, ServedReasoning
 from serve.searching import ServedSearches
-from serve.shipped import ModuleCard
 from serve.task_part import ServedTasks
 
 
@@ -30,36 +23,31 @@ class Gateway:
 
     def __init__(
         self,
-        http: HttpSettings,
+        settings: Settings,
         backbones: Mapping[str, DeploymentHandle[Any]],
-        prepared: Mapping[str, PreparedBackbone],
         encoders: Mapping[str, DeploymentHandle[Any]],
         reasoning: DeploymentHandle[Any],
         mixing: DeploymentHandle[Any],
-        modules: Sequence[ModuleCard],
-        catalogue: Catalogue,
-        dispatch: Sequence[str],
-        margins: DispatchMargins,
-        fits: Mapping[str, Fits],
-        centroids: CentroidSettings,
         tasks: DeploymentHandle[Any],
-        embedding_tasks: TaskSettings,
+        registry: RegistryClient,
     ) -> None:
+        """Handles of backbones and encoders by their ids. Raises as `prepare.ready` and `shipped.module_cards` do."""
+        prepared = prepare.ready(settings)
         self._door = Door(
-            http,
+            settings.http,
             [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()],
             [ServedEncoder(id_, handle) for id_, handle in encoders.items()],
-            ServedReasoning(modules, reasoning),
+            ServedReasoning(shipped.module_cards(settings.reasoning.modules), reasoning),
             ServedMixing(mixing),
             ServedSearches(mixing),
-            catalogue,
-            dispatch,
-            margins,
-            fits,
+            registry,
+            settings.dispatch,
+            settings.dispatch_margins,
+            {one.id: Fits.of(one, prepared[one.id], settings.home) for one in settings.backbones},
             ServedCentroids(mixing),
-            centroids,
+            settings.centroids,
             ServedTasks(tasks),
-            embedding_tasks,
+            settings.tasks,
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -9,28 +9,31 @@
 
 Every class here is plain; only these lines make them remote. Queues are bounded where the work is (tokens, texts,
 queries), so Serve's own limits are wide: a request inside the gateway always reaches the queue that can refuse it.
+
+`build` is for Serve's own tools and configuration files (`serve/config.yaml`); `serve.main` calls `application`. Both
+only say what is to run: every part then makes ready what it needs, where it is (`serve.prepare`, `actors.registry`).
 """
 
-from collections.abc import Mapping, Sequence
+import json
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
 from actors.encoder import Encoder
 from actors.reasoning_pool import ReasoningPool
-from actors.registry import RegistryClient
+from actors.registry import RegistryClient, RegistryPlace
+from cluster import settings as settings_of
 from cluster.resources import gang_bundles
 from cluster.settings import Settings
-from metasepia.models.prepared import PreparedBackbone
-from serve.accepting import Fits
+from serve.autoscaling import replicas
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
 from serve.mixing_replica import MixingReplica
 from serve.routing import check_stages
 from serve.schemas import MAX_CHOICES
-from serve.shipped import ModuleCard
 from serve.task_replica import TaskEmbeddingReplica
 
 NAME = "metasepia"
@@ -50,16 +53,47 @@ TaskDeployment: Deployment = serve.deployment(**_ALL)(TaskEmbeddingReplica)
 ReasoningDeployment: Deployment = serve.deployment(**_ALL)(ReasoningPool)
 
 
-def build(
-    settings: Settings,
-    prepared: Mapping[str, PreparedBackbone],
-    modules: Sequence[ModuleCard],
-    registry: RegistryClient,
-) -> Application:
-    """The application for `serve.run`; `prepared` holds each backbone of the settings by its id, `modules` the cards
-    of the settings' reasoning modules in their order.
+class GraphArgs(BaseModel):
+    """What `build` is told: a profile, and tables laid over it. The environment is not asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    profile: str = "laptop"
+    """A name, or a path to a .toml file on the machine that builds."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Tables as a profile has them, or their JSON as one text; a list, such as `backbones`, takes the whole place of
+    the profile's. A relative `home` is under the code's own folder, which may be a temporary one: give a whole path."""
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _of_text(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    def read(self) -> Settings:
+        """Raises InvalidSettings."""
+        return settings_of.read(self.profile, {}, self.settings)
+
+
+def build(args: GraphArgs) -> Application:
+    """The application for `serve run`, `serve deploy` and `serveConfigV2`: import path `serve.graph:build`."""
+    return application(args.read())
+
+
+def __getattr__(name: str) -> Application:
+    """`app`, for tools that take no arguments (`serve build serve.graph:app`): the default profile, read when asked."""
+    if name == "app":
+        return build(GraphArgs())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def application(settings: Settings, registry: RegistryClient | None = None) -> Application:
+    """What is to run. `registry` None: the first part that asks for it starts it on the cluster's head node.
+
+    Names of deployments are those of the parts, and stay: `gateway`, `backbone-<id>`, `encoder-<id>`, `reasoning-pool`,
+    `expert-mixing`, `task-embedding`.
     """
     check_stages(settings.dispatch)
+    registry = registry or RegistryClient(RegistryPlace.of(settings))
     inside = settings.gateway.max_ongoing_requests
     margin = 64  # probes, metrics, Serve's own checks
     backbones = {
@@ -69,7 +103,8 @@ def build(
             ray_actor_options={"num_cpus": one.replica_cpus},
             placement_group_bundles=gang_bundles(one),
             placement_group_strategy="STRICT_PACK",
-        ).bind(one, prepared[one.id], str(settings.home), registry)
+            **replicas(one.scaling),
+        ).bind(settings, one.id, registry)
         for one in settings.backbones
     }
     encoders = {
@@ -77,45 +112,30 @@ def build(
             name=f"encoder-{one.id}",
             max_ongoing_requests=inside + margin,
             ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus},
+            **replicas(one.scaling),
         ).bind(one)
         for one in settings.encoders
     }
     reasoning = ReasoningDeployment.options(
         name="reasoning-pool",
-        num_replicas=settings.reasoning.num_replicas,
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.reasoning.cpus},
+        **replicas(settings.reasoning.scaling),
     ).bind(settings.reasoning, registry)
     mixing = MixingDeployment.options(
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.mixing.cpus},
-    ).bind(settings.mixing, str(settings.home), registry, backbones, dict(prepared), settings.centroids)
-    surrogate = settings.surrogate
+    ).bind(settings, registry, backbones)
     tasks = TaskDeployment.options(
         name="task-embedding",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.tasks.cpus},
-    ).bind(settings.tasks, surrogate, registry, encoders[surrogate.id], backbones, dict(prepared))
+    ).bind(settings, registry, encoders[settings.surrogate.id], backbones)
     return GatewayDeployment.options(
         name="gateway",
         max_ongoing_requests=inside,
         max_queued_requests=inside,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         ray_actor_options={"num_cpus": settings.gateway.cpus},
-    ).bind(
-        settings.http,
-        backbones,
-        dict(prepared),
-        encoders,
-        reasoning,
-        mixing,
-        tuple(modules),
-        registry,
-        settings.dispatch,
-        settings.dispatch_margins,
-        {one.id: Fits.of(one, prepared[one.id], settings.home) for one in settings.backbones},
-        settings.centroids,
-        tasks,
-        settings.tasks,
-    )
+    ).bind(settings, backbones, encoders, reasoning, mixing, tasks, registry)

@@ -99,9 +99,8 @@ class Foreground:
             )
         with _step("weights and factors"):
             _run_prepare()
-            prepared = prepare.prepare(self._settings)
-            cards = [shipped.module_card(name) for name in self._settings.reasoning.modules]
-            modules = list({one.digest: one for one in cards}.values())
+            prepared = prepare.ready(self._settings)
+            shipped.module_cards(self._settings.reasoning.modules)
         with _step("Ray"):
             available = connect.connect(self._settings.ray)
             self._catch_signals()
@@ -113,7 +112,7 @@ class Foreground:
         with _step("Serve graph"):
             options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
-            application = graph.build(self._settings, prepared, modules, client)
+            application = graph.application(self._settings, client)
             try:
                 serve.run(application, name=graph.NAME)
             except RuntimeError as error:

@@ -15,17 +15,17 @@ from actors.expert_mixing import Candidates, ExpertMixing
 from actors.messages import SearchAsked
 from actors.mixture_searches import Searched, Searches
 from actors.registry import RegistryClient
-from cluster.settings import CentroidSettings, MixingSettings
+from cluster.settings import MixingSettings, Settings
 from metasepia.centroids import CentroidFacts, CentroidKey, KnownMean
 from metasepia.errors import InvalidRequest, UnknownName
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.mixing import BASE
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter
 from metasepia.search.jobs import SearchJob
 from metasepia.search.warm_start import Nearness
+from serve import prepare
 from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, Weights
 from serve.prompts import Prompts
@@ -171,17 +171,12 @@ class MixingReplica(ExpertMixingPart):
     (`actors.centroids` says why here)."""
 
     async def __init__(
-        self,
-        settings: MixingSettings,
-        home: str,
-        registry: RegistryClient,
-        backbones: Mapping[str, DeploymentHandle[Any]],
-        prepared: Mapping[str, PreparedBackbone],
-        centroids: CentroidSettings,
+        self, settings: Settings, registry: RegistryClient, backbones: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
+        prepared = await asyncio.to_thread(prepare.ready, settings)
         served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
-        super().__init__(registry, served, settings, Path(home))
-        self._centroids = Centroids(centroids, Path(home) / "centroids")
+        super().__init__(registry, served, settings.mixing, settings.home)
+        self._centroids = Centroids(settings.centroids, settings.home / "centroids")
         await self.searches.recover()
 
     async def centroids_check_room(self, keys: Sequence[CentroidKey]) -> None:

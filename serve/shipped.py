@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,13 @@ def module_card(name: str, folder: Path = ASSETS / "modules") -> ModuleCard:
     return ModuleCard(path.name, card["digest"])
 
 
+def module_cards(names: Sequence[str]) -> tuple[ModuleCard, ...]:
+    """`module_card` of each, in order, those of one digest once."""
+    return tuple({one.digest: one for one in map(module_card, names)}.values())
+
+
 async def import_all(registry: RegistryClient) -> None:
+    """`import_experts` and `import_modules`; several parts may do it at once."""
     await import_experts(registry)
     await import_modules(registry)
 

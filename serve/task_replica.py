@@ -17,14 +17,14 @@ from actors.registry import RegistryClient
 from actors.task_embedding import Task, TaskEmbedder
 from actors.task_jobs import Opened, TaskJobs
 from actors.yielding import Yielding
-from cluster.settings import EncoderSettings, TaskSettings
+from cluster.settings import Settings, TaskSettings
 from metasepia.embedding import probes
 from metasepia.embedding.answers import Answers
 from metasepia.embedding.space import MethodName, TaskEmbedding
 from metasepia.errors import Outdated, Overloaded, Unavailable
-from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
+from serve import prepare
 from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, ServedEncoder, TextEncoder
 from serve.prompts import Prompts
@@ -198,20 +198,21 @@ class TaskEmbeddingReplica(TaskEmbeddingPart):
 
     async def __init__(
         self,
-        settings: TaskSettings,
-        surrogate: EncoderSettings,
+        settings: Settings,
         registry: RegistryClient,
         encoder: DeploymentHandle[Any],
         backbones: Mapping[str, DeploymentHandle[Any]],
-        prepared: Mapping[str, PreparedBackbone],
     ) -> None:
+        surrogate = settings.surrogate
+
         def load() -> "LoadedEncoder":
             from metasepia.encoders import TextEncoder as Loaded
 
             return Loaded.load(surrogate.source, surrogate.device, max_batch_tokens=surrogate.max_batch_tokens)
 
+        prepared = await asyncio.to_thread(prepare.ready, settings)
         served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
-        super().__init__(settings, registry, ServedEncoder(surrogate.id, encoder), load, served)
+        super().__init__(settings.tasks, registry, ServedEncoder(surrogate.id, encoder), load, served)
         await self.jobs.recover()
 
     async def __del__(self) -> None:
