@@ -10,7 +10,7 @@ Queued, running, cache and adapters are what the inference gateway's model serve
 
 from typing import TypeVar
 
-from actors.recording import MAX_VALUES, Counter, Gauge, Histogram, Meter
+from actors.recording import MAX_VALUES, Composed, Counter, Gauge, Histogram, Meter
 
 M = TypeVar("M", bound=Meter)
 
@@ -34,6 +34,10 @@ def _gauge(name: str, help: str, *labels: str, max_values: int = MAX_VALUES) -> 
 
 def _histogram(name: str, help: str, *labels: str, bounds: tuple[float, ...] = SECONDS) -> Histogram:
     return _declared(Histogram(PREFIX + name, help, labels, bounds=bounds))
+
+
+def _composed(name: str, help: str, *labels: str) -> Composed:
+    return _declared(Composed(PREFIX + name, help, labels))
 
 
 def _declared(meter: M) -> M:
@@ -61,7 +65,7 @@ ADMISSION_WAIT = _histogram("admission_wait_seconds", "Wait for a turn at the ga
 ADMISSION_REFUSED = _counter("admission_refused_total", "Requests that the gateway did not let in.", "reason")
 REPLAYS = _counter("idempotent_replays_total", "Requests with an Idempotency-Key, by what became of it.", "outcome")
 KEYS_REFUSED = _counter("keys_refused_total", "Requests refused for their key.", "reason")
-NODES = _gauge("metrics_nodes", "Ray nodes whose metrics /metrics gathered, and those that kept silent.", "state")
+NODES = _composed("metrics_nodes", "Ray nodes whose metrics /metrics gathered, and those that kept silent.", "state")
 PART_READY = _gauge("part_ready", "1 where a part's last check went well, 0 where not.", "part")
 
 # -- backbones: the rows of one scheduler ------------------------------------------------------------------------------
@@ -75,6 +79,12 @@ REUSED_TOKENS = _counter("prefix_reused_tokens_total", "Tokens taken from kept p
 ADAPTER_ROWS = _gauge(
     "adapter_requests", "Rows by expert or mixture and by state: running or waiting.", "backbone", "adapter", "state"
 )
+ADAPTER_INFO = _composed(
+    "adapter_requests_info",
+    "Unix time; the labels are read by inference gateways: experts of running and of waiting rows.",
+    "backbone", "running_lora_adapters", "waiting_lora_adapters", "max_lora",
+)  # fmt: skip
+EXPERT_ROOM = _gauge("expert_room", "Experts, as large as those held, that a rank has room for.", "backbone")
 EXPERTS = _gauge("experts_resident", "Experts that each rank of a backbone holds.", "backbone")
 EXPERT_BYTES = _gauge("expert_bytes", "Memory of the experts that a rank holds.", "backbone")
 EXPERTS_MOVED = _counter(

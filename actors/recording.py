@@ -174,6 +174,12 @@ class Gauge(Meter):
         return ray_metrics.Gauge(self.name, self.help, self.all_labels)
 
 
+class Composed(Meter):
+    """A gauge that nobody records: the page of all nodes says it (`serve/gathering.py`)."""
+
+    kind = "gauge"
+
+
 @dataclass(eq=False)
 class Histogram(Meter):
     """How often a value fell into each bucket. Ray tells buckets exactly and their sum by the buckets' midpoints."""

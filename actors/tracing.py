@@ -30,6 +30,8 @@ class _Nothing:
 
     def set(self, **attributes: Value) -> None: ...
 
+    def rename(self, name: str) -> None: ...
+
     def failed(self, reason: str) -> None: ...
 
     def __enter__(self) -> "_Nothing":
@@ -38,7 +40,7 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-_NOTHING = _Nothing()
+NOTHING = _Nothing()
 
 
 class Spanning:
@@ -50,6 +52,9 @@ class Spanning:
 
     def set(self, **attributes: Value) -> None:
         self._span.set_attributes(attributes)
+
+    def rename(self, name: str) -> None:
+        self._span.update_name(name)
 
     def failed(self, reason: str) -> None:
         from opentelemetry.trace import StatusCode
@@ -63,21 +68,21 @@ Opened = contextlib.AbstractContextManager[Spanning | _Nothing]
 def span(name: str, **attributes: Value) -> Opened:
     """A child of this task's current span; nothing where there is none."""
     if (tracer := _tracer()) is None or traceparent() is None:
-        return _NOTHING
+        return NOTHING
     return _opened(tracer, name, None, attributes)
 
 
 def request_span(name: str, traceparent: str | None, **attributes: Value) -> Opened:
     """The first span of a request here: a child of the client's, by its header, or the root of a trace."""
     if (tracer := _tracer()) is None:
-        return _NOTHING
+        return NOTHING
     return _opened(tracer, name, _context(traceparent), attributes)
 
 
 def continued(name: str, traceparent: str | None, **attributes: Value) -> Opened:
     """A child of the span that sent a message; nothing where it had none."""
     if traceparent is None or (tracer := _tracer()) is None:
-        return _NOTHING
+        return NOTHING
     return _opened(tracer, name, _context(traceparent), attributes)
 
 
@@ -85,7 +90,7 @@ def linked_span(name: str, traceparents: Iterable[str | None], **attributes: Val
     """A batch: linked to the spans of all its requests; nothing where none of them is traced."""
     traced = [one for one in traceparents if one is not None]
     if not traced or (tracer := _tracer()) is None:
-        return _NOTHING
+        return NOTHING
     return _opened(tracer, name, _context(None), attributes, _links(traced))
 
 

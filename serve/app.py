@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve import failures
+from serve import failures, principal, request_log
 from serve.door import Door
 from serve.metrics import Measured
 from serve.operations import Handler, operations
@@ -24,13 +24,15 @@ def create_app(door: Door) -> ASGIApp:
         exception_handlers={HTTPException: _no_route},
     )
     app.router.redirect_slashes = False
-    return Measured(app, door.metrics)
+    return Measured(app, door.metrics, door.status_of_parts.begin)
 
 
 def _in_envelope(handler: Handler) -> Handler:
     """Turns whatever a handler raises into an answer. Only a cancellation goes on: the client has gone."""
 
     async def answered(request: Request) -> Response:
+        asking = principal.current()
+        request_log.note(tenant=asking.tenant, key_id=asking.key_id)
         try:
             return await handler(request)
         except Exception as error:
@@ -43,6 +45,7 @@ def _in_envelope(handler: Handler) -> Handler:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    request_log.note(reason=code)
     failure = failures.Failure(error.status_code, "invalid_request_error", code, failures.grpc.StatusCode.UNIMPLEMENTED)
     answer = failures.envelope(failure, f"{request.method} {request.url.path} is not served here", None)
     return JSONResponse(answer.body, error.status_code, headers=dict(error.headers or {}))

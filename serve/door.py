@@ -23,9 +23,10 @@ from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
 from serve.embedding import Embedding, embeddings_json
 from serve.experts import Experts
+from serve.gathering import CONTENT_TYPE, Gatherer
 from serve.health import Health, probe_backbone
 from serve.hidden_states import HiddenStatesRoute
-from serve.metrics import CONTENT_TYPE, Metrics
+from serve.metrics import Metrics
 from serve.mixtures import Mixtures
 from serve.names import AUTO, MIXTURE, OWNER, Names
 from serve.observed_tasks import ObservedTasks
@@ -49,6 +50,7 @@ from serve.schemas import (
     MoreExamplesRequest,
 )
 from serve.searching import Searches, Searching
+from serve.status import Status, served_replicas
 from serve.task_part import TaskPart
 from serve.tasks import TaskRoutes
 
@@ -73,10 +75,10 @@ class Door:
         tasks: TaskPart,
         embedding_tasks: TaskSettings,
     ) -> None:
-        self._http, self._mixing, self._reasoning = http, mixing, reasoning
+        self._http, self._mixing = http, mixing
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         first = backbones[0]
-        self._centroids, observer = centroids, Observer(centroids, observing)
+        observer = Observer(centroids, observing)
         self._routing = Routing(first, catalogue, dispatch, margins, self.prompts[first.id], observer, encoders)
         self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         embedding = Embedding(self.names, self.prompts)
@@ -92,13 +94,20 @@ class Door:
             http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens
         )
         self.tasks = ObservedTasks(http, self.names.backbones, centroids)
-        self.task_part = tasks
         self.task_embeddings = TaskRoutes(
             http, embedding_tasks, self.names, self._contexts, reasoning, catalogue, tasks
         )
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
         self.health_of_parts = Health(probes | {"reasoning pool": reasoning.check, "task embedding": tasks.check})
+        self._gatherer = Gatherer()
+        asks = {
+            "backbones": {one.id: one.load for one in backbones},
+            "encoders": {one.id: one.statistics for one in encoders},
+            "reasoning": {"": reasoning.statistics},
+            "task_embedding": {"": tasks.statistics},
+        }
+        self.status_of_parts = Status(self.metrics.recent, self.health_of_parts, asks, served_replicas)
 
     async def classify(self, request: Request) -> Response:
         asked = await Asked.of(request, self._http)
@@ -225,9 +234,10 @@ class Door:
         return JSONResponse(answer.body | {"parts": report.parts}, answer.failure.status, headers=answer.headers)
 
     async def prometheus(self, request: Request) -> Response:
-        backbones = list(self.names.backbones.values())
-        text = await self.metrics.text(backbones, self._reasoning, self._centroids, self.task_part)
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(await self._gatherer.text(), media_type=CONTENT_TYPE)
+
+    async def status(self, request: Request) -> Response:
+        return JSONResponse(await self.status_of_parts.json())
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": importlib.metadata.version("metasepia")})

@@ -21,6 +21,7 @@ from ray.serve.exceptions import (
 from starlette.requests import ClientDisconnect
 
 from metasepia import errors
+from serve import request_log
 
 logger = logging.getLogger("ray.serve")
 
@@ -114,6 +115,7 @@ def answer(error: BaseException) -> Answer:
     """The answer to any error at all."""
     error = unwrap(error)
     failure = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), UNEXPECTED)
+    request_log.note(reason=failure.code)
     message = str(error)
     if failure is UNEXPECTED:
         logger.error("unexpected error at the door", exc_info=error)

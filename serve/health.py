@@ -41,7 +41,18 @@ class Health:
         self._running: asyncio.Task[Report] | None = None
         self._last: tuple[float, Report] | None = None
 
+    def last(self) -> Report:
+        """What the last report said; before the first one, nobody has answered yet."""
+        if self._last is not None:
+            return self._last[1]
+        return Report(False, {name: {"ready": False, "reason": "not asked yet"} for name in self._probes})
+
+    def age_s(self) -> float | None:
+        """Of the last report; None before the first."""
+        return None if self._last is None else time.monotonic() - self._last[0]
+
     async def report(self) -> Report:
+        """Of a real forward through each part; the last one where it is good and fresh."""
         if self._last is not None and time.monotonic() - self._last[0] < FRESH_S and self._last[1].ready:
             return self._last[1]
         if self._running is None or self._running.done():

@@ -73,6 +73,7 @@ def operations(door: Door) -> tuple[Operation, ...]:
         Operation("ListModels", "GET", "/v1/models", door.models, "infer"),
         Operation("GetModel", "GET", "/v1/models/{model:path}", door.model, "infer"),
         Operation("GetHealth", "GET", "/health", door.health, None),
-        Operation("GetMetrics", "GET", "/metrics", door.prometheus, None),
+        Operation("GetMetrics", "GET", "/metrics", door.prometheus, "admin"),
+        Operation("GetStatus", "GET", "/v1/status", door.status, "admin"),
         Operation("GetVersion", "GET", "/version", door.version, None),
     )

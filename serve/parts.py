@@ -48,6 +48,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    async def statistics(self) -> dict[str, float]:
+        """Counters and gauges by name."""
+        ...
+
     async def check(self) -> None:
         """One real forward."""
         ...
@@ -150,6 +154,9 @@ class ServedEncoder:
 
     async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
         return await answered(self._handle.embed_counted.remote(items))
+
+    async def statistics(self) -> dict[str, float]:
+        return await answered(self._handle.statistics.remote())
 
     async def check(self) -> None:
         await answered(self._handle.check.remote())

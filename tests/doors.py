@@ -156,6 +156,9 @@ class FakeEncoder:
         vectors = np.array([[len(text), 1.0] for text in texts.texts], np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), len(texts.texts)
 
+    async def statistics(self) -> dict[str, float]:
+        return {"texts": float(len(self.texts))}
+
     async def check(self) -> None: ...
 
 
@@ -170,6 +173,9 @@ class NearEncoder:
 
     async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
         return await self.worker.embed_counted(items)
+
+    async def statistics(self) -> dict[str, float]:
+        return self.worker.statistics()
 
     async def check(self) -> None:
         await self.worker.check()

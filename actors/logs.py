@@ -1,0 +1,84 @@
+"""Log lines of our own loggers in every process: one JSON object each, or text, as the settings say.
+
+Only in processes that a graph started: they have the settings in their environment (`cluster/meter_settings.py`).
+"""
+
+import datetime
+import json
+import logging
+import logging.handlers
+import os
+from typing import Any
+
+from actors import tracing
+from cluster.meter_settings import VARIABLE, LogSettings, Telemetry
+
+LOGGERS = ("metasepia", "cluster", "actors", "serve", "jobs")
+"""And all below them."""
+
+FACTS = "facts"
+"""`logger.info("...", extra={FACTS: {...}})`: fields beside the message."""
+
+
+def begin() -> None:
+    """Sets our loggers up, where this process is a graph's. Calling it again does nothing."""
+    if VARIABLE in os.environ:
+        set_up(Telemetry.of().logs)
+
+
+def set_up(settings: LogSettings) -> None:
+    """As `begin`, whatever the environment says."""
+    if any(isinstance(one, _Handler) for one in logging.getLogger(LOGGERS[0]).handlers):
+        return
+    where: logging.Handler
+    where = logging.handlers.WatchedFileHandler(settings.file) if settings.file else logging.StreamHandler()
+    where.setFormatter(_Json() if settings.format == "json" else _Text())
+    handler = _Handler(where)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(settings.level.upper())
+        logger.propagate = False  # Ray and Serve have handlers of their own on the root
+
+
+class _Handler(logging.Handler):
+    """Ours, to be known again."""
+
+    def __init__(self, where: logging.Handler) -> None:
+        super().__init__()
+        self._where = where
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._where.handle(record)
+
+
+def _facts(record: logging.LogRecord) -> dict[str, Any]:
+    found: dict[str, Any] = dict(getattr(record, FACTS, {}))
+    if "trace_id" not in found and (trace_id := tracing.trace_id()) is not None:
+        found["trace_id"] = trace_id
+    return found
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+            **_facts(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = " ".join(f"{name}={value}" for name, value in _facts(record).items())
+        text = super().format(record)
+        return f"{text} {told}" if told else text
