@@ -16,6 +16,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.messages import RegistryInfo
 from cluster import resources
 from cluster.settings import RegistrySettings, Settings
+from metasepia.access.keys import Changes as KeyChanges
+from metasepia.access.keys import Key, NewKey, Report, Usage
+from metasepia.access.store import KeyStore
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Changes, Kind
@@ -37,6 +40,7 @@ class RegistryWriter:
         self._root, self._settings = Path(root), settings
         self._opening = threading.Lock()
         self._open: Registry | None = None
+        self._keys: KeyStore | None = None
         self._purged_s = float("-inf")
 
     @ray.method(concurrency_group="writes")
@@ -70,6 +74,34 @@ class RegistryWriter:
         return self._registry().delete(kind, name, owner, digest=digest)
 
     @ray.method
+    def owners(self, kind: Kind) -> tuple[str, ...]:
+        return self._registry().owners(kind)
+
+    @ray.method(concurrency_group="keys")
+    def create_key(self, new: NewKey) -> Key:
+        return self._key_store().create(new)
+
+    @ray.method(concurrency_group="keys")
+    def revoke_key(self, id_: str) -> Key:
+        return self._key_store().revoke(id_)
+
+    @ray.method(concurrency_group="keys")
+    def get_key(self, id_: str) -> Key:
+        return self._key_store().get(id_)
+
+    @ray.method(concurrency_group="keys")
+    def list_keys(self, after: str, limit: int) -> tuple[Key, ...]:
+        return self._key_store().page(after=after, limit=limit)
+
+    @ray.method(concurrency_group="keys")
+    def exchange_keys(self, report: Report, since: tuple[int, int, int] | None) -> KeyChanges:
+        return self._key_store().exchange(report, since)
+
+    @ray.method(concurrency_group="keys")
+    def usage(self, first_day: int, last_day: int, tenant: str | None, limit: int) -> tuple[Usage, ...]:
+        return self._key_store().usage(first_day, last_day, tenant=tenant, limit=limit)
+
+    @ray.method
     def info(self) -> RegistryInfo:
         registry = self._registry()
         return RegistryInfo(root=str(registry.root), epoch=registry.epoch, pid=os.getpid())
@@ -81,9 +113,19 @@ class RegistryWriter:
                 self._open = Registry(self._root, lock_timeout_s=2.0)
             return self._open
 
+    def _key_store(self) -> KeyStore:
+        registry = self._registry()
+        with self._opening:
+            if self._keys is None:
+                self._keys = KeyStore(registry.root, registry.epoch, max_keys=self._settings.max_keys)
+            return self._keys
 
-# Writes wait for the disk, one after another: they must not take the threads that answer reads.
-RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(concurrency_groups={"writes": 2})(RegistryWriter)  # pyright: ignore[reportCallIssue]
+
+# Writes wait for the disk, one after another: they must not take the threads that answer reads. Keys wait for neither:
+# a revocation is not to stand behind a large expert.
+RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(concurrency_groups={"writes": 2, "keys": 1})(
+    RegistryWriter
+)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +240,38 @@ class RegistryClient:
         found = await self.resolve(kind, name, owner, timeout_s=timeout_s)
         left_s = max(0.01, give_up_s - time.monotonic())
         return await self._call("delete", kind, found.name, owner, found.digest, timeout_s=left_s)
+
+    async def owners(self, kind: Kind, *, timeout_s: float | None = None) -> tuple[str, ...]:
+        """See `Registry.owners`."""
+        return await self._call("owners", kind, timeout_s=timeout_s)
+
+    async def create_key(self, new: NewKey, *, timeout_s: float | None = None) -> Key:
+        """See `KeyStore.create`; durable when this returns."""
+        return await self._call("create_key", new, timeout_s=timeout_s)
+
+    async def revoke_key(self, id_: str, *, timeout_s: float | None = None) -> Key:
+        """See `KeyStore.revoke`; durable when this returns."""
+        return await self._call("revoke_key", id_, timeout_s=timeout_s)
+
+    async def get_key(self, id_: str, *, timeout_s: float | None = None) -> Key:
+        """See `KeyStore.get`."""
+        return await self._call("get_key", id_, timeout_s=timeout_s)
+
+    async def list_keys(self, *, after: str = "", limit: int = 1000, timeout_s: float | None = None) -> tuple[Key, ...]:
+        """See `KeyStore.page`."""
+        return await self._call("list_keys", after, limit, timeout_s=timeout_s)
+
+    async def exchange_keys(
+        self, report: Report, since: tuple[int, int, int] | None, *, timeout_s: float | None = None
+    ) -> KeyChanges:
+        """See `KeyStore.exchange`; the same report counts once."""
+        return await self._call("exchange_keys", report, since, timeout_s=timeout_s)
+
+    async def usage(
+        self, first_day: int, last_day: int, *, tenant: str | None, limit: int, timeout_s: float | None = None
+    ) -> tuple[Usage, ...]:
+        """See `KeyStore.usage`."""
+        return await self._call("usage", first_day, last_day, tenant, limit, timeout_s=timeout_s)
 
     async def info(self, *, timeout_s: float | None = None) -> RegistryInfo:
         """Which directory, which epoch, which process; also the check that the registry answers."""

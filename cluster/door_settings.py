@@ -149,8 +149,6 @@ class KeySettings:
     """Of a key that was made without a limit of its own, in each UTC minute. 0: no limit. From 0 to 10**9."""
     tokens_per_day: int = 0
     """Likewise tokens read and written in each UTC day. 0: no limit. From 0 to 10**15."""
-    max_keys: int = 100_000
-    """Keys that are kept, revoked and expired ones too. From 1 to 10**6."""
     sync_every_s: float = 0.25
     """Each gateway tells the registry what its keys have used, and learns of keys made and revoked and of what was used
     elsewhere. A revocation is in force everywhere within this time and that of one call. From 0.05 to 0.5."""
@@ -160,6 +158,5 @@ class KeySettings:
     def __post_init__(self) -> None:
         between("keys", "requests_per_minute", self.requests_per_minute, 0, 10**9)
         between("keys", "tokens_per_day", self.tokens_per_day, 0, 10**15)
-        between("keys", "max_keys", self.max_keys, 1, 10**6)
         between("keys", "sync_every_s", self.sync_every_s, 0.05, 0.5)
         between("keys", "max_silence_s", self.max_silence_s, 1, 3600)

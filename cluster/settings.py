@@ -228,10 +228,13 @@ class RegistrySettings:
     graph, for good."""
     retention_days: float = 30.0
     """Deleted blobs are kept this long, so that receipts can be replayed."""
+    max_keys: int = 100_000
+    """Keys that are kept; revoked and expired ones make room for new ones. From 1 to 10**6."""
 
     def __post_init__(self) -> None:
         between("registry", "cpus", self.cpus, 0.01, 1000)
         between("registry", "retention_days", self.retention_days, 0, 36500)
+        between("registry", "max_keys", self.max_keys, 1, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)

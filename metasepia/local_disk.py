@@ -1,12 +1,18 @@
-"""What durable storage needs of a disk: that it is of this machine, that renames are on it, and that one writer is."""
+"""What durable storage needs of a disk: that it is of this machine, that renames are on it, and that one writer is; and
+what its failures are called.
+"""
 
+import contextlib
+import errno
 import fcntl
 import os
 import re
+import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from metasepia.errors import InvalidSettings, Locked
+from metasepia.errors import CorruptArtefact, InvalidSettings, Locked, MetasepiaError, Unavailable
 
 _NETWORK_FILESYSTEMS = frozenset(
     """nfs nfs4 cifs smb3 smbfs 9p ceph lustre glusterfs afs gpfs beegfs orangefs pvfs2 ocfs2 gfs2 ncpfs davfs
@@ -66,3 +72,27 @@ def take_lock(path: Path, holder: str, timeout_s: float) -> int:
             os.ftruncate(lock, 0)
             os.pwrite(lock, holder.encode(), 0)
             return lock
+
+
+@contextlib.contextmanager
+def failures_in_words(database: Path) -> Iterator[None]:
+    """What the disk or a database of a registry's directory raises, as CorruptArtefact or Unavailable, with why."""
+    root = database.parent
+    full = Unavailable(f"the registry at {root} (its disk is full: nothing was stored; free some space)", 60.0)
+    try:
+        yield
+    except MetasepiaError:
+        raise
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise CorruptArtefact(str(database), f"{error}; restore it from a copy") from error
+        if code == sqlite3.SQLITE_FULL:
+            raise full from error
+        if isinstance(error, sqlite3.OperationalError):
+            raise Unavailable(f"the registry at {root} ({error})", 5.0) from error
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise full from error
+        raise Unavailable(f"the registry at {root} ({error})", 5.0) from error

@@ -9,7 +9,6 @@ On disk: `catalogue.sqlite` (WAL, synchronous FULL), `blobs/<sha256 of the bytes
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,12 +26,10 @@ from metasepia.errors import (
     CorruptArtefact,
     InvalidRequest,
     Locked,
-    MetasepiaError,
     NameTaken,
-    Unavailable,
     UnknownName,
 )
-from metasepia.local_disk import check_local_disk, sync_directory, take_lock
+from metasepia.local_disk import check_local_disk, failures_in_words, sync_directory, take_lock
 from metasepia.registry.entries import KINDS, SHARED, Artefact, Changes, Kind, check_name
 from metasepia.registry.reading import COLUMNS, MAX_NAMES_IN_AN_ERROR, artefact_of
 
@@ -206,6 +203,14 @@ class Registry:
                 (*kinds, owner, after, limit, *kinds, SHARED, after, 0 if owner == SHARED else limit, limit),
             ).fetchall()
         return tuple(artefact_of(row) for row in rows)
+
+    def owners(self, kind: Kind) -> tuple[str, ...]:
+        """Whoever has something of a kind now, in order."""
+        with self._reading, self._failures_in_words():
+            rows = self._read_db.execute(
+                "SELECT DISTINCT owner FROM entries WHERE kind=? AND deleted IS NULL ORDER BY owner", (kind,)
+            ).fetchall()
+        return tuple(row["owner"] for row in rows)
 
     def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
         """The names of a kind, the owner's and the shared ones, that may have changed since a revision.
@@ -393,29 +398,8 @@ class Registry:
         names = tuple(row["name"] for row in rows)
         return names if len(names) <= MAX_NAMES_IN_AN_ERROR else (*names[:MAX_NAMES_IN_AN_ERROR], "and more")
 
-    @contextlib.contextmanager
-    def _failures_in_words(self) -> Iterator[None]:
-        try:
-            yield
-        except MetasepiaError:
-            raise
-        except sqlite3.DatabaseError as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                path = str(self.root / "catalogue.sqlite")
-                raise CorruptArtefact(path, f"{error}; restore it from a copy") from error
-            if code == sqlite3.SQLITE_FULL:
-                raise self._disk_full() from error
-            if isinstance(error, sqlite3.OperationalError):
-                raise Unavailable(f"the registry at {self.root} ({error})", 5.0) from error
-            raise
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise self._disk_full() from error
-            raise Unavailable(f"the registry at {self.root} ({error})", 5.0) from error
-
-    def _disk_full(self) -> Unavailable:
-        return Unavailable(f"the registry at {self.root} (its disk is full: nothing was stored; free some space)", 60.0)
+    def _failures_in_words(self) -> contextlib.AbstractContextManager[None]:
+        return failures_in_words(self.root / "catalogue.sqlite")
 
 
 def _card_json(card: dict[str, object]) -> str:
