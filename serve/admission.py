@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from cluster.door_settings import AdmissionSettings
+from cluster.settings import Settings
 from metasepia.errors import MetasepiaError, Overloaded, Unavailable
 from serve.deadlines import Deadline
 from serve.principal import current
@@ -28,6 +29,11 @@ from serve.principal import current
 MEMORY_S = 20.0
 """How far back the drain rate looks: what is older than this weighs less than 1/e."""
 MAX_RETRY_S = 60.0
+POOL = "reasoning pool"
+CHARS_A_TOKEN = 4
+"""About, in English: the gateway does not tokenise for encoders."""
+ENCODER_BATCHES = 8
+"""Forwards of an encoder that are under way at once: tokenised, run, and on their way back."""
 FILE_TOKENS = 256
 """What an image or a sound costs its encoder, about."""
 LEVELS_KEPT = 1024
@@ -364,15 +370,24 @@ class _Rate:
         self._since_s = now
 
 
+def widths(settings: Settings) -> dict[str, Width]:
+    """Of each part's lane, with one replica each."""
+    ahead = settings.admission.ahead
+    found = {
+        one.id: Width(tokens=int(ahead * one.max_batch_tokens), rows=int(ahead * one.max_rows))
+        for one in settings.backbones
+    }
+    for one in settings.encoders:  # their forwards are short, and the way there and back is not: more than one each
+        found[one.id] = Width(tokens=int(ahead * ENCODER_BATCHES * one.max_batch_tokens))
+    return found
+
+
 def _retry_s(seconds: float) -> float:
     return min(MAX_RETRY_S, max(1.0, seconds))
 
 
 def estimate(items: Iterable[Any], kind: str = "text") -> tuple[int, int]:
-    """About how many tokens an encoder reads in texts, token ids, files or vectors, and how many bytes they hold.
-
-    The gateway does not tokenise for encoders: four characters a token, as in English.
-    """
+    """About how many tokens an encoder reads in texts, token ids, files or vectors, and how many bytes they hold."""
     tokens = num_bytes = 0
     for item in items:
         size = len(item)
@@ -382,4 +397,4 @@ def estimate(items: Iterable[Any], kind: str = "text") -> tuple[int, int]:
 
 
 def _tokens_of(item: str | Sequence[int]) -> int:
-    return 2 + len(item) // 4 if isinstance(item, str) else len(item)
+    return 2 + len(item) // CHARS_A_TOKEN if isinstance(item, str) else len(item)

@@ -13,8 +13,10 @@ from starlette.types import ASGIApp
 
 from serve import failures, principal, request_log
 from serve.door import Door
+from serve.drain import Draining
 from serve.metrics import Measured
 from serve.operations import Handler, operations
+from serve.request_ids import Identified
 
 
 def create_app(door: Door) -> ASGIApp:
@@ -24,7 +26,7 @@ def create_app(door: Door) -> ASGIApp:
         exception_handlers={HTTPException: _no_route},
     )
     app.router.redirect_slashes = False
-    return Measured(app, door.metrics, door.status_of_parts.begin)
+    return Measured(Draining(app, door.drain), door.metrics, door.status_of_parts.begin)
 
 
 def _in_envelope(handler: Handler) -> Handler:

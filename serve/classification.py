@@ -60,15 +60,17 @@ class Classification:
         named = await self._contexts.name(labelled, request.encoder, request.module, request.protocol, request.seed)
         if request.explain:
             self._check_explained(len(named.examples), len(inputs.contents), len(named.classes))
-        embedded = await self._vectors.new(named, labelled, inputs, deadline, request_digest)
-        context = labelled_vectors(embedded.context)
         shown = Shown(named.labels, None, positions(named))
         encoder = named.encoder.id if named.encoder else named.kind
         name = f"{encoder}+{next(one.name for one in self._reasoning.modules if one.digest == named.module)}"
-        receipt = dataclasses.replace(embedded.receipt, seed=named.seed)
-        return await self._answer(
-            request, name, named.module, context, embedded.queries, embedded.num_tokens, receipt, shown, deadline
-        )
+        contents = (*(one.content for one in named.examples), *named.unlabelled, *inputs.contents)
+        async with await self._vectors.place(named.encoder, "the examples", named.kind, contents, deadline):
+            embedded = await self._vectors.new(named, labelled, inputs, deadline, request_digest)
+            context = labelled_vectors(embedded.context)
+            receipt = dataclasses.replace(embedded.receipt, seed=named.seed)
+            return await self._answer(
+                request, name, named.module, context, embedded.queries, embedded.num_tokens, receipt, shown, deadline
+            )
 
     async def _by_context(
         self, request: ClassifyRequest, model: str, request_digest: str, deadline: Deadline
@@ -82,12 +84,13 @@ class Classification:
             named = (await self._contexts.blob(stored)).named
             texts = [one.content for one in named.examples] if named.kind == "text" else None
             shown = Shown(named.labels, texts, range(len(named.examples)))
-        found = await self._contexts.embed_queries(stored, inputs, deadline, request_digest)
-        receipt = dataclasses.replace(found.receipt, seed=card["seed"])
         module, digest = card["module"]["digest"], stored.artefact.digest
-        return await self._answer(
-            request, stored.id, module, digest, found.values, found.num_tokens, receipt, shown, deadline
-        )
+        async with await self._contexts.place(stored, inputs, deadline):
+            found = await self._contexts.embed_queries(stored, inputs, deadline, request_digest)
+            receipt = dataclasses.replace(found.receipt, seed=card["seed"])
+            return await self._answer(
+                request, stored.id, module, digest, found.values, found.num_tokens, receipt, shown, deadline
+            )
 
     async def _answer(
         self,

@@ -10,7 +10,15 @@ import numpy as np
 from actors.messages import Receipt
 from metasepia.digests import short
 from metasepia.errors import InvalidRequest, NotSupported, Outdated, UnknownName
-from metasepia.reasoning.named import EmbeddedContext, EncoderName, InputKind, NamedContext, vectors_of_contents
+from metasepia.reasoning.named import (
+    Content,
+    EmbeddedContext,
+    EncoderName,
+    InputKind,
+    NamedContext,
+    vectors_of_contents,
+)
+from serve.admission import POOL, Admission, Place, estimate
 from serve.deadlines import Deadline
 from serve.embedding import Embedding
 from serve.inputs import Inputs, Labelled
@@ -42,8 +50,18 @@ class Embedded:
 class ContextVectors:
     """Embeds contexts and queries to them."""
 
-    def __init__(self, names: Names, embedding: Embedding, prompts: Mapping[str, Prompts]) -> None:
-        self._names, self._embedding, self._prompts = names, embedding, prompts
+    def __init__(
+        self, names: Names, embedding: Embedding, prompts: Mapping[str, Prompts], admission: Admission
+    ) -> None:
+        self._names, self._embedding, self._prompts, self._admission = names, embedding, prompts, admission
+
+    async def place(
+        self, encoder: EncoderName | None, what: str, kind: InputKind, contents: Sequence[Content], deadline: Deadline
+    ) -> Place:
+        """The place, in the queue of what reads these contents, of a request to `what`. Raises Outdated."""
+        tokens, num_bytes = estimate(contents, kind)
+        part = POOL if encoder is None else await self.served(encoder, what)
+        return self._admission.admitted(tokens, num_bytes, deadline, part=part)
 
     async def encoder(self, name: str | None, kind: InputKind) -> EncoderName:
         """What embeds `kind` under this name; None: the first encoder of that kind.

@@ -27,6 +27,7 @@ from metasepia.reasoning.named import (
 )
 from metasepia.reasoning.reduction import ReductionRecipe
 from metasepia.registry.entries import Artefact
+from serve.admission import Place
 from serve.context_vectors import ContextVectors, Embedded, Vectors
 from serve.deadlines import Deadline
 from serve.inputs import Inputs, Labelled, check_classes, check_number, read_labelled
@@ -77,8 +78,10 @@ class Contexts:
         found = await self._live(named.digest)
         if found is not None:
             return self._made_json(found, request_digest, began_s, cached=True)
-        embedded = await self._vectors.new(named, labelled, None, deadline, request_digest)
-        return await self._register(embedded, request_digest, began_s, deadline)
+        contents = (*(one.content for one in named.examples), *named.unlabelled)
+        async with await self._vectors.place(named.encoder, "the context", named.kind, contents, deadline):
+            embedded = await self._vectors.new(named, labelled, None, deadline, request_digest)
+            return await self._register(embedded, request_digest, began_s, deadline)
 
     async def extend(
         self, id_: str, body: MoreExamplesRequest, request_digest: str, deadline: Deadline
@@ -95,8 +98,10 @@ class Contexts:
         found = await self._live(named.digest)
         if found is not None:
             return self._made_json(found, request_digest, began_s, cached=True)
-        embedded = await self._vectors.more(old, named, labelled, deadline, request_digest)
-        return await self._register(embedded, request_digest, began_s, deadline)
+        contents = [one.content for one in labelled.examples]
+        async with await self._vectors.place(named.encoder, f"the context {id_}", named.kind, contents, deadline):
+            embedded = await self._vectors.more(old, named, labelled, deadline, request_digest)
+            return await self._register(embedded, request_digest, began_s, deadline)
 
     async def name(
         self,
@@ -137,6 +142,12 @@ class Contexts:
             if name == one.name:
                 return one
         raise UnknownName("reasoning module", name, ("default", *(one.name for one in modules)))
+
+    async def place(self, stored: Stored, queries: Inputs, deadline: Deadline) -> Place:
+        """In the queue of what reads queries to the context. Raises Outdated."""
+        encoder = stored.card["encoder"] and EncoderName(**stored.card["encoder"])
+        what = f"the context {stored.id}"
+        return await self._vectors.place(encoder, what, queries.kind, queries.contents, deadline)
 
     async def embed_queries(self, stored: Stored, queries: Inputs, deadline: Deadline, request_digest: str) -> Vectors:
         """Raises InvalidRequest for queries of another kind or width than the context's."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from cluster.door_settings import HttpSettings
 from cluster.settings import CentroidSettings, DispatchMargins, TaskSettings
@@ -17,10 +17,12 @@ from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX
 from serve import completion, failures
 from serve.accepting import Fits
+from serve.admission import Admission, estimate
 from serve.asked import Asked, deadline_of
 from serve.classification import Classification
 from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
+from serve.drain import Drain
 from serve.embedding import Embedding, embeddings_json
 from serve.experts import Experts
 from serve.gathering import CONTENT_TYPE, Gatherer
@@ -51,6 +53,7 @@ from serve.schemas import (
 )
 from serve.searching import Searches, Searching
 from serve.status import Status, served_replicas
+from serve.streams import Stream, in_turn
 from serve.task_part import TaskPart
 from serve.tasks import TaskRoutes
 
@@ -74,7 +77,9 @@ class Door:
         observing: CentroidSettings,
         tasks: TaskPart,
         embedding_tasks: TaskSettings,
+        admission: Admission,
     ) -> None:
+        self.admission, self.drain = admission, Drain(admission)
         self._http, self._mixing = http, mixing
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         first = backbones[0]
@@ -83,7 +88,7 @@ class Door:
         self.names = Names(backbones, encoders, catalogue, self._routing.is_served)
         embedding = Embedding(self.names, self.prompts)
         self._embedding = embedding
-        vectors = ContextVectors(self.names, embedding, self.prompts)
+        vectors = ContextVectors(self.names, embedding, self.prompts, admission)
         self._contexts = Contexts(http, self.names, vectors, reasoning, catalogue)
         self._classification = Classification(http, self._contexts, vectors, reasoning)
         self.experts = Experts(http, fits, catalogue)
@@ -91,11 +96,11 @@ class Door:
         self.searching = Searching(http, self.names.backbones, self.prompts, searches, tasks)
         self.metrics = Metrics()
         self.hidden_states = HiddenStatesRoute(
-            http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens
+            http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens, admission
         )
         self.tasks = ObservedTasks(http, self.names.backbones, centroids)
         self.task_embeddings = TaskRoutes(
-            http, embedding_tasks, self.names, self._contexts, reasoning, catalogue, tasks
+            http, embedding_tasks, self.names, self._contexts, reasoning, catalogue, tasks, admission
         )
         probes = {f"backbone {one.id}": probe_backbone(one) for one in backbones}
         probes |= {f"encoder {one.id}": one.check for one in encoders}
@@ -161,7 +166,9 @@ class Door:
         if body.model not in self.names.encoders and body.model not in self.names.backbones:
             await self.names.resolve(body.model)  # says what is known, unless it is an expert
             raise NotSupported(f"embedding with {body.model}", "use its backbone or an encoder")
-        embedded = await self._embedding.embed(body.model, body.inputs, fields, asked.deadline, asked.digest)
+        tokens, _ = estimate(body.inputs)
+        async with self.admission.admitted(tokens, asked.num_bytes, asked.deadline, part=body.model):
+            embedded = await self._embedding.embed(body.model, body.inputs, fields, asked.deadline, asked.digest)
         self.metrics.add_tokens(embedded.num_tokens, 0)
         return JSONResponse(embeddings_json(body, embedded))
 
@@ -181,23 +188,31 @@ class Door:
                 prompts = self.prompts[backbone.id]
                 token_ids = await completion.tokens_of(body, backbone, prompts)
                 text = completion.question_of(body)
-                routed = await self._routing.route(token_ids, body.dispatch, asked.deadline, text)
+                cost = len(token_ids), asked.num_bytes
+                async with self.admission.admitted(*cost, asked.deadline, part=backbone.id):
+                    routed = await self._routing.route(token_ids, body.dispatch, asked.deadline, text)
             else:
                 routed = Routed(await self.names.resolve(body.model))
                 backbone = routed.chosen.backbone
                 prompts = self.prompts[backbone.id]
                 token_ids = await completion.tokens_of(body, backbone, prompts)
         plan = completion.plan(body, token_ids, routed, asked.digest, asked.deadline)
+        cost, rows = sum(len(row.token_ids) + row.sampling.max_tokens for row in plan.rows), len(plan.rows)
+        place = self.admission.admitted(cost, asked.num_bytes, asked.deadline, part=backbone.id, rows=rows)
+
+        def count(prompt: int, answer: int) -> None:
+            self.metrics.add_tokens(prompt, answer)
+            place.used = (place.used or 0) + prompt + answer
+
         if not body.stream:
-            answer = await completion.whole(plan, prompts)
-            self.metrics.add_tokens(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
+            async with place:
+                answer = await completion.whole(plan, prompts)
+                count(answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
             return JSONResponse(answer)
-        events = completion.events(plan, prompts, self.metrics.add_tokens)
+        events = in_turn(place, completion.events(plan, prompts, count))
         # The first event decides the status: a refusal must not hide inside a 200.
         first = await anext(events)
-        return StreamingResponse(
-            _server_sent(first, events), media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
+        return Stream(_server_sent(first, events), events, "text/event-stream")
 
     async def mix(self, request: Request) -> Response:
         asked = await Asked.of(request, self._http)

@@ -10,6 +10,7 @@ from actors.registry import RegistryClient
 from cluster.settings import Settings
 from serve import prepare, shipped
 from serve.accepting import Fits
+from serve.admission import Admission, widths
 from serve.app import create_app
 from serve.door import Door
 from serve.observing import ServedCentroids
@@ -48,7 +49,12 @@ class Gateway:
             settings.centroids,
             ServedTasks(tasks),
             settings.tasks,
+            Admission(settings.admission, widths(settings)),
         )
+
+    async def drain(self, budget_s: float) -> int:
+        """For `serve.main`, of every gateway: `Drain.run`."""
+        return await self._door.drain.run(budget_s)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._door)

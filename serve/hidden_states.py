@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from actors.messages import Receipt
 from cluster.door_settings import HttpSettings
@@ -29,6 +29,7 @@ from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX as CONTEXT
 from metasepia.rows import Executed, HiddenStates, HiddenStatesWanted, Row
 from serve import arrow, failures
+from serve.admission import Admission
 from serve.asked import Asked
 from serve.deadlines import Deadline
 from serve.embedding import sequences_of
@@ -40,6 +41,7 @@ from serve.prompts import Prompts, away
 from serve.receipts import receipt_json
 from serve.routing import Routing
 from serve.schemas import HiddenStatesRequest
+from serve.streams import Stream, in_turn
 
 T = TypeVar("T")
 
@@ -88,7 +90,9 @@ class HiddenStatesRoute:
         routing: Routing,
         observer: Observer,
         add_tokens: Callable[[int, int], None],
+        admission: Admission,
     ) -> None:
+        self._admission = admission
         self._http, self._names, self._prompts = http, names, prompts
         self._routing, self._observer, self._add_tokens = routing, observer, add_tokens
 
@@ -102,13 +106,14 @@ class HiddenStatesRoute:
         limit = ("max_states_mib", "max_json_states_mib")[form == JSON]
         check_size(plan, getattr(self._http, limit), f"http.{limit}", form)
         await self._check_room(plan)
+        part = plan.chosen.backbone.id
+        place = self._admission.admitted(plan.num_tokens, asked.num_bytes, asked.deadline, part=part)
         if form == ARROW:
-            events = self._arrow(plan)
+            events = in_turn(place, self._arrow(plan))
             first = await anext(events)  # decides the status: a refusal must not hide inside a 200
-            return StreamingResponse(
-                _bytes(first, events), media_type=ARROW, headers={"cache-control": "no-store", "vary": "accept"}
-            )
-        return Response(await self._json(plan), media_type=JSON, headers={"vary": "accept"})
+            return Stream(_bytes(first, events), events, ARROW, {"vary": "accept"})
+        async with place:
+            return Response(await self._json(plan), media_type=JSON, headers={"vary": "accept"})
 
     # -- what is asked -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from cluster.settings import TaskSettings
 from metasepia.embedding.space import KINDS, TaskEmbedding, cosines
 from metasepia.errors import DeletedName, InvalidRequest, UnknownName
 from metasepia.registry.entries import Artefact
+from serve.admission import CHARS_A_TOKEN, Admission
 from serve.arrow import MEDIA_TYPE as ARROW
 from serve.asked import Asked, deadline_of
 from serve.contexts import Contexts, number_of
@@ -51,7 +52,9 @@ class TaskRoutes:
         reasoning: Reasoning,
         catalogue: Catalogue,
         part: TaskPart,
+        admission: Admission,
     ) -> None:
+        self._admission = admission
         self._http, self._settings, self._catalogue, self._part = http, settings, catalogue, part
         self._asking = TaskAsking(http, settings, names, contexts, reasoning, catalogue)
 
@@ -61,7 +64,9 @@ class TaskRoutes:
         """POST /v1/tasks"""
         asked = await Asked.of(request, self._http)
         body = TaskRequest.of(asked.tree).check(self._http)
-        async with asked.deadline.limit("embedding the task"):
+        tokens = asked.num_bytes // CHARS_A_TOKEN
+        place = self._admission.admitted(tokens, asked.num_bytes, asked.deadline, part="task embedding")
+        async with place, asked.deadline.limit("embedding the task"):
             task = await self._asking.asked(body, asked)
             try:
                 artefact, known = await self._part.make(task)

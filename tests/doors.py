@@ -25,7 +25,7 @@ from actors.messages import (
     SelfChecked,
     Texts,
 )
-from cluster.door_settings import HttpSettings
+from cluster.door_settings import AdmissionSettings, HttpSettings
 from cluster.settings import CentroidSettings, DispatchMargins, EncoderSettings, MixingSettings, TaskSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path
@@ -35,6 +35,7 @@ from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve.accepting import Fits
+from serve.admission import Admission
 from serve.app import create_app
 from serve.door import Door
 from serve.mixing_replica import ExpertMixingPart
@@ -373,6 +374,7 @@ class Bench:
         observing: CentroidSettings | None = None,
     ) -> None:
         self.observing = observing or CentroidSettings()
+        self.admission = AdmissionSettings()
         self.centroids = Centroids(self.observing, directory / "centroids")
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
@@ -404,6 +406,7 @@ class Bench:
             self.observing,
             tasks or NoTasks(),
             embedding_tasks or TaskSettings(),
+            Admission(self.admission),
         )
         self.app = create_app(self.door)
 
