@@ -141,7 +141,7 @@ def write_report(store: SweepStore) -> None:
 
     Of a sweep that is not finished, trials that have not ended are left out.
     """
-    plan, files = store.plan, Files.at(store.uri)
+    plan, files = store.plan, Files.at(store.address)
     trials = trials_of(plan)
     done = [pack for pack in range(len(plan.packs)) if store.done(pack)]
     if not done:

@@ -196,7 +196,7 @@ def command_of(plan: SweepPlan) -> str:
 def write_report(store: SweepStore, table: pa.Table, *, partial: bool = False) -> Findings:
     """Figures and the page beside the table, replaced if they are there; prints what the sweep says."""
     findings = Findings(Results(trials_of(store.plan), table), store.plan.settings["profile"])
-    files = Files.at(store.uri)
+    files = Files.at(store.address)
     notes = [_PARTIAL] if partial else []
     drawn: list[Picture] = []
     try:

@@ -143,7 +143,7 @@ def run_sweep(
             going_on = f", of which {len(packs) - len(told.todo)} are stored" if len(told.todo) < len(packs) else ""
             print(f"sweep {short(plan.digest)}: {len(plan.trials)} trials in {len(packs)} packs{going_on}", flush=True)
         config = {
-            "uri": store.uri,
+            "uri": store.address,
             "sweep": plan.digest,
             "work": work,
             "device": "cuda" if gpus_per_trial else "cpu",

@@ -41,7 +41,9 @@ class StreamedFiles(Files):
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[pa.NativeFile]:
-        """A stream whose file takes its place when the block ends; locally not at all if it raises."""
+        """A stream whose file takes its place when the block ends, and not at all if it raises: what an object store
+        took until then is deleted again, a moment after it can be seen.
+        """
         path = self._path(name)
         beside = f"{path.rpartition('/')[0]}/.{path.rpartition('/')[2]}.{os.urandom(4).hex()}" if self._local else path
         with self._named(name):
@@ -52,9 +54,10 @@ class StreamedFiles(Files):
                 if self._local:
                     _sync(Path(beside))
                     os.replace(beside, path)
-            finally:
-                if self._local:
-                    Path(beside).unlink(missing_ok=True)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._filesystem.delete_file(beside)
+                raise
 
 
 def _sync(path: Path) -> None:

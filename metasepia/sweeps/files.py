@@ -30,11 +30,22 @@ def stamp_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def shown(uri: str) -> str:
+    """A URI for people and logs: without user, password and options, which may be secrets."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return uri
+    authority, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
 class Files:
     """Files below `root` in `filesystem`; names are relative, with slashes."""
 
     def __init__(self, filesystem: pafs.FileSystem, root: str, uri: str) -> None:
-        self._filesystem, self._root, self.uri = filesystem, root.rstrip("/"), uri
+        self._filesystem, self._root = filesystem, root.rstrip("/")
+        self.address, self.uri = uri, shown(uri)
+        """What opens the same place again, and the same for people (`shown`)."""
         self._local = isinstance(filesystem, pafs.LocalFileSystem)
 
     @classmethod
@@ -52,11 +63,12 @@ class Files:
                 path = str(Path(uri).expanduser().absolute())
                 files = cls(pafs.LocalFileSystem(), path, path)
         except (ValueError, OSError, pa.ArrowException) as error:
-            allowed = f"a local path, file:///..., s3://bucket/..., gs://bucket/... ({str(error).splitlines()[0]})"
-            raise InvalidSettings("uri", uri, allowed) from error
+            words = str(error).replace(uri, shown(uri)).splitlines()[0]
+            allowed = f"a local path, file:///..., s3://bucket/..., gs://bucket/... ({words})"
+            raise InvalidSettings("uri", shown(uri), allowed) from error
         with files._named(""):
             if files._filesystem.get_file_info(files._root).type == pafs.FileType.File:
-                raise InvalidSettings("uri", uri, "a folder; this is a file")
+                raise InvalidSettings("uri", files.uri, "a folder; this is a file")
         return files
 
     def path_of(self, name: str) -> str:

@@ -103,8 +103,13 @@ class SweepStore:
 
     @property
     def uri(self) -> str:
-        """Where it is, absolute."""
+        """Where it is, absolute, for people."""
         return self._files.uri
+
+    @property
+    def address(self) -> str:
+        """The same for programs: it may hold secrets (`Files.address`)."""
+        return self._files.address
 
     # -- one pack
 
