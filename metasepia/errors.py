@@ -145,6 +145,34 @@ class Outdated(MetasepiaError, RuntimeError):
         )
 
 
+class IdempotencyConflict(MetasepiaError, ValueError):
+    """An Idempotency-Key came again with another request than the one that it was first sent with."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return (
+            f"the Idempotency-Key {self.key!r} was sent before with another request (method, path, query, body or kind "
+            "of answer); send a new key with a new request"
+        )
+
+
+class InProgress(MetasepiaError, RuntimeError):
+    """A request with the same Idempotency-Key is being answered. Asking again after `retry_after_s` seconds is safe."""
+
+    def __init__(self, key: str, retry_after_s: float) -> None:
+        super().__init__(key, retry_after_s)
+        self.key, self.retry_after_s = key, retry_after_s
+
+    def __str__(self) -> str:
+        return (
+            f"a request with the Idempotency-Key {self.key!r} is being answered; try again in "
+            f"{math.ceil(self.retry_after_s)} s"
+        )
+
+
 class DifferentSpaces(MetasepiaError, ValueError):
     """Two task embeddings of different surrogates, methods, settings or probe texts: their cosine would mean nothing.
 

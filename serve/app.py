@@ -26,7 +26,7 @@ def create_app(door: Door) -> ASGIApp:
         exception_handlers={HTTPException: _no_route},
     )
     app.router.redirect_slashes = False
-    return Measured(Draining(app, door.drain), door.metrics, door.status_of_parts.begin)
+    return Identified(Measured(Draining(app, door.drain), door.metrics, door.status_of_parts.begin))
 
 
 def _in_envelope(handler: Handler) -> Handler:

@@ -50,6 +50,10 @@ TABLE: dict[type[BaseException], Failure] = {
     errors.DeletedName: Failure(410, "invalid_request_error", "deleted", grpc.StatusCode.NOT_FOUND),
     errors.NameTaken: Failure(409, "invalid_request_error", "already_exists", grpc.StatusCode.ALREADY_EXISTS),
     errors.Outdated: Failure(409, "invalid_request_error", "outdated", grpc.StatusCode.FAILED_PRECONDITION),
+    errors.IdempotencyConflict: Failure(
+        409, "invalid_request_error", "idempotency_conflict", grpc.StatusCode.ALREADY_EXISTS
+    ),
+    errors.InProgress: Failure(409, "invalid_request_error", "in_progress", grpc.StatusCode.ABORTED, 1.0),
     errors.DifferentSpaces: Failure(400, "invalid_request_error", "different_spaces", grpc.StatusCode.INVALID_ARGUMENT),
     errors.NotSupported: Failure(400, "invalid_request_error", "not_supported", grpc.StatusCode.UNIMPLEMENTED),
     errors.QuotaExceeded: Failure(429, "rate_limit_error", "quota_exceeded", grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -133,12 +137,14 @@ def answer(error: BaseException) -> Answer:
 
 
 def envelope(failure: Failure, message: str, param: str | None = None, retry_after_s: float | None = None) -> Answer:
-    """OpenAI's error envelope; Retry-After in whole seconds, at least 1, on 429 and 503; WWW-Authenticate on 401."""
+    """OpenAI's error envelope; Retry-After in whole seconds, at least 1, on 429, 503 and what is in progress;
+    WWW-Authenticate on 401.
+    """
     body: dict[str, dict[str, object]] = {
         "error": {"message": message, "type": failure.type, "param": param, "code": failure.code}
     }
     headers: dict[str, str] = {}
-    if failure.status in (429, 503):
+    if failure.status in (429, 503) or failure.code == "in_progress":
         seconds = retry_after_s if retry_after_s is not None else failure.retry_after_s
         headers["retry-after"] = str(max(1, math.ceil(seconds if seconds is not None else 1.0)))
     if failure.status == 401:

@@ -18,6 +18,8 @@ CASES: list[errors.MetasepiaError] = [
     errors.DeletedName("context", "ctx-0", 1e9),
     errors.NameTaken("expert", "law", "0a" * 32),
     errors.Outdated("context ctx-0", "encoder", "minilm (0a)", ("minilm (1b)",)),
+    errors.IdempotencyConflict("retry-1"),
+    errors.InProgress("retry-1", 1.5),
     errors.DifferentSpaces("0a" * 32, "1b" * 32, ("method", "probes")),
     errors.NoLearningSignal(8, -1.0),
     errors.NotSupported("tp_size 2 for family t5", "use tp_size 1"),
