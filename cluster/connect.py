@@ -1,14 +1,31 @@
 """The only `ray.init`: a cluster of our own on this machine, or one that runs already."""
 
 import os
+import platform
+import queue
+import socket
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from cluster.settings import RaySettings
+from metasepia.errors import InvalidSettings, Unavailable
 
 ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayVersions:
+    """What a cluster runs, or this process."""
+
+    ray: str
+    python: str
+
+    def __str__(self) -> str:
+        return f"Ray {self.ray} on Python {self.python}"
 
 
 def worker_env(threads: int = 1) -> dict[str, str]:
@@ -24,7 +41,8 @@ def worker_env(threads: int = 1) -> dict[str, str]:
 def connect(settings: RaySettings, *, log_to_driver: bool = False) -> dict[str, float]:
     """Joins or starts Ray and returns the resources of the cluster.
 
-    Ray 2.60 turns token authentication on by itself for a new local cluster: the mode is always the settings'.
+    Ray 2.60 turns token authentication on by itself for a new local cluster: the mode is always the settings'. Raises
+    as `check_cluster` does.
     """
     os.environ["RAY_AUTH_MODE"] = settings.auth_mode
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,5 +65,61 @@ def connect(settings: RaySettings, *, log_to_driver: bool = False) -> dict[str, 
     else:
         options["address"] = settings.address
     if not ray.is_initialized():
+        check_cluster(settings.address)
         ray.init(**options)
     return dict(ray.cluster_resources())
+
+
+def our_versions() -> RayVersions:
+    return RayVersions(ray=ray.__version__, python=platform.python_version())
+
+
+def cluster_versions(address: str, timeout_s: float = 5.0) -> RayVersions:
+    """What the cluster at `address` (`auto`, or host:port) runs, as its head wrote it down; Ray is not joined.
+
+    Raises Unavailable where nobody answers within `timeout_s`, or what answers is no Ray that lets us in.
+    """
+    from ray._common.usage.usage_lib import get_cluster_metadata
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._raylet import GcsClient
+
+    try:
+        found = canonicalize_bootstrap_address(address)
+        host, _, port = str(found).rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except (OSError, ValueError) as error:  # ConnectionError where `auto` finds none
+        raise Unavailable(f"a Ray cluster at {address} ({error})", timeout_s) from None
+
+    answers: queue.SimpleQueue[dict[str, str] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(get_cluster_metadata(GcsClient(address=found)))
+        except Exception as error:
+            answers.put(error)
+
+    # A daemon: the client waits far longer than anyone would for a port that speaks something else.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        answer = TimeoutError("what listens there does not answer as Ray")
+    if isinstance(answer, Exception):
+        raise Unavailable(f"a Ray cluster at {address} ({answer})", timeout_s)
+    return RayVersions(ray=answer["ray_version"], python=answer["python_version"])
+
+
+def check_cluster(address: str, ours: RayVersions | None = None) -> RayVersions | None:
+    """Raises InvalidSettings where the cluster to join runs another Ray or Python than this process, and Unavailable
+    where there is none. None where a cluster of our own is meant, or the address is a Ray client's (it checks itself).
+    """
+    if address == "local" or address.startswith("ray://"):
+        return None
+    ours, theirs = ours or our_versions(), cluster_versions(address)
+    if theirs != ours:
+        allowed = (
+            f"a cluster of {ours}, as in this environment; that one runs {theirs}. Start it from the same image or "
+            "requirements.lock, or run this command there"
+        )
+        raise InvalidSettings("ray.address", address, allowed)
+    return theirs

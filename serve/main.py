@@ -13,7 +13,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,7 +32,7 @@ from rich.console import Console
 
 from actors import registry
 from actors.registry import RegistryClient
-from cluster import connect, resources
+from cluster import connect, resources, starting
 from cluster import settings as settings_of
 from cluster.settings import Settings
 from metasepia.digests import is_digest, short
@@ -92,7 +91,7 @@ class Foreground:
 
     def _start(self) -> None:
         begin, http = time.monotonic(), self._settings.http
-        check_port_is_free(http.host, http.port)
+        starting.check_all(self._settings)
         if self._settings.ray.address == "local":
             resources.check_fits(
                 self._settings, {"CPU": self._settings.ray.num_cpus, "GPU": self._settings.ray.num_gpus}
@@ -209,17 +208,6 @@ async def check_pins(settings: Settings, prepared: Mapping[str, PreparedBackbone
             if found.card.get("backbone") != backbone:
                 allowed += f"; it was made for backbone {short(str(found.card.get('backbone')))}, not {short(backbone)}"
                 raise InvalidSettings(f"backbones[{one.id}].pinned", one.pinned, allowed)
-
-
-def check_port_is_free(host: str, port: int) -> None:
-    """Raises InvalidSettings, in words, when something listens there already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            allowed = f"a free port of {host} ({error.strerror}); end what listens there (make stop), or choose another"
-            raise InvalidSettings("http.port", port, f"{allowed} with METASEPIA_HTTP__PORT") from None
 
 
 def curl_lines(url: str, models: list[dict[str, Any]], encoders: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import plan, tables
+from cluster import plan, starting, tables
 from cluster import settings as settings_of
 from cluster.settings import Settings
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
@@ -71,10 +71,12 @@ def main() -> int:
     parser.add_argument("--settings", choices=["-"], help="read them as JSON from standard input")
     arguments = parser.parse_args()
     try:
-        if arguments.settings:
-            prepare(tables.build(Settings, json.load(sys.stdin)))
-        else:
-            prepare(settings_of.read(arguments.profile))
+        given = json.load(sys.stdin) if arguments.settings else None
+        settings = settings_of.read(arguments.profile) if given is None else tables.build(Settings, given)
+        try:
+            prepare(settings)
+        except OSError as error:  # a disk that fills up on the way, above all
+            raise starting.refusal(settings.home, error) from error
     except MetasepiaError as error:
         print(error, file=sys.stderr)
         return 1
