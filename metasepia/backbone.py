@@ -33,7 +33,9 @@ class Backbone(Protocol):
     def digest(self) -> str: ...
 
     def generate(self, row: Row) -> AsyncIterator[TokenChunk]:
-        """Chunks in order, the last with `finish` and `executed`. Raises what the row's fate is: DeadlineExceeded..."""
+        """Chunks in order, the last with `finish`; it and the first have `executed`. Raises what the row's fate is:
+        DeadlineExceeded, ...
+        """
         ...
 
     async def score(self, row: Row) -> Scores: ...
@@ -130,7 +132,7 @@ class ReferenceBackbone:
                 logprobs=() if chosen is None else (chosen.logprob,),
                 top=() if chosen is None or not chosen.top else (chosen.top,),
                 finish=finish,
-                executed=self._executed(row) if finish else None,
+                executed=self._executed(row) if finish or len(answer) == len(row.sent) + 1 else None,
             )
             if finish:
                 return

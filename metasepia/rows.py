@@ -77,6 +77,8 @@ class Row:
     many as it begins with. It changes what a row costs and not its answer; () where nothing is shared."""
     sent: tuple[int, ...] = ()
     """Tokens of the answer that already left: a row run again prefills them and goes on after them."""
+    traceparent: str | None = field(default=None, compare=False)
+    """Of the span that asks (W3C); it changes nothing but what is told of the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +105,9 @@ class TokenChunk:
     """Beside each token the row's `top_logprobs` likeliest at its place, (id, log-probability), the likeliest first; ()
     where the row asks for none."""
     finish: Literal["stop", "length"] | None = None
-    """Set on the last chunk only, together with `executed`."""
+    """Set on the last chunk only."""
     executed: Executed | None = None
+    """Set on the last chunk, and on the first: whoever has enough of a row may leave it with its receipt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from actors.messages import EncoderInfo, Media, Receipt, Texts
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
@@ -160,9 +161,22 @@ def _in_fields(error: BaseException, fields: Sequence[str]) -> BaseException:
     return InvalidRequest(field, error.message) if isinstance(error, InvalidRequest) else error
 
 
+def shortened(
+    vectors: Float[np.ndarray, "texts width"], dimensions: int | None
+) -> Float[np.ndarray, "texts dimensions"]:
+    """The first `dimensions` numbers of each, of unit norm again. Raises InvalidRequest for more than there are."""
+    width = vectors.shape[1]
+    if dimensions is None or dimensions == width:
+        return vectors
+    if dimensions > width:
+        raise InvalidRequest("dimensions", f"the vectors have {width} numbers; ask for as many or fewer")
+    kept = vectors[:, :dimensions]
+    return kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
+
+
 def embeddings_json(request: EmbeddingsRequest, embedded: Embedded) -> dict[str, Any]:
     """OpenAI's answer, with our receipt beside it."""
-    vectors = np.ascontiguousarray(embedded.vectors, dtype="<f4")
+    vectors = np.ascontiguousarray(shortened(embedded.vectors, request.dimensions), dtype="<f4")
     spelt: list[Any] = (
         [base64.b64encode(vector.tobytes()).decode("ascii") for vector in vectors]
         if request.encoding_format == "base64"

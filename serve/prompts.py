@@ -5,6 +5,7 @@ The template runs in jinja2's sandbox, with the functions that Hugging Face's ow
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,8 +22,19 @@ T = TypeVar("T")
 _LONG_TEXT = 16_384
 """Characters; a few milliseconds of tokenising."""
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _LONGEST_CHARACTER = 4
 """Bytes, so also tokens, that one character of UTF-8 takes at most."""
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The inverse of GPT-2's table: each byte by the printable character that byte-level vocabularies spell it with."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
 
 
 class Prompts:
@@ -37,6 +49,8 @@ class Prompts:
             raise CorruptArtefact(f"tokenizer of {backbone_id}", f"tokenizer.json cannot be read ({error})") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self._is_byte_level = b"ByteLevel" in (self.tokenizer.decoder.__getstate__() if self.tokenizer.decoder else b"")
+        self._added = {one.content for one in self.tokenizer.get_added_tokens_decoder().values()}
         self._longest = max((len(token.encode()) for token in self.tokenizer.get_vocab()), default=1)
         config_path = tokenizer_dir / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
@@ -77,6 +91,19 @@ class Prompts:
         Halved, since a normaliser may shorten text before it is cut. Spares everybody else a text of megabytes.
         """
         return len(text.encode()) // (2 * self._longest)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8; it may be a part of a character. Special tokens by their names."""
+        token = self.tokenizer.id_to_token(token_id)
+        if token is None:  # of a vocabulary that the model's is padded beyond
+            return f"<{token_id}>".encode()
+        if token in self._added:
+            return token.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[character] for character in token)
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()
 
     def text(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)

@@ -16,9 +16,11 @@ from cluster.settings import DispatchStage
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Protocol
 from metasepia.registry.entries import check_name
+from metasepia.rows import MAX_TOP_LOGPROBS
 from serve.inputs import check_number, read_file
 
-MAX_CHOICES = 16
+MAX_CHOICES = 64
+"""Of one request: prompts times `n`."""
 MAX_STOPS = 16
 MAX_SEED = 2**63 - 1
 MAX_LAYERS = 4096
@@ -28,13 +30,10 @@ DEFAULT_ANSWER_LEN = 256
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "dimensions": (),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
@@ -48,7 +47,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -147,9 +145,13 @@ class ChatRequest(_Sampled):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's newer name for `max_tokens`; the smaller one holds where both are given."""
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
 
     def check(self) -> None:
         super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs", "is for answers with logprobs; set logprobs to true or leave it out")
         for index, message in enumerate(self.messages):
             if message.role == "user" and not message.content.strip():
                 raise InvalidRequest(f"messages[{index}].content", "the text is empty")
@@ -162,15 +164,55 @@ class ChatRequest(_Sampled):
         name = min(limits, key=limits.__getitem__, default="max_tokens")
         return name, limits.get(name)
 
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; None: no log-probabilities at all."""
+        return self.top_logprobs if self.logprobs else None
+
 
 class CompletionRequest(_Sampled):
-    """POST /v1/completions, one prompt a request."""
+    """POST /v1/completions"""
 
-    prompt: Text
+    prompt: Annotated[list[Any], BeforeValidator(_one_or_many)] = Field(min_length=1)
+    """A text, texts, one list of token ids, or lists of token ids; `prompts` sorts them."""
+    max_tokens: int | None = Field(default=None, ge=0)
+    """0 only together with `echo`: the prompt alone."""
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Log-probabilities of the tokens and of as many likeliest ones beside each."""
+    echo: bool = False
+    """The prompt stands before the answer, with its log-probabilities where they are asked for."""
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens", "must be at least 1 without echo: nothing would be answered")
+        if len(self.prompts) * self.n > MAX_CHOICES:
+            number = f"{len(self.prompts)} prompts with {self.n} choices each"
+            raise InvalidRequest("prompt", f"{number} are more than {MAX_CHOICES}; send several requests")
+        if len(self.prompts) > 1 and self.model == "auto":
+            raise InvalidRequest("prompt", "auto chooses for one prompt; send one a request, or name the model")
+        for index, one in enumerate(self.prompts):
+            where = "prompt" if len(self.prompts) == 1 else f"prompt[{index}]"
+            if isinstance(one, str):
+                if not one.strip():
+                    raise InvalidRequest(where, "the text is empty")
+            elif not isinstance(one, list) or not all(type(token) is int for token in one):
+                raise InvalidRequest(where, "must be a text or a list of token ids")
+            elif not one:
+                raise InvalidRequest(where, "the list of token ids is empty")
+
+    @cached_property
+    def prompts(self) -> list[str | list[int]]:
+        """Once checked: each a text or token ids."""
+        return [self.prompt] if all(type(one) is int for one in self.prompt) else self.prompt
 
     @property
     def answer_limit(self) -> tuple[str, int | None]:
         return "max_tokens", self.max_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
 
 class ClassifyRequest(_Body):
@@ -238,8 +280,8 @@ def check_examples(examples: Sequence[Any], unlabelled: Sequence[Any], http: Htt
     check_number("unlabelled", len(unlabelled), http.max_unlabelled, "max_unlabelled", "send fewer, drawn at random")
 
 
-class EmbeddingsRequest(_Body):
-    """POST /v1/embeddings"""
+class _Inputs(_Body):
+    """Texts and files to embed."""
 
     model: Text
     input: Annotated[list[Any], BeforeValidator(_one_or_many)] = Field(min_length=1)
@@ -273,7 +315,15 @@ class EmbeddingsRequest(_Body):
         return all(type(item) is int for item in self.input)
 
 
-class HiddenStatesRequest(EmbeddingsRequest):
+class EmbeddingsRequest(_Inputs):
+    """POST /v1/embeddings"""
+
+    dimensions: int | None = Field(default=None, ge=1)
+    """The first so many numbers of each vector, brought to unit norm again. None: all. Only encoders trained for it
+    lose little by that."""
+
+
+class HiddenStatesRequest(_Inputs):
     """POST /v1/hidden_states"""
 
     layers: list[int] = Field(default=[-1], min_length=1, max_length=MAX_LAYERS)

@@ -47,6 +47,8 @@ from serve.task_replica import TaskEmbeddingPart
 
 HTTP = HttpSettings(max_body_mib=0.25)
 DIGEST, EXPERT, OTHER = "b" * 64, "e" * 64, "f" * 64
+A = ord("a") - ord("!")
+"""The letter a in the byte tokenizer of the tests."""
 UP, DOWN = "layers.0.up.weight", "layers.0.down.weight"
 SHAPES = {UP: (6, 4), DOWN: (4, 6)}
 INDEX = FactorIndex(digest="d" * 64, backbone=DIGEST, lengths={UP: 4, DOWN: 4})
@@ -83,13 +85,17 @@ class FakeBackbone:
                 await asyncio.sleep(0)
                 last = index == len(self.answer) - 1
                 yield TokenChunk(
-                    request_id=row.request_id, token_ids=(token,), logprobs=(0.0,),
+                    request_id=row.request_id, token_ids=(token,), logprobs=(-0.5,), top=self._likeliest(row, token),
                     finish="stop" if last else None, executed=self._executed(row),
                 )  # fmt: skip
             if self.hang:
                 await asyncio.sleep(3600)
         finally:
             self.num_closed += 1
+
+    def _likeliest(self, row: Row, token: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+        beside = ((token, -0.5), *((A + i, -1.0 - i) for i in range(row.top_logprobs - 1)))
+        return (beside,) if row.top_logprobs else ()
 
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
         """The likelier, the nearer the weight of the adapter's first expert is to `likes`."""
@@ -99,9 +105,18 @@ class FakeBackbone:
                 request_id=row.request_id,
                 logprobs=np.full(len(row.token_ids) - row.score_from, -self._dislike(row), np.float32),
                 executed=self._executed(row),
+                **self._tops(row),
             )
             for row in rows
         ]
+
+    def _tops(self, row: Row) -> dict[str, np.ndarray]:
+        """The likeliest tokens are always the letters from a on."""
+        if not row.top_logprobs:
+            return {}
+        letters = np.arange(A, A + row.top_logprobs)
+        shape = (len(row.token_ids) - row.score_from, row.top_logprobs)
+        return {"top_ids": np.broadcast_to(letters, shape), "top_logprobs": np.broadcast_to(float(A) - letters, shape)}
 
     def _dislike(self, row: Row) -> float:
         weight = dict(row.adapter).get(self.likes[0], 0.0)

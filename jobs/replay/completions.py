@@ -45,22 +45,32 @@ def replay_completion(
         report.check("expert", digest, expert.digest)
     if adapter and reference.factors is not None:
         report.check("factors", receipt["factors"], reference.factors.digest)
-    prompt = _prompt(request, prepared)
+    prompts = _prompts(request, prepared)
+    echoes = _echoes(request, prepared)
     limits = [request[name] for name in ("max_tokens", "max_completion_tokens") if request.get(name) is not None]
-    sampling = Sampling(
-        temperature=float(_or(request.get("temperature"), 1.0)),
-        top_p=float(_or(request.get("top_p"), 1.0)),
-        max_tokens=min(limits) if limits else min(DEFAULT_ANSWER_LEN, prepared.window - len(prompt)),
-        stop_token_ids=prepared.eos_token_ids,
-    )
     stops = request.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
     told = _choices(answered) if answered is not None else {}
     if answered is not None and answered.get("usage"):
-        report.check("prompt tokens", answered["usage"]["prompt_tokens"], len(prompt))
+        report.check("prompt tokens", answered["usage"]["prompt_tokens"], sum(map(len, prompts)))
     tolerance = LOGIT_TOLERANCE[receipt["dtype"]]
     report.answered, report.recomputed = {}, {}
-    for index in range(_or(request.get("n"), 1)):
+    num_choices = _or(request.get("n"), 1)
+    for index in range(len(prompts) * num_choices):
+        prompt, choice = prompts[index // num_choices], told.get(index)
+        if choice is not None and echoes:
+            echo = echoes[index // num_choices]
+            report.check(f"echo {index}", "the prompt", "the same", choice.text.startswith(echo))
+            choice = Choice(choice.text.removeprefix(echo), choice.finish)
+        if limits and min(limits) == 0:  # the prompt alone
+            report.recomputed[index] = ""
+            continue
+        sampling = Sampling(
+            temperature=float(_or(request.get("temperature"), 1.0)),
+            top_p=float(_or(request.get("top_p"), 1.0)),
+            max_tokens=min(limits) if limits else min(DEFAULT_ANSWER_LEN, prepared.window - len(prompt)),
+            stop_token_ids=prepared.eos_token_ids,
+        )
         row = Row(
             request_id=str(index),
             backbone=prepared.digest,
@@ -69,7 +79,6 @@ def replay_completion(
             sampling=sampling,
             seed=(receipt["seed"] + index) % 2**63,
         )
-        choice = told.get(index)
         follows = choice is not None and not stops and _follows(choice, row, reference, prepared)
         text = choice.text if choice is not None and follows else _generated(row, reference, prepared, stops)
         report.recomputed[index] = text
@@ -145,16 +154,30 @@ def _generated(row: Row, reference: ReferenceBackbone, prepared: PreparedBackbon
     return text[: min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]
 
 
-def _prompt(request: dict[str, Any], prepared: PreparedBackbone) -> tuple[int, ...]:
+def _given(request: Mapping[str, Any]) -> list[Any]:
+    """The prompts of a plain completion: each a text or token ids."""
+    prompt = request["prompt"]
+    return [prompt] if isinstance(prompt, str) or all(isinstance(one, int) for one in prompt) else prompt
+
+
+def _echoes(request: Mapping[str, Any], prepared: PreparedBackbone) -> list[str]:
+    """What stands before the answers to each prompt; empty: nothing."""
+    if not request.get("echo"):
+        return []
+    tokenizer = tokenizer_of(prepared)
+    return [one if isinstance(one, str) else tokenizer.decode(one, skip_special_tokens=True) for one in _given(request)]
+
+
+def _prompts(request: dict[str, Any], prepared: PreparedBackbone) -> list[tuple[int, ...]]:
     if "prompt" in request:
-        return plain(prepared, request["prompt"])
+        return [plain(prepared, one) if isinstance(one, str) else tuple(one) for one in _given(request)]
     messages = [
         {"role": "system" if one["role"] == "developer" else one["role"], "content": _joined(one["content"])}
         for one in request["messages"]
     ]
     template = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
     text = template.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer_of(prepared).encode(str(text), add_special_tokens=False).ids)
+    return [tuple(tokenizer_of(prepared).encode(str(text), add_special_tokens=False).ids)]
 
 
 def _joined(content: Any) -> str:

@@ -194,6 +194,9 @@ def replay_embeddings(
         prepared, reference = parts.backbone(receipt["backbone"]), parts.reference(receipt["backbone"])
         report.check("backbone", receipt["backbone"], prepared.digest)
         vectors = _hidden(reference, [plain(prepared, one) if isinstance(one, str) else tuple(one) for one in items])
+    if request.get("dimensions"):
+        vectors = vectors[:, : request["dimensions"]]
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     report.recomputed = _shown(vectors)
     if answered is not None:
         told = np.stack([_vector(one["embedding"]) for one in answered["data"]])

@@ -97,6 +97,20 @@ def check(row: Row, prepared: PreparedBackbone, limits: Limits) -> None:
         raise WindowExceeded("token_ids" if len(row.token_ids) > bound else "max_tokens", total, bound)
 
 
+@dataclass
+class Times:
+    """Of one row, filled in as it goes."""
+
+    begun_s: float | None = None
+    """Its prompt began to be read."""
+    first_s: float | None = None
+    """Its first token was there, or its whole answer."""
+    num_reused: int = 0
+    """Tokens of its prompt taken from a kept prefix."""
+    num_tokens: int = 0
+    """Of its answer."""
+
+
 @dataclass(eq=False)
 class Entry:
     row: Row
@@ -117,6 +131,7 @@ class Entry:
     """It is read after a kept prefix, of which it takes the first `shared` tokens."""
     shared: int = 0
     prefix: "Prefix | None" = None
+    times: Times = field(default_factory=Times)
 
     @property
     def ready(self) -> bool:
@@ -194,12 +209,13 @@ class Group:
     done: int
     adapters: tuple[Adapter, ...]
     """As begun, for the same reason."""
+    begun_s: float
 
     @classmethod
-    def of(cls, entries: list[Entry]) -> "Group":
+    def of(cls, entries: list[Entry], now: float) -> "Group":
         width = max(entry.read_len for entry in entries)
         adapters = tuple(entry.row.adapter for entry in entries)
-        return cls(entries, width, len(entries), width - max(entry.own_len for entry in entries), adapters)
+        return cls(entries, width, len(entries), width - max(entry.own_len for entry in entries), adapters, now)
 
     @property
     def priority(self) -> int:

@@ -23,6 +23,7 @@ from metasepia.decoding.leases import Leases, Moves
 from metasepia.decoding.prefixes import Prefixes
 from metasepia.decoding.room import Room
 from metasepia.decoding.steps import Advance, Begin, Chosen, StepPlan, StepResult
+from metasepia.decoding.watching import Reading, StepStory, Watcher, mark_answered, mark_begun, story
 from metasepia.errors import DeadlineExceeded, InvalidRequest, MetasepiaError, Unavailable
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
@@ -51,12 +52,13 @@ class Scheduler:
         *,
         leases: Leases | None = None,
         move: Callable[[Moves], None] | None = None,
+        watcher: Watcher | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`leases`: who may begin depends on the experts that the decoder holds, which the plans change; `move` is told
         which ones to bring, from the scheduler's thread, and must not block. None: `run` refuses what it lacks.
         """
-        self._leases, self._move = leases, move
+        self._leases, self._move, self._watcher = leases, move, watcher
         self._run, self._limits, self._prepared, self._clock = run, limits, prepared, clock
         self._state, self._rates = State(), Rates()
         self._prefixes = Prefixes(limits.max_prefix_tokens)
@@ -180,6 +182,8 @@ class Scheduler:
             self._assign_prefixes()
             answers += self._assign_experts()
             plan = self._plan()
+            reading = self._reading(plan) if plan is not None else Reading()
+            live = tuple(one.row.traceparent for one in self._state.live.values())
             moves = self._leases.moves() if self._leases is not None else None
         self._deliver(answers)
         if moves and self._move is not None:
@@ -188,14 +192,38 @@ class Scheduler:
             return False
         started = self._clock()
         result = self._run(plan)
+        elapsed_s = self._clock() - started
         with self._changed:
-            self._observe(plan, result, self._clock() - started)
+            self._observe(plan, result, elapsed_s)
             answers = self._absorb(plan, result)
         self._deliver(answers)
+        if self._watcher is not None:
+            self._watcher.stepped(
+                StepStory(
+                    begun_s=started,
+                    seconds=elapsed_s,
+                    num_live=len(live),
+                    num_read=reading.num_rows,
+                    read_tokens=reading.tokens,
+                    padding_tokens=reading.padding,
+                    live=live,
+                    groups=tuple(reading.finished),
+                )
+            )
         return True
 
+    def _reading(self, plan: StepPlan) -> Reading:
+        reading = Reading()
+        for one in plan.advance:
+            reading.add(self._state.groups[one.group], one.num_columns)
+        return reading
+
     def _deliver(self, answers: list[tuple[Entry, Answer]]) -> None:
+        now = self._clock()
         for entry, answer in answers:
+            mark_answered(entry, answer, now)
+            if self._watcher is not None and (told := story(entry, answer, now)) is not None:
+                self._watcher.ended(told)
             try:
                 entry.answer(answer)
             except Exception:  # its reader is gone: that row alone ends
@@ -219,7 +247,9 @@ class Scheduler:
         while entries := self._next_group():
             name = next(self._groups)
             state.waiting = [entry for entry in state.waiting if entry not in entries]
-            group = state.groups[name] = Group.of(entries)
+            now = self._clock()
+            mark_begun(entries, now)
+            group = state.groups[name] = Group.of(entries, now)
             self._prefixes.reused += group.num_reused
             begin.append(Begin(group=name, rows=tuple(entry.new_row() for entry in entries)))
         drop, state.drops = tuple(sorted(state.drops)), set()
@@ -382,7 +412,7 @@ class Scheduler:
             logprobs=(chosen.logprob,) if kept else (),
             top=(chosen.top,) if kept and chosen.top else (),
             finish=finish,
-            executed=executed if finish else None,
+            executed=executed if finish or len(entry.answered) == 1 else None,
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 from actors.centroids import Centroids
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained
 from actors.reasoning_pool import ReasoningPool
+from cluster.door_settings import AdmissionSettings
 from cluster.settings import (
     BackboneSettings,
     CentroidSettings,
@@ -40,6 +41,7 @@ from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
+from serve.admission import Admission
 from serve.app import create_app
 from serve.door import Door
 from serve.shipped import ModuleCard
@@ -192,6 +194,7 @@ class World:
             CentroidSettings(),
             NoTasks(),
             TaskSettings(),
+            Admission(AdmissionSettings()),
         )
         self.bench.app = create_app(door)
 
@@ -236,6 +239,12 @@ BODIES = {
     "low rank": ("/v1/completions", {"model": "tiny:low", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
     "by layer": ("/v1/completions", {"model": "tiny:mix@layers", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
     "expert": ("/v1/completions", {"model": "tiny:maths", "prompt": "ab", "max_tokens": 5, "temperature": 0}),
+    "prompts": (
+        "/v1/completions",
+        {"model": "tiny", "prompt": ["ab", "c"], "max_tokens": 3, "n": 2, "echo": True, "logprobs": 1},
+    ),
+    "prompt alone": ("/v1/completions", {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 0, "echo": True}),
+    "short": ("/v1/embeddings", {"model": "tiny", "input": ["one", "two"], "dimensions": 3}),
     "sampled": (
         "/v1/chat/completions",
         {
