@@ -39,7 +39,6 @@ from serve.task_replica import TaskEmbeddingReplica
 NAME = "metasepia"
 _ALL: dict[str, Any] = {
     "graceful_shutdown_wait_loop_s": 0.5,
-    "graceful_shutdown_timeout_s": 5,
     "health_check_period_s": 10,
     "health_check_timeout_s": 30,
     "max_constructor_retry_count": 4,
@@ -96,8 +95,10 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
     registry = registry or RegistryClient(RegistryPlace.of(settings))
     inside = settings.gateway.max_ongoing_requests
     margin = 64  # probes, metrics, Serve's own checks
+    ends: dict[str, Any] = {"graceful_shutdown_timeout_s": settings.admission.drain_s}
     backbones = {
         one.id: BackboneDeployment.options(
+            **ends,
             name=f"backbone-{one.id}",
             max_ongoing_requests=inside * MAX_CHOICES + margin,
             ray_actor_options={"num_cpus": one.replica_cpus},
@@ -109,6 +110,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
     }
     encoders = {
         one.id: EncoderDeployment.options(
+            **ends,
             name=f"encoder-{one.id}",
             max_ongoing_requests=inside + margin,
             ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus},
@@ -117,22 +119,26 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
         for one in settings.encoders
     }
     reasoning = ReasoningDeployment.options(
+        **ends,
         name="reasoning-pool",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.reasoning.cpus},
         **replicas(settings.reasoning.scaling),
     ).bind(settings.reasoning, registry)
     mixing = MixingDeployment.options(
+        **ends,
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.mixing.cpus},
     ).bind(settings, registry, backbones)
     tasks = TaskDeployment.options(
+        **ends,
         name="task-embedding",
         max_ongoing_requests=inside + margin,
         ray_actor_options={"num_cpus": settings.tasks.cpus},
     ).bind(settings, registry, encoders[settings.surrogate.id], backbones)
     return GatewayDeployment.options(
+        **ends,
         name="gateway",
         max_ongoing_requests=inside,
         max_queued_requests=inside,

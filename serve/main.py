@@ -1,7 +1,8 @@
 """`python -m serve.main [--profile laptop]`: the whole graph in the foreground, until SIGINT or SIGTERM.
 
 Says "ready" only when a real forward through every part has answered, and prints three requests to paste. A first
-signal ends every process in order, within `END_S`; a second one kills them.
+signal lets what is under way finish, within `admission.drain_s`, and then ends every process in order; a second one
+kills them.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from actors import registry
 from actors.registry import RegistryClient
 from cluster import connect, resources, starting
 from cluster import settings as settings_of
+from cluster.door_settings import ENDING_S
 from cluster.settings import Settings
 from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
@@ -41,9 +43,9 @@ from metasepia.models.prepared import PreparedBackbone
 from serve import graph, middleware, prepare, processes, shipped
 from serve.names import OWNER
 
-END_S = 45.0
-"""From the first signal until whatever is left is killed."""
 READY_TIMEOUT_S = 600.0
+DRAINED_S = 2.0
+"""For gateways to say that they are done."""
 ROOT = Path(__file__).parents[1]
 
 console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -60,6 +62,7 @@ class Foreground:
         self._settings = settings
         self._run = uuid.uuid4().hex
         self._ending = threading.Event()
+        self._ready = False
         os.environ[processes.MARK] = self._run
         # Daemons of a cluster of our own inherit these: the proxy imports `serve.middleware` by name.
         os.environ.update(middleware.ENVIRONMENT)
@@ -77,6 +80,8 @@ class Foreground:
             while True:
                 time.sleep(3600)
         except KeyboardInterrupt:
+            if self._ready:
+                self._drain()
             console.print("ending every process; once more to kill them")
         except (MetasepiaError, NotStarted) as error:
             console.print(f"[red]not started:[/] {error}")
@@ -118,6 +123,7 @@ class Foreground:
                 raise NotStarted(_why(error)) from error
         with _step("first forward through every part"):
             self._wait_until_ready()
+        self._ready = True
         self._write_card()
         self._say_ready(time.monotonic() - begin)
 
@@ -166,11 +172,21 @@ class Foreground:
         self._ending.set()
         raise KeyboardInterrupt
 
+    def _drain(self) -> None:
+        """What is under way may finish; every gateway refuses what comes. Whatever happens here, the end goes on."""
+        budget_s = self._settings.admission.drain_s
+        console.print(f"finishing what is under way, for up to {budget_s:g} s; once more to kill everything")
+        # Ray and Serve end themselves, and their proxies, when they are signalled: this comes before that.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+            left = serve.get_app_handle(graph.NAME).broadcast("drain", budget_s).results(timeout_s=budget_s + DRAINED_S)
+            if sum(left):
+                console.print(f"{sum(left)} requests did not end in time")
+
     def _end(self) -> None:
         """Serve, then Ray, then whatever still carries our mark. A watchdog ends it when one of them hangs."""
         self._ending.set()
         self._catch_signals()
-        watchdog = threading.Timer(END_S, self._kill_all)
+        watchdog = threading.Timer(ENDING_S, self._kill_all)
         watchdog.daemon = True
         watchdog.start()
         with contextlib.suppress(OSError):
