@@ -188,15 +188,15 @@ class Door:
                 prompts = self.prompts[backbone.id]
                 token_ids = await completion.tokens_of(body, backbone, prompts)
                 text = completion.question_of(body)
-                cost = len(token_ids), asked.num_bytes
+                cost = len(token_ids[0]), asked.num_bytes
                 async with self.admission.admitted(*cost, asked.deadline, part=backbone.id):
-                    routed = await self._routing.route(token_ids, body.dispatch, asked.deadline, text)
+                    routed = await self._routing.route(token_ids[0], body.dispatch, asked.deadline, text)
             else:
                 routed = Routed(await self.names.resolve(body.model))
                 backbone = routed.chosen.backbone
                 prompts = self.prompts[backbone.id]
                 token_ids = await completion.tokens_of(body, backbone, prompts)
-        plan = completion.plan(body, token_ids, routed, asked.digest, asked.deadline)
+        plan = completion.plan(body, token_ids, routed, asked.digest, asked.deadline, prompts)
         cost, rows = sum(len(row.token_ids) + row.sampling.max_tokens for row in plan.rows), len(plan.rows)
         place = self.admission.admitted(cost, asked.num_bytes, asked.deadline, part=backbone.id, rows=rows)
 
