@@ -26,8 +26,11 @@ def registry(settings: RegistrySettings) -> dict[str, Any]:
 
 
 def at_home(settings: RegistrySettings) -> dict[str, Any]:
-    """What keeps an actor on the node with the disk of `home`, where a resource of that node says which it is."""
-    return {"resources": {settings.node_resource: NODE_SHARE}} if settings.node_resource else {}
+    """What keeps an actor on the node with the disk of `home`, where a resource of that node says which it is.
+
+    It takes no CPU of that node: whatever else is placed there could otherwise leave none.
+    """
+    return {"num_cpus": 0, "resources": {settings.node_resource: NODE_SHARE}} if settings.node_resource else {}
 
 
 def parts(settings: Settings) -> list[tuple[str, float, float]]:

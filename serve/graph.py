@@ -26,7 +26,7 @@ from actors.encoder import Encoder
 from actors.reasoning_pool import ReasoningPool
 from actors.registry import RegistryClient, RegistryPlace
 from cluster import settings as settings_of
-from cluster.resources import gang_bundles
+from cluster.resources import at_home, gang_bundles
 from cluster.settings import Settings
 from serve.autoscaling import replicas
 from serve.backbone_replica import BackboneReplica
@@ -129,7 +129,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
         **ends,
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
-        ray_actor_options={"num_cpus": settings.mixing.cpus},
+        ray_actor_options={"num_cpus": settings.mixing.cpus} | at_home(settings.registry),
     ).bind(settings, registry, backbones)
     tasks = TaskDeployment.options(
         **ends,
