@@ -71,6 +71,8 @@ class Texts:
     """Digest of the encoder that must answer."""
     texts: tuple[str, ...]
     deadline_unix_s: float
+    traceparent: str | None = field(default=None, compare=False)
+    """Of the span that asks (W3C), as in the messages below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Media:
     """Digest of the encoder that must answer."""
     items: tuple[bytes, ...]
     deadline_unix_s: float
+    traceparent: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,7 @@ class Classify:
     queries: np.ndarray
     """float32 [queries, width]"""
     deadline_unix_s: float
+    traceparent: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,7 @@ class Explain:
     nearest: int
     """Examples to name as nearest to each query."""
     deadline_unix_s: float
+    traceparent: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +175,7 @@ class Build:
     module: str
     context: LabelledVectors
     deadline_unix_s: float
+    traceparent: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ Queued, running, cache and adapters are what the inference gateway's model serve
 
 from typing import TypeVar
 
-from actors.recording import MAX_VALUES, Composed, Counter, Gauge, Histogram, Meter
+from actors.recording import MAX_VALUES, Composed, Counter, Gauge, Histogram, Meter, Sampling
 
 M = TypeVar("M", bound=Meter)
 
@@ -22,6 +22,9 @@ TOKENS = (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384
 
 METRICS: dict[str, Meter] = {}
 """By name, in the order of declaration."""
+
+SAMPLING = Sampling(lambda: [one for one in METRICS.values() if isinstance(one, Gauge)])
+"""`SAMPLING.follow(self._tell)`: gauges of what an object holds."""
 
 
 def _counter(name: str, help: str, *labels: str, max_values: int = MAX_VALUES) -> Counter:

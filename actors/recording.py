@@ -9,14 +9,19 @@ come first; any other one is recorded as `other`.
 
 import bisect
 import functools
+import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
 from ray.util import metrics as ray_metrics
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -25,6 +30,8 @@ MAX_VALUES = 64
 """Of each label, unless its metric says otherwise."""
 MAX_CHARS = 100
 """Of a label value; the rest is cut."""
+SAMPLE_S = 1.0
+"""How often gauges are asked for and told again."""
 REPLICA = "replica"
 """Label of every gauge: which process says so. Gauges of several processes are added up by the reader; Ray would keep
 one of them."""
@@ -151,7 +158,7 @@ class Counter(Meter):
 
 
 class Gauge(Meter):
-    """A value now. What is set no more vanishes from /metrics after two report intervals, so set it again and again."""
+    """A value now, which stays until another is set or it is removed."""
 
     kind = "gauge"
 
@@ -169,6 +176,24 @@ class Gauge(Meter):
     def value(self, **labels: str) -> float | None:
         """Of this process; None where it was not set."""
         return self._values.get(self._key(labels))
+
+    def keep_only(self, series: Collection[tuple[str, ...]], **labels: str) -> None:
+        """Removes those with these labels whose other values, in the order of `self.labels`, are not in `series`."""
+        with self._lock:
+            for key in list(self._values):
+                told = dict(zip(self.labels, key, strict=True))
+                rest = tuple(value for name, value in told.items() if name not in labels)
+                if labels.items() <= told.items() and rest not in series:
+                    del self._values[key]
+                    for seen, value in zip(self._seen, key, strict=True):
+                        if not any(value in other for other in self._values):
+                            seen.discard(value)
+
+    def tell_again(self) -> None:
+        """Ray forgets a gauge that is not told for two of its intervals."""
+        if (told := self._told()) is not None:
+            for labels, value in self.items():
+                told.set(value, labels | {REPLICA: replica()})
 
     def _make(self) -> Any:
         return ray_metrics.Gauge(self.name, self.help, self.all_labels)
@@ -205,6 +230,46 @@ class Histogram(Meter):
 
     def _make(self) -> Any:
         return ray_metrics.Histogram(self.name, self.help, list(self.bounds), self.all_labels)
+
+
+class Sampling:
+    """Gauges that follow what an object holds: asked every SAMPLE_S, as long as the object lives.
+
+    Nothing runs where there is no Ray: tests call the method themselves.
+    """
+
+    def __init__(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
+        self._gauges = gauges
+        self._asked: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def follow(self, tell: Callable[[], None]) -> None:
+        """Calls a bound method again and again; it sets gauges, and must not block."""
+        with self._lock:
+            self._asked.append(weakref.WeakMethod(tell))
+            if self._thread is None and ray.is_initialized():
+                self._thread = threading.Thread(target=self._forever, name="meters", daemon=True)
+                self._thread.start()
+
+    def _forever(self) -> None:
+        while True:
+            time.sleep(SAMPLE_S)
+            self.sample()
+
+    def sample(self) -> None:
+        """Once, now."""
+        with self._lock:
+            self._asked = [one for one in self._asked if one() is not None]
+            asked = [one() for one in self._asked]
+        for tell in asked:
+            try:
+                if tell is not None:
+                    tell()
+            except Exception:  # a part that is ending, most likely; the others go on
+                logger.debug("a gauge was not told", exc_info=True)
+        for gauge in self._gauges():
+            gauge.tell_again()
 
 
 @functools.cache

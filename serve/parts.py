@@ -4,12 +4,14 @@ A request that ends early, whatever ends it (deadline, stop string, client gone)
 """
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
+from actors import tracing
 from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Explain, Explained, Media, Texts
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact, Changes, Kind
@@ -17,6 +19,7 @@ from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve.shipped import ModuleCard
 
 T = TypeVar("T")
+M = TypeVar("M", Row, Texts | Media, Classify, Build, Explain)
 Weights = Mapping[str, float | list[float]]
 """Of a mixture by expert; a list has a weight for each factored layer."""
 
@@ -104,6 +107,12 @@ class Catalogue(Protocol):
     async def delete(self, kind: Kind, name: str, owner: str) -> Artefact: ...
 
 
+def traced(message: M) -> M:
+    """With the span of this task in it, where there is one and the message has none yet."""
+    span = tracing.traceparent()
+    return message if span is None or message.traceparent else dataclasses.replace(message, traceparent=span)
+
+
 async def answered(response: DeploymentResponse[T] | DeploymentResponseGenerator[T]) -> T:
     """The answer; a caller that stops waiting cancels the call."""
     assert isinstance(response, DeploymentResponse)
@@ -122,7 +131,7 @@ class ServedBackbone:
         self._streaming = handle.options(stream=True)
 
     async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
-        chunks = self._streaming.generate.remote(row)
+        chunks = self._streaming.generate.remote(traced(row))
         assert isinstance(chunks, DeploymentResponseGenerator)
         try:
             async for chunk in chunks:
@@ -131,10 +140,10 @@ class ServedBackbone:
             chunks.cancel()  # nothing happens where the row has ended by itself
 
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
-        return await answered(self._handle.score.remote(list(rows)))
+        return await answered(self._handle.score.remote([traced(row) for row in rows]))
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
-        return await answered(self._handle.hidden_states.remote(list(rows)))
+        return await answered(self._handle.hidden_states.remote([traced(row) for row in rows]))
 
     async def load(self) -> dict[str, float]:
         return await answered(self._handle.load.remote())
@@ -153,7 +162,7 @@ class ServedEncoder:
         return info
 
     async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
-        return await answered(self._handle.embed_counted.remote(items))
+        return await answered(self._handle.embed_counted.remote(traced(items)))
 
     async def statistics(self) -> dict[str, float]:
         return await answered(self._handle.statistics.remote())
@@ -169,13 +178,13 @@ class ServedReasoning:
         self.modules, self._handle = modules, handle
 
     async def classify(self, classify: Classify) -> Classified:
-        return await answered(self._handle.classify.remote(classify))
+        return await answered(self._handle.classify.remote(traced(classify)))
 
     async def build(self, build: Build) -> Built:
-        return await answered(self._handle.build.remote(build))
+        return await answered(self._handle.build.remote(traced(build)))
 
     async def explain(self, explain: Explain) -> Explained:
-        return await answered(self._handle.explain.remote(explain))
+        return await answered(self._handle.explain.remote(traced(explain)))
 
     async def statistics(self) -> dict[str, float]:
         return await answered(self._handle.statistics.remote())
