@@ -20,10 +20,12 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
+from actors import meters, tracing
 from actors.gang import Fault, Gang, GangParts, PinRefused, Placement, RankProcess, first_of, kill_all
 from actors.gang_experts import Fetch, GangExperts, Resolve, cause
 from actors.messages import News
 from actors.processes import Identity, Joined
+from actors.row_meters import Pace
 from cluster.settings import BackboneSettings
 from metasepia.decoding.asking import AsksRows
 from metasepia.decoding.inflight import Answer, Limits, Load
@@ -149,6 +151,7 @@ class BackboneGroup(AsksRows):
         except RayTaskError as error:
             raise cause(error) from None
         group._experts.served = pinned
+        meters.REBUILDING.set(0, backbone=settings.id)
         group._supervisor = asyncio.create_task(group._supervise())
         group._warm_spares()
         return group
@@ -239,6 +242,7 @@ class BackboneGroup(AsksRows):
         key = str(next(self._keys))
         held = self._held[key] = _Held(dataclasses.replace(row, request_id=key, want=want))
         begin, finished = time.time(), False
+        pace = Pace(self._settings.id, begin)
         try:
             await self._submit(held)
             while not finished:
@@ -246,8 +250,11 @@ class BackboneGroup(AsksRows):
                 finished = not isinstance(answer, TokenChunk) or answer.finish is not None
                 if isinstance(answer, MetasepiaError):
                     raise answer
+                if isinstance(answer, TokenChunk):
+                    pace.tokens(len(answer.token_ids), finished)
                 yield dataclasses.replace(answer, request_id=row.request_id)
         finally:
+            tracing.record("backbone", row.traceparent, begin, time.time(), backbone=self._settings.id, want=want)
             del self._held[key]
             if not finished and held.gang is not None and held.gang is self._gang:
                 held.gang.rank0.cancel.remote(key)
@@ -314,6 +321,7 @@ class BackboneGroup(AsksRows):
                 reason, by_itself = f"watching failed: {type(error).__name__}: {error}", False
             noticed, begin = time.time(), time.monotonic()
             self._gang = None
+            meters.REBUILDING.set(1, backbone=self._settings.id)
             logger.warning("gang %s: %s; replacing it, %d rows held", self._settings.id, reason, len(self._held))
             if by_itself:
                 self._blame(gang, reason)
@@ -324,6 +332,8 @@ class BackboneGroup(AsksRows):
                 Rebuild(reason=reason, noticed_unix_s=noticed, seconds=seconds, from_spares=from_spares)
             )
             self._gang = gang
+            meters.REBUILDING.set(0, backbone=self._settings.id)
+            meters.REBUILDS.inc(backbone=self._settings.id, by="spares" if from_spares else "start")
             logger.warning("gang %s: serving again after %.1f s", self._settings.id, seconds)
             for held in list(self._held.values()):
                 self._spawn(self._resubmit(held, gang))

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.actor import ActorClass
 
+from actors import logs, meters
 from actors.messages import News
 from actors.processes import Identity, Joined, Pulse, process_state
+from actors.row_meters import RowMeters
 from cluster.settings import BackboneSettings
 from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, MetasepiaError
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.rows import Row
+from metasepia.rows import Adapter, Row
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,7 @@ class BackboneShard:
     """One rank. Calls of one concurrency group run one after another; `pulse` answers while a step runs."""
 
     def __init__(self, settings: BackboneSettings, prepared: PreparedBackbone, home: str, owner: Identity) -> None:
+        logs.begin()
         self._settings, self._prepared, self._home = settings, prepared, Path(home)
         self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()  # the decoder and the expert table: steps against pin_expert
@@ -294,7 +297,11 @@ class BackboneShard:
             base = [ExpertVectors.identity(self._prepared.digest, factors, form) for form in (False, True)]
             always = frozenset(one.digest for one in base)
         leases = Leases(self._settings.max_expert_bytes, always=always)
-        self._scheduler = Scheduler(self._run_on_all, limits, self._prepared, leases=leases, move=self._move)
+        self._meters = RowMeters(self._settings, self.load, self._adapters)
+        self._scheduler = Scheduler(
+            self._run_on_all, limits, self._prepared, leases=leases, move=self._move, watcher=self._meters
+        )
+        meters.SAMPLING.follow(self._meters.tell)
         threading.Thread(target=self._schedule_forever, args=(self._scheduler,), daemon=True, name="scheduler").start()
 
     def _schedule_forever(self, scheduler: "Scheduler") -> None:
@@ -328,6 +335,10 @@ class BackboneShard:
     def load(self) -> "Load":
         assert self._scheduler is not None
         return self._scheduler.load()
+
+    def _adapters(self) -> "dict[Adapter, tuple[int, int]]":
+        assert self._scheduler is not None
+        return self._scheduler.adapters()
 
     @ray.method(concurrency_group="door")
     def refuse_expert(self, digest: str, error: MetasepiaError) -> None:

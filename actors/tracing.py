@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Value = str | bool | int | float
 
+MAX_LINKS = 128
+"""Of one span, the newest: OpenTelemetry keeps no more."""
 _FLUSH_MS = 1000
 
 
@@ -86,14 +88,6 @@ def continued(name: str, traceparent: str | None, **attributes: Value) -> Opened
     return _opened(tracer, name, _context(traceparent), attributes)
 
 
-def linked_span(name: str, traceparents: Iterable[str | None], **attributes: Value) -> Opened:
-    """A batch: linked to the spans of all its requests; nothing where none of them is traced."""
-    traced = [one for one in traceparents if one is not None]
-    if not traced or (tracer := _tracer()) is None:
-        return NOTHING
-    return _opened(tracer, name, _context(None), attributes, _links(traced))
-
-
 def record(
     name: str,
     parent: str | None,
@@ -105,15 +99,31 @@ def record(
     """A span that has ended, a child of a message's; its traceparent. Nothing where `parent` is None."""
     if parent is None or (tracer := _tracer()) is None:
         return None
-    made = tracer.start_span(
-        name,
-        _context(parent),
-        links=_links([one for one in links if one is not None]),
-        start_time=int(begin_unix_s * 1e9),
-        attributes=attributes,
-    )
-    made.end(int(end_unix_s * 1e9))
-    return _header(made)
+    return _recorded(tracer, name, parent, begin_unix_s, end_unix_s, links, attributes)
+
+
+def linked_span(
+    name: str, traceparents: Iterable[str | None], begin_unix_s: float, end_unix_s: float, **attributes: Value
+) -> str | None:
+    """A batch that has ended: a trace of its own, linked to the spans of all its requests; nothing where none of them
+    is traced.
+    """
+    traced = [one for one in traceparents if one is not None]
+    if not traced or (tracer := _tracer()) is None:
+        return None
+    return _recorded(tracer, name, None, begin_unix_s, end_unix_s, traced, attributes)
+
+
+def batch(
+    name: str, traceparents: Iterable[str | None], begin_unix_s: float, end_unix_s: float, **attributes: Value
+) -> str | None:
+    """`linked_span`, and in the trace of each of its requests a child that is linked back."""
+    traced = {one: None for one in traceparents if one is not None}
+    made = linked_span(f"{name} batch", traced, begin_unix_s, end_unix_s, **attributes)
+    if made is not None:
+        for one in traced:
+            record(name, one, begin_unix_s, end_unix_s, [made])
+    return made
 
 
 def traceparent() -> str | None:
@@ -190,14 +200,30 @@ def _make(settings: TraceSettings) -> "TracerProvider | None":
 
 @contextlib.contextmanager
 def _opened(
+    tracer: "Tracer", name: str, context: "Context | None", attributes: Mapping[str, Value]
+) -> Iterator[Spanning]:
+    with tracer.start_as_current_span(name, context, attributes=dict(attributes)) as opened:
+        yield Spanning(opened)
+
+
+def _recorded(
     tracer: "Tracer",
     name: str,
-    context: "Context | None",
+    parent: str | None,
+    begin_unix_s: float,
+    end_unix_s: float,
+    links: Iterable[str | None],
     attributes: Mapping[str, Value],
-    links: "list[Link] | None" = None,
-) -> Iterator[Spanning]:
-    with tracer.start_as_current_span(name, context, attributes=dict(attributes), links=links or []) as opened:
-        yield Spanning(opened)
+) -> str | None:
+    made = tracer.start_span(
+        name,
+        _context(parent),
+        links=_links([one for one in links if one is not None][-MAX_LINKS:]),
+        start_time=int(begin_unix_s * 1e9),
+        attributes=dict(attributes),
+    )
+    made.end(int(end_unix_s * 1e9))
+    return _header(made)
 
 
 def _context(header: str | None) -> "Context":

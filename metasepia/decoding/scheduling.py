@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -26,7 +27,7 @@ from metasepia.decoding.steps import Advance, Begin, Chosen, StepPlan, StepResul
 from metasepia.decoding.watching import Reading, StepStory, Watcher, mark_answered, mark_begun, story
 from metasepia.errors import DeadlineExceeded, InvalidRequest, MetasepiaError, Unavailable
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
+from metasepia.rows import Adapter, Executed, HiddenStates, Row, Scores, TokenChunk
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,14 @@ class Scheduler:
                 put_back=self._room.num_put_back,
                 **self._expert_load(),
             )
+
+    def adapters(self) -> dict[Adapter, tuple[int, int]]:
+        """Rows that run and rows that wait, by adapter; those of the base weights are left out."""
+        with self._changed:
+            state = self._state
+            running = Counter(one.row.adapter for one in (*state.live.values(), *state.reading()))
+            waiting = Counter(one.row.adapter for one in state.waiting)
+        return {one: (running[one], waiting[one]) for one in running | waiting if one}
 
     def _expert_load(self) -> dict[str, int]:
         leases = self._leases
