@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from actors import logs, meters, tracing
 from actors.messages import EncoderInfo, Media, Texts
 from actors.waiting import answer_within, remaining_s
 from cluster.settings import EncoderSettings
@@ -49,6 +50,10 @@ class _Request:
     items: tuple[Item, ...]
     deadline_unix_s: float
     use_cache: bool = True
+    traceparent: str | None = None
+    arrived_unix_s: float = field(default_factory=time.time)
+    begun: bool = False
+    """A forward had some of its items."""
     answer: "Future[np.ndarray]" = field(default_factory=Future)
     prepared: Sequence[Sized] = ()
     """Each item as long as it costs in tokens."""
@@ -76,6 +81,7 @@ class Encoder:
 
     def __init__(self, settings: EncoderSettings, encoder: "TextEncoder | MediaEncoder[Any] | None" = None) -> None:
         """`encoder` None loads that of the settings; raises as `TextEncoder.load` and `modalities.loading` do."""
+        logs.begin()
         self._settings = settings
         loaded = encoder or _load(settings)
         self._encoder: _Encodes = loaded
@@ -89,6 +95,11 @@ class Encoder:
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name=f"encoder {settings.id}", daemon=True)
         self._worker.start()
+        meters.SAMPLING.follow(self._tell)
+
+    def _tell(self) -> None:
+        meters.ENCODER_QUEUED.set(self._num_queued, encoder=self._settings.id)
+        meters.ENCODER_CACHE.set(self._cache.num_bytes, encoder=self._settings.id)
 
     def info(self) -> EncoderInfo:
         one = self._encoder
@@ -138,7 +149,7 @@ class Encoder:
             raise InvalidRequest(name, f"{num_items} {name}; at most {limit} at once")
         if self._num_queued + num_items > limit:
             raise Overloaded(f"the queue of encoder {self._settings.id}", self._retry_after_s())
-        request = _Request(items, message.deadline_unix_s)
+        request = _Request(items, message.deadline_unix_s, traceparent=message.traceparent)
         vectors = await self._ask(request)
         return vectors, sum(map(len, request.prepared))
 
@@ -217,6 +228,7 @@ class Encoder:
         lengths = [len(one) for one in request.prepared]
         request.pending.sort(key=lambda i: lengths[i])
         request.num_left = len(request.pending)
+        meters.ENCODER_ITEMS.inc(len(lengths) - request.num_left, encoder=self._settings.id, source="cache")
         if not request.pending:
             request.finish()
         return bool(request.pending)
@@ -246,6 +258,7 @@ class Encoder:
         return num_served
 
     def _forward(self, group: Sequence[tuple[_Request, int, Sized]]) -> None:
+        began_unix_s = time.time()
         try:
             vectors = self._encoder.forward([one for _, _, one in group])
         except Exception as error:
@@ -260,6 +273,7 @@ class Encoder:
             return
         self._num_forwards += 1
         self._num_texts += len(group)
+        self._measure(group, began_unix_s)
         for (request, i, _), vector in zip(group, vectors, strict=True):
             assert request.vectors is not None
             request.vectors[i] = vector
@@ -268,6 +282,23 @@ class Encoder:
                 self._cache.put(request.items[i], vector)
             if request.num_left == 0:
                 request.finish()
+
+    def _measure(self, group: Sequence[tuple[_Request, int, Sized]], began_unix_s: float) -> None:
+        """A forward that went well."""
+        id_, now, lengths = self._settings.id, time.time(), [len(one) for _, _, one in group]
+        meters.ENCODER_FORWARD.observe(now - began_unix_s, encoder=id_)
+        meters.ENCODER_BATCH.observe(len(group), encoder=id_)
+        meters.ENCODER_ITEMS.inc(len(group), encoder=id_, source="forward")
+        meters.BATCH_TOKENS.inc(sum(lengths), part="encoder", model=id_, what="used")
+        padding = len(lengths) * max(lengths) - sum(lengths)
+        meters.BATCH_TOKENS.inc(padding, part="encoder", model=id_, what="padding")
+        for request, _, _ in group:
+            if not request.begun:
+                request.begun = True
+                meters.ENCODER_QUEUE.observe(began_unix_s - request.arrived_unix_s, encoder=id_)
+                tracing.record("encoder queue", request.traceparent, request.arrived_unix_s, began_unix_s, encoder=id_)
+        traced = [request.traceparent for request, _, _ in group]
+        tracing.batch("encoder", traced, began_unix_s, now, encoder=id_, items=len(group))
 
 
 class _Encodes(Protocol):

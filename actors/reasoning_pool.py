@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from actors import logs, meters, tracing
 from actors.audits import AuditThread, explained_in_steps, self_check_in_steps
 from actors.labelled import context_of, labelled_vectors
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
@@ -57,6 +58,10 @@ class _Question:
     """None where `compiled` is there already."""
     queries: np.ndarray
     deadline_unix_s: float
+    traceparent: str | None = None
+    arrived_unix_s: float = field(default_factory=time.time)
+    begun: bool = False
+    """A forward had some of its queries."""
     compiled: "CompiledContext | None" = None
     when: Literal["now", "before"] = "before"
     answer: "Future[np.ndarray]" = field(default_factory=Future)
@@ -96,6 +101,7 @@ class ReasoningPool:
         from metasepia.reasoning import shipped
         from metasepia.reasoning.context import ContextPool
 
+        logs.begin()
         torch.set_num_threads(settings.threads)
         self._settings, self._blobs = settings, blobs
         modules = loaded or [shipped.load(name) for name in settings.modules]
@@ -112,6 +118,13 @@ class ReasoningPool:
         self._worker = threading.Thread(target=self._work, name="reasoning pool", daemon=True)
         self._worker.start()
         self._audits = AuditThread("the audits of the reasoning pool", settings.max_queued_audits, self._begin_thread)
+        meters.SAMPLING.follow(self._tell)
+
+    def _tell(self) -> None:
+        meters.POOL_QUEUED.set(self._num_queued)
+        meters.POOL_AUDITS.set(self._audits.num_jobs)
+        meters.POOL_KEPT.set(len(self._contexts))
+        meters.POOL_BYTES.set(self._contexts.num_bytes)
 
     @property
     def digest(self) -> str:
@@ -150,6 +163,7 @@ class ReasoningPool:
         if self._num_queued + num_queries > limit:
             raise Overloaded("the queue of the reasoning pool", self._retry_after_s())
         question = await self._question(module, message.context, message.queries, message.deadline_unix_s)
+        question.traceparent = message.traceparent
         probabilities = await self._ask(question)
         assert question.compiled is not None
         return Classified(
@@ -241,7 +255,9 @@ class ReasoningPool:
         if compiled is None and isinstance(given, str):
             labelled = await self._fetch(given, deadline_unix_s)
             _check_queries(queries, labelled)
-        return _Question(module, digest, labelled, queries, deadline_unix_s, compiled)
+        if compiled is not None:
+            meters.POOL_CONTEXTS.inc(how="kept")
+        return _Question(module, digest, labelled, queries, deadline_unix_s, compiled=compiled)
 
     async def _fetch(self, digest: str, deadline_unix_s: float) -> LabelledVectors:
         """From the registry, once for all who want it now. Raises UnknownName, CorruptArtefact, DeadlineExceeded."""
@@ -261,6 +277,7 @@ class ReasoningPool:
         blob = await self._blobs.get(digest)
         embedded = await asyncio.to_thread(EmbeddedContext.from_bytes, blob, digest)
         self._num_fetched += 1
+        meters.POOL_CONTEXTS.inc(how="fetched")
         return labelled_vectors(embedded)
 
     async def _ask(self, question: _Question) -> np.ndarray:
@@ -344,6 +361,7 @@ class ReasoningPool:
         if found is not None:
             return found
         assert question.labelled is not None
+        began_unix_s = time.time()
         try:
             compiled = compile_context(context_of(question.labelled), question.module)
         except MetasepiaError as error:
@@ -355,6 +373,8 @@ class ReasoningPool:
         found = fresh[question.digest] = dataclasses.replace(compiled, digest=question.digest)
         question.when = "now"
         self._num_compiled += 1
+        meters.POOL_CONTEXTS.inc(how="compiled")
+        tracing.record("compile context", question.traceparent, began_unix_s, time.time(), context=question.digest)
         with self._contexts_lock:
             self._contexts.put(found)
         return found
@@ -371,6 +391,7 @@ class ReasoningPool:
         from metasepia.reasoning.context import answer
 
         asked = [(question.compiled, queries) for question, queries in shares if question.compiled is not None]
+        began_unix_s = time.time()
         try:
             answers = answer(shares[0][0].module.module, asked)
         except Exception as error:
@@ -384,6 +405,7 @@ class ReasoningPool:
                 shares[0][0].fail(Unavailable(f"the reasoning pool ({type(error).__name__}: {error})", 1.0))
             return
         self._num_forwards += 1
+        _measure(shares, began_unix_s)
         for (question, queries), probabilities in zip(shares, answers, strict=True):
             self._num_queries += len(queries)
             if not np.isfinite(probabilities).all():
@@ -395,6 +417,21 @@ class ReasoningPool:
             question.num_answered += len(queries)
             if question.num_answered >= len(question.queries):
                 question.finish()
+
+
+def _measure(shares: Sequence[tuple[_Question, np.ndarray]], began_unix_s: float) -> None:
+    """A forward that went well."""
+    now, num_queries = time.time(), sum(len(queries) for _, queries in shares)
+    meters.POOL_FORWARD.observe(now - began_unix_s)
+    meters.POOL_BATCH.observe(num_queries)
+    meters.POOL_QUERIES.inc(num_queries)
+    for question, _ in shares:
+        if not question.begun:
+            question.begun = True
+            meters.POOL_QUEUE.observe(began_unix_s - question.arrived_unix_s)
+            tracing.record("reasoning queue", question.traceparent, question.arrived_unix_s, began_unix_s)
+    traced = [question.traceparent for question, _ in shares]
+    tracing.batch("reasoning", traced, began_unix_s, now, queries=num_queries, contexts=len(shares))
 
 
 def _check_queries(queries: np.ndarray, context: LabelledVectors | str) -> None:
