@@ -1,11 +1,12 @@
 """The parts of the graph as the gateway sees them, and how they are reached through Serve's handles.
 
 A request that ends early, whatever ends it (deadline, stop string, client gone), cancels what it asked of other parts.
+One whose replica ends is asked again (`serve.retries`), a row with the tokens that it has already sent.
 """
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Exp
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
+from serve.retries import Retries, persistently
 from serve.shipped import ModuleCard
 
 T = TypeVar("T")
@@ -131,19 +133,33 @@ class ServedBackbone:
         self._streaming = handle.options(stream=True)
 
     async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
-        chunks = self._streaming.generate.remote(traced(row))
-        assert isinstance(chunks, DeploymentResponseGenerator)
-        try:
-            async for chunk in chunks:
-                yield chunk
-        finally:
-            chunks.cancel()  # nothing happens where the row has ended by itself
+        retries, sent = Retries(f"backbone {self.id}", row.deadline_unix_s), list(row.sent)
+        while True:
+            chunks = self._streaming.generate.remote(dataclasses.replace(traced(row), sent=tuple(sent)))
+            assert isinstance(chunks, DeploymentResponseGenerator)
+            try:
+                async for chunk in chunks:
+                    yield chunk
+                    if chunk.finish is not None:
+                        return
+                    sent.extend(chunk.token_ids)
+                return
+            except Exception as error:
+                await retries.after(error)
+            finally:
+                chunks.cancel()  # nothing happens where the row has ended by itself
 
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
-        return await answered(self._handle.score.remote([traced(row) for row in rows]))
+        asked = [traced(row) for row in rows]
+        return await self._ask(asked, lambda: answered(self._handle.score.remote(asked)))
 
     async def hidden_states(self, rows: Sequence[Row]) -> list[HiddenStates]:
-        return await answered(self._handle.hidden_states.remote([traced(row) for row in rows]))
+        asked = [traced(row) for row in rows]
+        return await self._ask(asked, lambda: answered(self._handle.hidden_states.remote(asked)))
+
+    async def _ask(self, rows: Sequence[Row], ask: Callable[[], Awaitable[T]]) -> T:
+        deadline_unix_s = min((row.deadline_unix_s for row in rows), default=float("inf"))
+        return await persistently(f"backbone {self.id}", deadline_unix_s, ask)
 
     async def load(self) -> dict[str, float]:
         return await answered(self._handle.load.remote())
@@ -162,7 +178,12 @@ class ServedEncoder:
         return info
 
     async def embed(self, items: Texts | Media) -> tuple[np.ndarray, int]:
-        return await answered(self._handle.embed_counted.remote(traced(items)))
+        asked = traced(items)
+        return await persistently(
+            f"encoder {self.id}",
+            asked.deadline_unix_s,
+            lambda: answered(self._handle.embed_counted.remote(asked)),
+        )
 
     async def statistics(self) -> dict[str, float]:
         return await answered(self._handle.statistics.remote())
@@ -178,13 +199,17 @@ class ServedReasoning:
         self.modules, self._handle = modules, handle
 
     async def classify(self, classify: Classify) -> Classified:
-        return await answered(self._handle.classify.remote(traced(classify)))
+        return await self._ask(self._handle.classify, classify)
 
     async def build(self, build: Build) -> Built:
-        return await answered(self._handle.build.remote(traced(build)))
+        return await self._ask(self._handle.build, build)
 
     async def explain(self, explain: Explain) -> Explained:
-        return await answered(self._handle.explain.remote(traced(explain)))
+        return await self._ask(self._handle.explain, explain)
+
+    async def _ask(self, method: Any, message: Classify | Build | Explain) -> Any:
+        asked = traced(message)
+        return await persistently("the reasoning pool", asked.deadline_unix_s, lambda: answered(method.remote(asked)))
 
     async def statistics(self) -> dict[str, float]:
         return await answered(self._handle.statistics.remote())
