@@ -11,22 +11,25 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve import failures, principal, request_log
+from serve import console_pages, failures, principal, request_log
+from serve.authentication import Authenticated
 from serve.door import Door
 from serve.drain import Draining
+from serve.idempotency import Idempotent, Replays
 from serve.metrics import Measured
 from serve.operations import Handler, operations
 from serve.request_ids import Identified
 
 
-def create_app(door: Door) -> ASGIApp:
-    """The routes of a door, every error in the envelope, every request measured."""
-    app = Starlette(
-        routes=[Route(one.path, _in_envelope(one.handler), methods=[one.method]) for one in operations(door)],
-        exception_handlers={HTTPException: _no_route},
-    )
+def create_app(door: Door, replays: Replays) -> ASGIApp:
+    """The routes of a door, every error in the envelope, every request measured; answers kept by `replays`."""
+    table = operations(door)
+    routes = [Route(one.path, _in_envelope(one.handler), methods=[one.method]) for one in table]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
     app.router.redirect_slashes = False
-    return Identified(Measured(Draining(app, door.drain), door.metrics, door.status_of_parts.begin))
+    once = Idempotent(app, replays, table, door.http)
+    keyed = Authenticated(once, [*zip(routes, table, strict=True)], door.access)
+    return Identified(Measured(Draining(keyed, door.drain), door.metrics, door.status_of_parts.begin))
 
 
 def _in_envelope(handler: Handler) -> Handler:

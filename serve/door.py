@@ -19,6 +19,7 @@ from serve import completion, failures
 from serve.accepting import Fits
 from serve.admission import Admission, estimate
 from serve.asked import Asked, deadline_of
+from serve.authentication import Access
 from serve.classification import Classification
 from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
@@ -28,6 +29,7 @@ from serve.experts import Experts
 from serve.gathering import CONTENT_TYPE, Gatherer
 from serve.health import Health, probe_backbone
 from serve.hidden_states import HiddenStatesRoute
+from serve.key_routes import KeyRoutes
 from serve.metrics import Metrics
 from serve.mixtures import Mixtures
 from serve.names import AUTO, MIXTURE, OWNER, Names
@@ -78,9 +80,12 @@ class Door:
         tasks: TaskPart,
         embedding_tasks: TaskSettings,
         admission: Admission,
+        access: Access,
     ) -> None:
+        self.access, self.keys = access, KeyRoutes(http, access)
         self.admission, self.drain = admission, Drain(admission)
-        self._http, self._mixing = http, mixing
+        self.http = self._http = http
+        self._mixing = mixing
         self.prompts = {one.id: Prompts(Path(one.prepared.tokenizer_dir), one.id) for one in backbones}
         first = backbones[0]
         observer = Observer(centroids, observing)

@@ -85,6 +85,7 @@ _PARAM_OF_KIND = {
     "expert": "weights",
     "candidate expert": "experts",
     "search": "id",
+    "key": "id",
     "registered expert": "name",
     "registered mixture": "digest",
     "reasoning module": "module",

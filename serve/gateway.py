@@ -12,15 +12,19 @@ from serve import prepare, shipped
 from serve.accepting import Fits
 from serve.admission import Admission, widths
 from serve.app import create_app
+from serve.authentication import Access
 from serve.door import Door
+from serve.grpc_door import Calls, GrpcDoor
+from serve.grpc_health import GrpcHealth
 from serve.observing import ServedCentroids
+from serve.operations import operations
 from serve.parts import ServedBackbone, ServedEncoder, ServedMixing, ServedReasoning
 from serve.searching import ServedSearches
 from serve.task_part import ServedTasks
 
 
-class Gateway:
-    """A door over Serve's handles; `graph.py` makes it the ingress."""
+class Gateway(GrpcDoor, GrpcHealth):
+    """A door over Serve's handles; `graph.py` makes it the ingress, of HTTP and gRPC."""
 
     def __init__(
         self,
@@ -34,6 +38,8 @@ class Gateway:
     ) -> None:
         """Handles of backbones and encoders by their ids. Raises as `prepare.ready` and `shipped.module_cards` do."""
         prepared = prepare.ready(settings)
+        self._max_watchers = settings.grpc.max_watchers
+        self._registry = registry
         self._door = Door(
             settings.http,
             [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()],
@@ -50,11 +56,16 @@ class Gateway:
             ServedTasks(tasks),
             settings.tasks,
             Admission(settings.admission, widths(settings)),
+            Access(settings.keys, registry),
         )
 
     async def drain(self, budget_s: float) -> int:
         """For `serve.main`, of every gateway: `Drain.run`."""
-        return await self._door.drain.run(budget_s)
+        left = await self._door.drain.run(budget_s)
+        await self._door.access.close()
+        return left
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self._door)
+        app = create_app(self._door, self._registry)
+        self._calls = Calls(app, operations(self._door))
+        return app

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors import meters, tracing
 from serve import request_log
+from serve.principal import charge
 from serve.status import Recent
 
 LEFT = 499
@@ -39,6 +40,7 @@ class Metrics:
     def add_tokens(self, prompt: int, answer: int) -> None:
         self.recent.num_tokens += prompt + answer
         request_log.add_tokens(prompt, answer)
+        charge(prompt, answer)
         meters.TOKENS_DONE.inc(prompt, kind="prompt")
         meters.TOKENS_DONE.inc(answer, kind="answer")
 

@@ -27,6 +27,13 @@ class Operation:
     handler: Handler
     scope: Scope | None
     """None: open to everyone, also where keys are asked for."""
+    replayed: bool = True
+    """Whether its answer may be kept for an Idempotency-Key; not where it holds a secret."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether something is another after it, so that it may not be done twice."""
+        return self.method != "GET" and self.scope != "infer" and self.name != "CompareTasks"
 
 
 def operations(door: Door) -> tuple[Operation, ...]:
@@ -72,6 +79,11 @@ def operations(door: Door) -> tuple[Operation, ...]:
         Operation("FindNearestTasks", "GET", "/v1/tasks/{id}/nearest", door.task_embeddings.nearest, "contexts"),
         Operation("ListModels", "GET", "/v1/models", door.models, "infer"),
         Operation("GetModel", "GET", "/v1/models/{model:path}", door.model, "infer"),
+        Operation("CreateKey", "POST", "/v1/keys", door.keys.create, "admin", replayed=False),
+        Operation("ListKeys", "GET", "/v1/keys", door.keys.list, "admin"),
+        Operation("GetKey", "GET", "/v1/keys/{id}", door.keys.get, "admin"),
+        Operation("RevokeKey", "DELETE", "/v1/keys/{id}", door.keys.revoke, "admin"),
+        Operation("GetUsage", "GET", "/v1/usage", door.keys.usage, "infer"),
         Operation("GetHealth", "GET", "/health", door.health, None),
         Operation("GetMetrics", "GET", "/metrics", door.prometheus, "admin"),
         Operation("GetStatus", "GET", "/v1/status", door.status, "admin"),

@@ -3,16 +3,13 @@
 The layer that checks keys sets it, once a request; a task that a request starts keeps it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, get_args
 
+from metasepia.access.keys import SCOPES, Scope
 from metasepia.registry.entries import LOCAL
-
-Scope = Literal["infer", "contexts", "experts:write", "admin"]
-"""What a key may do; `admin` may do everything."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,18 @@ class Principal:
     key_id: str | None = None
     """Public part of the key; None where the door has no keys."""
 
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
 
-ANYONE = Principal(LOCAL, frozenset(get_args(Scope)))
+
+Charge = Callable[[int, int], None]
+"""Takes tokens read and tokens written."""
+
+ANYONE = Principal(LOCAL, frozenset(SCOPES))
 """Every request, while the door has no keys."""
 
 _asking: ContextVar[Principal] = ContextVar("principal", default=ANYONE)
+_charging: ContextVar[Charge | None] = ContextVar("charge", default=None)
 
 
 def current() -> Principal:
@@ -37,11 +41,18 @@ def current() -> Principal:
     return _asking.get()
 
 
+def charge(prompt_tokens: int, completion_tokens: int) -> None:
+    """To the key of the request that this task serves; nothing where there is none."""
+    if (told := _charging.get()) is not None:
+        told(prompt_tokens, completion_tokens)
+
+
 @contextmanager
-def asking(principal: Principal) -> Iterator[None]:
-    """`current()` inside."""
-    token = _asking.set(principal)
+def asking(principal: Principal, charge: Charge | None = None) -> Iterator[None]:
+    """`current()` inside, and who is told what it uses."""
+    asked, charged = _asking.set(principal), _charging.set(charge)
     try:
         yield
     finally:
-        _asking.reset(token)
+        _charging.reset(charged)
+        _asking.reset(asked)

@@ -25,7 +25,7 @@ from actors.messages import (
     SelfChecked,
     Texts,
 )
-from cluster.door_settings import AdmissionSettings, HttpSettings
+from cluster.door_settings import AdmissionSettings, HttpSettings, KeySettings
 from cluster.settings import CentroidSettings, DispatchMargins, EncoderSettings, MixingSettings, TaskSettings
 from metasepia.errors import UnknownName, WindowExceeded
 from metasepia.experts.vectors import FactorIndex, index_path
@@ -33,10 +33,12 @@ from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import EmbeddedContext
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Changes, Kind
+from metasepia.registry.replays import Claim, ReplayStore
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve.accepting import Fits
 from serve.admission import Admission
 from serve.app import create_app
+from serve.authentication import Access
 from serve.door import Door
 from serve.mixing_replica import ExpertMixingPart
 from serve.parts import Catalogue, Mixing, Weights
@@ -295,6 +297,15 @@ class NoTasks:
     async def check(self) -> None: ...
 
 
+class NoKeys:
+    """The door asks for none."""
+
+    async def create_key(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("no key was to be looked at")
+
+    revoke_key = get_key = list_keys = exchange_keys = usage = create_key
+
+
 class FakeMixing:
     """Every mixture of known experts is the one in the catalogue."""
 
@@ -378,6 +389,32 @@ class FakeCatalogue:
         return self.registry.delete(kind, name, owner)
 
 
+class NearReplays:
+    """Answers by Idempotency-Key, in this process; opened when somebody sends a key."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open: ReplayStore | None = None
+        self.error: Exception | None = None
+
+    @property
+    def store(self) -> ReplayStore:
+        if self.error is not None:
+            raise self.error
+        if self._open is None:
+            self._open = ReplayStore(self.root, max_bytes=1 << 20, keep_s=60.0)
+        return self._open
+
+    async def claim_replay(self, *asked: Any, timeout_s: float | None = None) -> Claim:
+        return self.store.claim(*asked)
+
+    async def keep_replay(self, *asked: Any, timeout_s: float | None = None) -> bool:
+        return self.store.keep(*asked)
+
+    async def let_go_of_replay(self, *asked: Any, timeout_s: float | None = None) -> None:
+        self.store.let_go(*asked)
+
+
 class Bench:
     """A door over fakes, and a client that calls it without a network."""
 
@@ -388,8 +425,10 @@ class Bench:
         media: Sequence[NearEncoder] = (),
         observing: CentroidSettings | None = None,
     ) -> None:
+        self.replays = NearReplays(directory)
         self.observing = observing or CentroidSettings()
         self.admission = AdmissionSettings()
+        self.access = Access(KeySettings(), NoKeys())
         self.centroids = Centroids(self.observing, directory / "centroids")
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
@@ -422,8 +461,9 @@ class Bench:
             tasks or NoTasks(),
             embedding_tasks or TaskSettings(),
             Admission(self.admission),
+            self.access,
         )
-        self.app = create_app(self.door)
+        self.app = create_app(self.door, self.replays)
 
     def with_contexts(self, root: Path) -> "Bench":
         """With a real registry for contexts."""

@@ -101,12 +101,10 @@ class Keyring:
         is_it = hmac.compare_digest(hash_of(secret), _NOBODY if held is None else held.sha256)
         if not is_it or held is None or found is None:
             raise Unauthenticated("this key is not known here")
-        key = held.key
-        if key.revoked_unix_s is not None:
-            raise Unauthenticated("this key was revoked")
-        if key.expires_unix_s is not None and self.now() >= key.expires_unix_s:
-            raise Unauthenticated("this key has expired")
-        return key
+        status = held.key.status(self.now())
+        if status != "live":
+            raise Unauthenticated(f"this key {'was revoked' if status == 'revoked' else 'has expired'}")
+        return held.key
 
     def admit(self, key: Key) -> Callable[[], None]:
         """Counts a request; calling what is returned gives its place back. Raises QuotaExceeded."""

@@ -44,11 +44,10 @@ class Key:
     """From then on it opens nothing, by the registry's clock. None: it does not expire."""
     revoked_unix_s: float | None = None
 
-    def is_dead(self, now_unix_s: float) -> bool:
-        """Revoked or expired."""
-        return self.revoked_unix_s is not None or (
-            self.expires_unix_s is not None and now_unix_s >= self.expires_unix_s
-        )
+    def status(self, now_unix_s: float) -> Literal["live", "revoked", "expired"]:
+        if self.revoked_unix_s is not None:
+            return "revoked"
+        return "expired" if self.expires_unix_s is not None and now_unix_s >= self.expires_unix_s else "live"
 
 
 @dataclass(frozen=True, kw_only=True)

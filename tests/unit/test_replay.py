@@ -13,7 +13,7 @@ import pytest
 from actors.centroids import Centroids
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained
 from actors.reasoning_pool import ReasoningPool
-from cluster.door_settings import AdmissionSettings
+from cluster.door_settings import AdmissionSettings, KeySettings
 from cluster.settings import (
     BackboneSettings,
     CentroidSettings,
@@ -43,9 +43,10 @@ from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
 from serve.admission import Admission
 from serve.app import create_app
+from serve.authentication import Access
 from serve.door import Door
 from serve.shipped import ModuleCard
-from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoSearches, NoTasks
+from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoKeys, NoSearches, NoTasks
 
 MODULE = "5" * 64
 EXAMPLES = [
@@ -195,6 +196,7 @@ class World:
             NoTasks(),
             TaskSettings(),
             Admission(AdmissionSettings()),
+            Access(KeySettings(), NoKeys()),
         )
         self.bench.app = create_app(door)
 
