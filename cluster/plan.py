@@ -1,7 +1,11 @@
 """What a profile places where, and what each rank will hold: `python -m cluster.plan PROFILE`.
 
+    python -m cluster.plan gpu --nodes 2x16cpu+8gpu      onto nodes that one might have
+    python -m cluster.plan laptop --address auto         onto those of a cluster that runs
+    python -m cluster.plan laptop --pods                 the pods that Kubernetes would need
+
 A backbone is planned from its checkpoint's config.json, or from the profile's `shapes` where the checkpoint is not on
-this machine. Nothing is started and no weight is read. The exit status is 1 when a rank does not fit.
+this machine. Nothing is started and no weight is read. The exit status is 1 when a rank or a part does not fit.
 """
 
 import argparse
@@ -10,7 +14,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import resources
 from cluster import settings as settings_of
@@ -18,6 +22,9 @@ from cluster.settings import BackboneSettings, Settings
 from metasepia.errors import InvalidSettings, MetasepiaError
 from metasepia.models import checkpoints, planning
 from metasepia.models.planning import GIB, Need, Plan
+
+if TYPE_CHECKING:
+    from cluster import pods
 
 
 def need_of(backbone: BackboneSettings) -> Need:
@@ -67,6 +74,9 @@ def lines(settings: Settings) -> tuple[list[str], bool]:
     cpus, gpus = round(sum(row[1] for row in rows), 6), round(sum(row[2] for row in rows), 6)
     said.append(f"placed: {cpus:g} CPUs and {gpus:g} GPUs of {settings.ray.num_cpus:g} and {settings.ray.num_gpus:g}")
     said += [f"  {part}: {one:g} CPUs" + (f", {two:g} GPUs" if two else "") for part, one, two in rows]
+    for part in resources.all_parts(settings):
+        if part.min_replicas < part.max_replicas:
+            said.append(f"  {part.name} has {part.min_replicas} to {part.max_replicas} replicas, by what is queued")
     return said, fits
 
 
@@ -103,12 +113,46 @@ def _line(what: str, num_bytes: int, note: str = "") -> str:
     return f"  {what:<16}{num_bytes / GIB:>8.2f} GiB  {note}".rstrip()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cluster.plan", description=__doc__)
-    parser.add_argument("profile", nargs="?", help="a profile's name, or a path to a .toml file (default: laptop)")
+def _nodes_of(address: str, settings: Settings) -> "list[pods.Node]":
+    """The living nodes of a cluster that runs, joined for the question and left again."""
+    import ray
+
+    from cluster import connect, pods
+
+    connect.connect(dataclasses.replace(settings.ray, address=address))
     try:
-        said, fits = lines(settings_of.read(parser.parse_args(arguments).profile))
-    except MetasepiaError as error:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+    return [pods.Node(name=str(node["NodeManagerHostname"]), offers=node["Resources"]) for node in alive]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("profile", nargs="?", help="a profile's name, or a path to a .toml file (default: laptop)")
+    onto = parser.add_mutually_exclusive_group()
+    onto.add_argument("--nodes", help="nodes to place on, such as 2x16cpu or 1x64cpu+8gpu,4x16cpu")
+    onto.add_argument("--address", help="a Ray cluster to place on: auto, host:port or ray://host:port")
+    parser.add_argument("--pods", action="store_true", help="the pods that Kubernetes would need")
+    parser.add_argument("--json", action="store_true", help="parts and pods for programs")
+    asked = parser.parse_args(arguments)
+    from cluster import pods  # which asks this module for the memory of ranks
+
+    try:
+        settings = settings_of.read(asked.profile)
+        if asked.json:
+            print(json.dumps(pods.as_json(settings), indent=1))
+            return 0
+        said, fits = lines(settings)
+        if asked.nodes or asked.address:
+            nodes = pods.nodes_of(asked.nodes) if asked.nodes else _nodes_of(asked.address, settings)
+            more, room = pods.placement_lines(settings, nodes)
+            said, fits = said + more, fits and room
+        if asked.pods:
+            said += pods.lines(settings)
+    except (MetasepiaError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     print("\n".join(said))

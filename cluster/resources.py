@@ -1,6 +1,7 @@
 """What each kind of process needs, as data. Applied with `.options(...)` where the process is created."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.scaling_settings import ScalingSettings
@@ -33,27 +34,54 @@ def at_home(settings: RegistrySettings) -> dict[str, Any]:
     return {"num_cpus": 0, "resources": {settings.node_resource: NODE_SHARE}} if settings.node_resource else {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the graph: what one replica takes, all of it on one node, and how many replicas there may be."""
+
+    name: str
+    bundles: tuple[dict[str, float], ...]
+    """One for each process, by Ray's names of resources."""
+    min_replicas: int = 1
+    max_replicas: int = 1
+    at_home: bool = False
+    """It writes under `home`: on the node with its disk."""
+
+    def amount(self, kind: str) -> float:
+        """Of one replica."""
+        return round(sum(bundle.get(kind, 0.0) for bundle in self.bundles), 6)
+
+
+def all_parts(settings: Settings) -> list[Part]:
+    """Everything that the graph places, from the settings alone."""
+    home = bool(settings.registry.node_resource)
+
+    def scaled(name: str, scaling: ScalingSettings, bundles: Sequence[dict[str, float]]) -> Part:
+        low, high = scaling.min_replicas, scaling.max_replicas
+        return Part(name=name, bundles=tuple(bundles), min_replicas=low, max_replicas=high)
+
+    found = [
+        Part(name="gateway", bundles=({"CPU": settings.gateway.cpus},)),
+        Part(name="registry", bundles=({"CPU": 0.0 if home else settings.registry.cpus},), at_home=True),
+        Part(name="expert mixing", bundles=({"CPU": 0.0 if home else settings.mixing.cpus},), at_home=True),
+        Part(name="task embedding", bundles=({"CPU": settings.tasks.cpus},)),
+        scaled("reasoning pool", settings.reasoning.scaling, [{"CPU": settings.reasoning.cpus}]),
+    ]
+    for e in settings.encoders:
+        found.append(scaled(f"encoder {e.id}", e.scaling, [{"CPU": e.cpus, "GPU": e.gpus}]))
+    for b in settings.backbones:
+        found.append(scaled(f"backbone {b.id} (tp_size {b.tp_size})", b.scaling, gang_bundles(b)))
+    return found
+
+
 def parts(settings: Settings) -> list[tuple[str, float, float]]:
     """(part, CPUs, GPUs) of everything that the graph places: on a cluster of our own, which cannot grow, as many
     replicas as a part may ever have, else those that it begins with.
     """
-
-    def row(part: str, scaling: ScalingSettings, cpus: float, gpus: float = 0.0) -> tuple[str, float, float]:
-        number = scaling.max_replicas if settings.ray.address == "local" else scaling.min_replicas
-        return f"{part} x {number}" if number > 1 else part, number * cpus, number * gpus
-
-    rows = [
-        ("gateway", settings.gateway.cpus, 0.0),
-        ("registry", settings.registry.cpus, 0.0),
-        ("expert mixing", settings.mixing.cpus, 0.0),
-        ("task embedding", settings.tasks.cpus, 0.0),
-        row("reasoning pool", settings.reasoning.scaling, settings.reasoning.cpus),
-    ]
-    rows += [row(f"encoder {e.id}", e.scaling, e.cpus, e.gpus) for e in settings.encoders]
-    for b in settings.backbones:
-        bundles = gang_bundles(b)
-        cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
-        rows.append(row(f"backbone {b.id} (tp_size {b.tp_size})", b.scaling, cpus, gpus))
+    rows: list[tuple[str, float, float]] = []
+    for one in all_parts(settings):
+        number = one.max_replicas if settings.ray.address == "local" else one.min_replicas
+        name = f"{one.name} x {number}" if number > 1 else one.name
+        rows.append((name, number * one.amount("CPU"), number * one.amount("GPU")))
     return rows
 
 
