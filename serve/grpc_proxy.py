@@ -17,7 +17,6 @@ from grpc_health.v1 import health_pb2
 from ray.serve._private import default_impl
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
-from cluster.settings import Settings
 from serve import grpc_status
 from serve.deadlines import HEADER
 from serve.protos import metasepia_pb2 as pb
@@ -54,14 +53,6 @@ class Server(Protocol):
     service_handler_factory: Callable[..., Handler]
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None: ...
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What Ray's processes must have in theirs before they start."""
-    return {
-        HOST: settings.grpc_host,
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(int(settings.grpc.max_message_mib * 2**20)),
-    }
 
 
 def listen_where_told() -> None:

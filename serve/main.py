@@ -40,7 +40,7 @@ from cluster.settings import Settings
 from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
 from metasepia.models.prepared import PreparedBackbone
-from serve import graph, middleware, prepare, processes, shipped
+from serve import graph, grpc_start, middleware, prepare, processes, shipped
 from serve.names import OWNER
 
 READY_TIMEOUT_S = 600.0
@@ -65,7 +65,7 @@ class Foreground:
         self._ready = False
         os.environ[processes.MARK] = self._run
         # Daemons of a cluster of our own inherit these: the proxy imports `serve.middleware` by name.
-        os.environ.update(middleware.ENVIRONMENT)
+        os.environ.update(middleware.ENVIRONMENT | grpc_start.environment(settings))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps are not ours to tell
@@ -115,12 +115,15 @@ class Foreground:
             asyncio.run(check_pins(self._settings, prepared, client))
         with _step("Serve graph"):
             options = HTTPOptions(host=http.host, port=http.port, keep_alive_timeout_s=90)
-            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+            grpc_options = grpc_start.options(self._settings.grpc)
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, grpc_options=grpc_options)
             application = graph.application(self._settings, client)
             try:
                 serve.run(application, name=graph.NAME)
             except RuntimeError as error:
                 raise NotStarted(_why(error)) from error
+            if self._settings.grpc.enabled:
+                grpc_start.check_listening(self._settings.grpc_host, self._settings.grpc.port)
         with _step("first forward through every part"):
             self._wait_until_ready()
         self._ready = True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve import grpc_proxy
 from serve.deadlines import HEADER, INNER_HEADER
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware.proxy_middlewares"}
@@ -29,6 +30,8 @@ _ERRORS: dict[int, tuple[int, str, str, str, int | None]] = {
 
 
 def proxy_middlewares() -> list[Middleware]:
+    """Called once, before the proxy opens a port."""
+    grpc_proxy.listen_where_told()
     return [Middleware(Envelope)]
 
 
