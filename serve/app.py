@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve import console_pages, failures, principal, request_log
+from serve import failures, principal, request_log
 from serve.authentication import Authenticated
+from serve.console_pages import Console
 from serve.door import Door
 from serve.drain import Draining
 from serve.idempotency import Idempotent, Replays
@@ -29,7 +30,7 @@ def create_app(door: Door, replays: Replays) -> ASGIApp:
     app.router.redirect_slashes = False
     once = Idempotent(app, replays, table, door.http)
     keyed = Authenticated(once, [*zip(routes, table, strict=True)], door.access)
-    return Identified(Measured(Draining(keyed, door.drain), door.metrics, door.status_of_parts.begin))
+    return Identified(Measured(Draining(Console(keyed), door.drain), door.metrics, door.status_of_parts.begin))
 
 
 def _in_envelope(handler: Handler) -> Handler:

@@ -6,9 +6,10 @@ They hold nothing of the graph: the page asks the same routes as any client, wit
 import hashlib
 from pathlib import Path
 
-from starlette.requests import Request
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 FOLDER = Path(__file__).parent / "console"
 _OWN_ONLY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -26,9 +27,9 @@ class File:
 
     def __init__(self, path: Path, policy: str) -> None:
         self._body = path.read_bytes()
-        tag = hashlib.sha256(self._body).hexdigest()[:16]
+        self._tag = f'"{hashlib.sha256(self._body).hexdigest()[:16]}"'
         self._headers = {
-            "etag": f'"{tag}"',
+            "etag": self._tag,
             "cache-control": "no-cache",
             "content-security-policy": policy,
             "x-content-type-options": "nosniff",
@@ -36,18 +37,29 @@ class File:
             "content-type": f"{_TYPES[path.suffix]}; charset=utf-8",
         }
 
-    async def __call__(self, request: Request) -> Response:
-        known = request.headers.get("if-none-match", "")
-        if self._headers["etag"] in (one.strip() for one in known.split(",")):
+    def answer(self, headers: Headers) -> Response:
+        if self._tag in (one.strip() for one in headers.get("if-none-match", "").split(",")):
             return Response(status_code=304, headers=self._headers)
         return Response(self._body, headers=self._headers)
 
 
-def routes() -> list[Route]:
-    """`/`, and what its page asks for. Open to everyone: nothing in them is anybody's."""
-    found = [Route("/", File(FOLDER / "index.html", _PAGE).__call__, methods=["GET"])]
-    for path in sorted(FOLDER.iterdir()):
-        if path.name != "index.html":
-            policy = _FRAME if path.name == "frame.html" else _PAGE
-            found.append(Route(f"/console/{path.name}", File(path, policy).__call__, methods=["GET"]))
-    return found
+class Console:
+    """ASGI around the check of keys: answers `/` and what its page asks for, to everyone; all else goes on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._files = {
+            "/" if path.name == "index.html" else f"/console/{path.name}": File(
+                path, _FRAME if path.name == "frame.html" else _PAGE
+            )
+            for path in FOLDER.iterdir()
+        }
+        self._routes = {path: Route(path, file.answer) for path, file in self._files.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        file = self._files.get(scope["path"]) if scope["type"] == "http" else None
+        if file is None or scope["method"] not in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = self._routes[scope["path"]]  # it is counted under its path
+        await file.answer(Headers(scope=scope))(scope, receive, send)
