@@ -113,8 +113,12 @@ class Authenticated:
     def __init__(self, app: ASGIApp, routes: "Sequence[tuple[Route, Operation]]", access: Access) -> None:
         """`routes` in the order in which paths are matched."""
         self._app, self._routes, self._access = app, tuple(routes), access
-        fixed = [(route, one) for route, one in routes if "{" not in one.path]
-        self._fixed = {(one.method, one.path): (route, one) for route, one in fixed}
+        self._fixed = {
+            (method, route.path): (route, one)
+            for route, one in reversed(self._routes)
+            if "{" not in route.path
+            for method in route.methods or ()
+        }
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._access.settings.required:
@@ -164,8 +168,7 @@ class Authenticated:
 
     def _operation(self, scope: Connection) -> "tuple[Route | None, Operation | None]":
         """What the router will take this request to. None: nothing, and it will say so to whoever has a key."""
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        found = self._fixed.get((method, scope["path"])) if not scope.get("root_path") else None
+        found = self._fixed.get((scope["method"], scope["path"])) if not scope.get("root_path") else None
         if found is not None:
             return found
         for route, operation in self._routes:

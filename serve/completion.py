@@ -334,10 +334,12 @@ async def whole(plan: Plan, prompts: Prompts) -> dict[str, Any]:
 
 async def events(plan: Plan, prompts: Prompts, count: Callable[[int, int], None]) -> AsyncGenerator[dict[str, Any]]:
     """The events of a stream, up to [DONE]; the last one carries the receipt. `count` is told the tokens as they go."""
-    answered, counted = Answered(len(plan.rows)), 0
-    count(plan.prompt_len, 0)
+    answered, begun, counted = Answered(len(plan.rows)), False, 0
     async with aclosing(_events(plan, prompts, answered)) as source:
         async for event in source:
+            if not begun:  # what is refused before its first event costs nobody
+                begun = True
+                count(plan.prompt_len, 0)
             if answered.num_tokens > counted:
                 count(0, answered.num_tokens - counted)
                 counted = answered.num_tokens
