@@ -22,6 +22,7 @@ from metasepia.access.store import KeyStore
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Changes, Kind
+from metasepia.registry.replays import Claim, KeptAnswer, ReplayStore
 
 NAME, NAMESPACE = "registry", "metasepia"
 PURGE_EVERY_S = 3600.0
@@ -41,6 +42,7 @@ class RegistryWriter:
         self._opening = threading.Lock()
         self._open: Registry | None = None
         self._keys: KeyStore | None = None
+        self._replays: ReplayStore | None = None
         self._purged_s = float("-inf")
 
     @ray.method(concurrency_group="writes")
@@ -101,6 +103,18 @@ class RegistryWriter:
     def usage(self, first_day: int, last_day: int, tenant: str | None, limit: int) -> tuple[Usage, ...]:
         return self._key_store().usage(first_day, last_day, tenant=tenant, limit=limit)
 
+    @ray.method(concurrency_group="replays")
+    def claim_replay(self, tenant: str, key: str, holder: str, lease_s: float) -> Claim:
+        return self._replay_store().claim(tenant, key, holder, lease_s)
+
+    @ray.method(concurrency_group="replays")
+    def keep_replay(self, tenant: str, key: str, holder: str, answer: KeptAnswer, durable: bool) -> bool:
+        return self._replay_store().keep(tenant, key, holder, answer, durable)
+
+    @ray.method(concurrency_group="replays")
+    def let_go_of_replay(self, tenant: str, key: str, holder: str) -> None:
+        self._replay_store().let_go(tenant, key, holder)
+
     @ray.method
     def info(self) -> RegistryInfo:
         registry = self._registry()
@@ -113,6 +127,17 @@ class RegistryWriter:
                 self._open = Registry(self._root, lock_timeout_s=2.0)
             return self._open
 
+    def _replay_store(self) -> ReplayStore:
+        registry = self._registry()
+        with self._opening:
+            if self._replays is None:
+                self._replays = ReplayStore(
+                    registry.root,
+                    max_bytes=int(self._settings.max_replays_mib * 2**20),
+                    keep_s=self._settings.keep_replays_h * 3600,
+                )
+            return self._replays
+
     def _key_store(self) -> KeyStore:
         registry = self._registry()
         with self._opening:
@@ -123,7 +148,7 @@ class RegistryWriter:
 
 # Writes wait for the disk, one after another: they must not take the threads that answer reads. Keys wait for neither:
 # a revocation is not to stand behind a large expert.
-RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(concurrency_groups={"writes": 2, "keys": 1})(
+RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(concurrency_groups={"writes": 2, "keys": 1, "replays": 1})(
     RegistryWriter
 )  # pyright: ignore[reportCallIssue]
 
@@ -260,6 +285,22 @@ class RegistryClient:
     async def list_keys(self, *, after: str = "", limit: int = 1000, timeout_s: float | None = None) -> tuple[Key, ...]:
         """See `KeyStore.page`."""
         return await self._call("list_keys", after, limit, timeout_s=timeout_s)
+
+    async def claim_replay(
+        self, tenant: str, key: str, holder: str, lease_s: float, *, timeout_s: float | None = None
+    ) -> Claim:
+        """See `ReplayStore.claim`."""
+        return await self._call("claim_replay", tenant, key, holder, lease_s, timeout_s=timeout_s)
+
+    async def keep_replay(
+        self, tenant: str, key: str, holder: str, answer: KeptAnswer, durable: bool, *, timeout_s: float | None = None
+    ) -> bool:
+        """See `ReplayStore.keep`."""
+        return await self._call("keep_replay", tenant, key, holder, answer, durable, timeout_s=timeout_s)
+
+    async def let_go_of_replay(self, tenant: str, key: str, holder: str, *, timeout_s: float | None = None) -> None:
+        """See `ReplayStore.let_go`."""
+        await self._call("let_go_of_replay", tenant, key, holder, timeout_s=timeout_s)
 
     async def exchange_keys(
         self, report: Report, since: tuple[int, int, int] | None, *, timeout_s: float | None = None

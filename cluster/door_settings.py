@@ -46,6 +46,8 @@ class HttpSettings:
     """Hidden states of one answer, in float32, as an Arrow stream. From 0.01 to 10**6."""
     max_json_states_mib: float = 8.0
     """The same as JSON, whose text is several times longer and is made at once. From 0.01 to 1024."""
+    max_replayed_mib: float = 16.0
+    """Longer answers are not kept for their Idempotency-Key. From 0.01 to 256."""
 
     def __post_init__(self) -> None:
         between("http", "port", self.port, 1, 65535)
@@ -63,6 +65,7 @@ class HttpSettings:
         between("http", "max_explained_examples", self.max_explained_examples, 16, 100_000)
         between("http", "max_inputs", self.max_inputs, 300, 100_000)
         between("http", "max_states_mib", self.max_states_mib, 0.01, 10**6)
+        between("http", "max_replayed_mib", self.max_replayed_mib, 0.01, 256)
         between("http", "max_json_states_mib", self.max_json_states_mib, 0.01, 1024)
 
 

@@ -230,8 +230,14 @@ class RegistrySettings:
     """Deleted blobs are kept this long, so that receipts can be replayed."""
     max_keys: int = 100_000
     """Keys that are kept; revoked and expired ones make room for new ones. From 1 to 10**6."""
+    max_replays_mib: float = 256.0
+    """Answers kept by Idempotency-Key, of all tenants; who has most loses the oldest first. From 1 to 10**6."""
+    keep_replays_h: float = 24.0
+    """From 0.01 to 8760."""
 
     def __post_init__(self) -> None:
+        between("registry", "max_replays_mib", self.max_replays_mib, 1, 10**6)
+        between("registry", "keep_replays_h", self.keep_replays_h, 0.01, 8760)
         between("registry", "cpus", self.cpus, 0.01, 1000)
         between("registry", "retention_days", self.retention_days, 0, 36500)
         between("registry", "max_keys", self.max_keys, 1, 10**6)

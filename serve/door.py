@@ -15,7 +15,7 @@ from cluster.door_settings import HttpSettings
 from cluster.settings import CentroidSettings, DispatchMargins, TaskSettings
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX
-from serve import completion, failures
+from serve import completion, failures, streaming
 from serve.accepting import Fits
 from serve.admission import Admission, estimate
 from serve.asked import Asked, deadline_of
@@ -273,6 +273,7 @@ async def _server_sent(first: dict[str, Any], events: AsyncGenerator[dict[str, A
         except asyncio.CancelledError:
             raise
         except Exception as error:
+            streaming.break_off()
             yield _event(failures.answer(error).body)
         yield "data: [DONE]\n\n"
 

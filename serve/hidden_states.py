@@ -28,7 +28,7 @@ from metasepia.errors import InvalidRequest, NotSupported
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import PREFIX as CONTEXT
 from metasepia.rows import Executed, HiddenStates, HiddenStatesWanted, Row
-from serve import arrow, failures
+from serve import arrow, failures, streaming
 from serve.admission import Admission
 from serve.asked import Asked
 from serve.deadlines import Deadline
@@ -204,6 +204,7 @@ class HiddenStatesRoute:
         except Exception as error:
             if writer is None:
                 raise
+            streaming.break_off()
             yield writer.end(failures.answer(error).body)
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
