@@ -136,13 +136,15 @@ POOL_BYTES = _gauge("reasoning_context_bytes", "Memory of the compiled contexts.
 
 # -- other parts -------------------------------------------------------------------------------------------------------
 
-SEARCHES = _gauge("expert_searches", "Few-shot searches by state.", "state")
+SEARCHES = _counter("expert_searches_total", "Few-shot searches that were asked for.")
 MIXTURES = _counter("mixtures_registered_total", "Mixtures registered.")
 TASKS = _counter("task_embeddings_total", "Tasks embedded.")
 TASK_BATCHES = _counter("task_batches_total", "Batches in which tasks were embedded.")
 TASKS_QUEUED = _gauge("task_queue", "Tasks that wait, by kind: at hand, or jobs in the background.", "kind")
-REGISTRY_CALLS = _counter("registry_calls_total", "Calls of the registry, by how they ended.", "call", "outcome")
-REGISTRY_TIME = _histogram("registry_call_seconds", "One call of the registry, in the registry.", "call")
+REGISTRY_CALLS = _counter(
+    "registry_calls_total", "Calls of the registry, by how their callers saw them end.", "call", "outcome"
+)
+REGISTRY_TIME = _histogram("registry_call_seconds", "One call of the registry, as its caller sees it.", "call")
 ROUTED = _counter("auto_routed_total", "Requests to `auto` by the stage that chose; `none`: the base.", "stage")
 _CENTROID = ("backbone", "task", "expert", "layer", "pooling")
 DRIFT = _gauge(

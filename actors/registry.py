@@ -13,6 +13,7 @@ from ray.actor import ActorClass, ActorProxy
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import logs, meters, tracing
 from actors.messages import RegistryInfo
 from cluster import resources
 from cluster.settings import RegistrySettings, Settings
@@ -38,6 +39,7 @@ class RegistryWriter:
     """
 
     def __init__(self, root: str, settings: RegistrySettings) -> None:
+        logs.begin()
         self._root, self._settings = Path(root), settings
         self._opening = threading.Lock()
         self._open: Registry | None = None
@@ -324,6 +326,20 @@ class RegistryClient:
             _check_home(await self.info(timeout_s=60.0), self._place)
 
     async def _call(self, method: str, *args: object, timeout_s: float | None) -> Any:
+        begin, outcome = time.monotonic(), "Cancelled"
+        try:
+            with tracing.span(f"registry {method}"):
+                answer = await self._ask(method, *args, timeout_s=timeout_s)
+            outcome = "done"
+            return answer
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            meters.REGISTRY_CALLS.inc(call=method, outcome=outcome)
+            meters.REGISTRY_TIME.observe(time.monotonic() - begin, call=method)
+
+    async def _ask(self, method: str, *args: object, timeout_s: float | None) -> Any:
         give_up_s = time.monotonic() + (timeout_s or self._timeout_s)
         pause_s = 0.05
         while True:

@@ -5,6 +5,7 @@ import platform
 import queue
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ def worker_env(threads: int = 1) -> dict[str, str]:
     }
 
 
-def connect(settings: RaySettings, *, log_to_driver: bool = False) -> dict[str, float]:
-    """Joins or starts Ray and returns the resources of the cluster.
+def connect(
+    settings: RaySettings, *, log_to_driver: bool = False, environment: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Joins or starts Ray and returns the resources of the cluster. `environment`: more variables for its workers.
 
     Ray 2.60 turns token authentication on by itself for a new local cluster: the mode is always the settings'. Raises
     as `check_cluster` does.
@@ -49,7 +52,7 @@ def connect(settings: RaySettings, *, log_to_driver: bool = False) -> dict[str, 
     options: dict[str, Any] = {
         "namespace": "metasepia",
         "log_to_driver": log_to_driver,
-        "runtime_env": {"env_vars": worker_env()},
+        "runtime_env": {"env_vars": {**worker_env(), **(environment or {})}},
         "logging_level": "warning",
     }
     if settings.address == "local":
@@ -61,6 +64,7 @@ def connect(settings: RaySettings, *, log_to_driver: bool = False) -> dict[str, 
             "include_dashboard": settings.dashboard,
             "dashboard_host": "127.0.0.1",
             "_node_ip_address": "127.0.0.1",
+            "_system_config": {"metrics_report_interval_ms": int(1000 * settings.metrics_every_s)},
         }
     else:
         options["address"] = settings.address

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from cluster import tables
 from cluster.door_settings import AdmissionSettings, GatewaySettings, GrpcSettings, HttpSettings, KeySettings
+from cluster.meter_settings import LogSettings, Telemetry, TraceSettings
 from cluster.scaling_settings import ScalingSettings
 from cluster.tables import between
 from metasepia.centroids import CentroidLimits
@@ -43,10 +44,14 @@ class RaySettings:
     """From 0.1 to 1000."""
     dashboard: bool = False
     """Ray's dashboard on 127.0.0.1:8265; `ray job submit` needs it."""
+    metrics_every_s: float = 5.0
+    """How often each process tells its node's agent its metrics: how old /metrics may be. Of a cluster of our own;
+    others have RAY_metrics_report_interval_ms. From 1 to 300."""
 
     def __post_init__(self) -> None:
         between("ray", "num_cpus", self.num_cpus, 0.1, 100_000)
         between("ray", "num_gpus", self.num_gpus, 0, 100_000)
+        between("ray", "metrics_every_s", self.metrics_every_s, 1, 300)
         between("ray", "object_store_gib", self.object_store_gib, 0.1, 1000)
 
 
@@ -381,6 +386,13 @@ class Settings:
     mixing: MixingSettings = field(default_factory=MixingSettings)
     centroids: CentroidSettings = field(default_factory=CentroidSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
+    traces: TraceSettings = field(default_factory=TraceSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """What each process of the graph is told of traces and logs, through its environment."""
+        return Telemetry(traces=self.traces, logs=self.logs)
 
     @property
     def grpc_host(self) -> str:

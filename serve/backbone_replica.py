@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from actors import logs
 from actors.backbone import BackboneGroup
 from actors.registry import RegistryClient
 from cluster.settings import Settings
@@ -23,6 +24,7 @@ class BackboneReplica:
     """A `BackboneGroup` in the replica's own placement group: bundle 0 is the replica, then one a rank."""
 
     async def __init__(self, settings: Settings, id_: str, registry: RegistryClient) -> None:
+        logs.begin()
         group = ray.util.get_current_placement_group()
         assert group is not None  # graph.py gives every backbone one
         one = self._settings = next(one for one in settings.backbones if one.id == id_)

@@ -6,6 +6,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from actors import logs
 from actors.registry import RegistryClient
 from cluster.settings import Settings
 from serve import prepare, shipped
@@ -37,6 +38,7 @@ class Gateway(GrpcDoor, GrpcHealth):
         registry: RegistryClient,
     ) -> None:
         """Handles of backbones and encoders by their ids. Raises as `prepare.ready` and `shipped.module_cards` do."""
+        logs.begin()
         prepared = prepare.ready(settings)
         self._max_watchers = settings.grpc.max_watchers
         self._registry = registry

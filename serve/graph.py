@@ -94,6 +94,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
     check_stages(settings.dispatch)
     registry = registry or RegistryClient(RegistryPlace.of(settings))
     inside = settings.gateway.max_ongoing_requests
+    told: dict[str, Any] = {"runtime_env": {"env_vars": settings.telemetry.environment}}
     margin = 64  # probes, metrics, Serve's own checks
     ends: dict[str, Any] = {"graceful_shutdown_timeout_s": settings.admission.drain_s}
     backbones = {
@@ -101,7 +102,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
             **ends,
             name=f"backbone-{one.id}",
             max_ongoing_requests=inside * MAX_CHOICES + margin,
-            ray_actor_options={"num_cpus": one.replica_cpus},
+            ray_actor_options={"num_cpus": one.replica_cpus, **told},
             placement_group_bundles=gang_bundles(one),
             placement_group_strategy="STRICT_PACK",
             **replicas(one.scaling),
@@ -113,7 +114,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
             **ends,
             name=f"encoder-{one.id}",
             max_ongoing_requests=inside + margin,
-            ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus},
+            ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus, **told},
             **replicas(one.scaling),
         ).bind(one)
         for one in settings.encoders
@@ -122,20 +123,20 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
         **ends,
         name="reasoning-pool",
         max_ongoing_requests=inside + margin,
-        ray_actor_options={"num_cpus": settings.reasoning.cpus},
+        ray_actor_options={"num_cpus": settings.reasoning.cpus, **told},
         **replicas(settings.reasoning.scaling),
     ).bind(settings.reasoning, registry)
     mixing = MixingDeployment.options(
         **ends,
         name="expert-mixing",
         max_ongoing_requests=inside + margin,
-        ray_actor_options={"num_cpus": settings.mixing.cpus} | at_home(settings.registry),
+        ray_actor_options={"num_cpus": settings.mixing.cpus, **told} | at_home(settings.registry),
     ).bind(settings, registry, backbones)
     tasks = TaskDeployment.options(
         **ends,
         name="task-embedding",
         max_ongoing_requests=inside + margin,
-        ray_actor_options={"num_cpus": settings.tasks.cpus},
+        ray_actor_options={"num_cpus": settings.tasks.cpus, **told},
     ).bind(settings, registry, encoders[settings.surrogate.id], backbones)
     return GatewayDeployment.options(
         **ends,
@@ -143,5 +144,5 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
         max_ongoing_requests=inside,
         max_queued_requests=inside,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
-        ray_actor_options={"num_cpus": settings.gateway.cpus},
+        ray_actor_options={"num_cpus": settings.gateway.cpus, **told},
     ).bind(settings, backbones, encoders, reasoning, mixing, tasks, registry)

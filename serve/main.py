@@ -106,7 +106,7 @@ class Foreground:
             prepared = prepare.ready(self._settings)
             shipped.module_cards(self._settings.reasoning.modules)
         with _step("Ray"):
-            available = connect.connect(self._settings.ray)
+            available = connect.connect(self._settings.ray, environment=self._settings.telemetry.environment)
             self._catch_signals()
             resources.check_fits(self._settings, available)
         with _step("registry"):

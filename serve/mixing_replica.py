@@ -10,7 +10,9 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from actors import logs, meters
 from actors.centroids import Centroids, Seen
+from actors.drift_meters import tell_drift
 from actors.expert_mixing import Candidates, ExpertMixing
 from actors.messages import SearchAsked
 from actors.mixture_searches import Searched, Searches
@@ -31,6 +33,8 @@ from serve.parts import Backbone, ServedBackbone, Weights
 from serve.prompts import Prompts
 from serve.reached import Reached
 
+DRIFT_EVERY_S = 2.0
+"""How often the gauges of centroids are set."""
 MAX_CANDIDATES = 64
 """Experts of one search; each is scored alone in the first generation where the population has room."""
 
@@ -63,6 +67,7 @@ class ExpertMixingPart:
 
     async def register(self, backbone: str, weights: Weights, owner: str, name: str | None = None) -> str:
         """See `ExpertMixing.register`."""
+        meters.MIXTURES.inc()
         return await self._mixing.register(backbone, weights, owner, name)
 
     async def search(self, asked: SearchAsked) -> dict[str, Any]:
@@ -71,6 +76,7 @@ class ExpertMixingPart:
         Raises UnknownName, and InvalidRequest for candidates that cannot be mixed, for fewer than two, and for a warm
         start of which nothing is known.
         """
+        meters.SEARCHES.inc()
         names = await self._all_experts(asked.backbone) if asked.experts is None else asked.experts
         if not names:
             raise InvalidRequest("experts", "the backbone has none that can be mixed; register some first")
@@ -176,8 +182,15 @@ class MixingReplica(ExpertMixingPart):
         prepared = await asyncio.to_thread(prepare.ready, settings)
         served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
         super().__init__(registry, served, settings.mixing, settings.home)
+        logs.begin()
         self._centroids = Centroids(settings.centroids, settings.home / "centroids")
+        self._telling = asyncio.create_task(self._tell_drift({one.prepared.digest: one.id for one in served}))
         await self.searches.recover()
+
+    async def _tell_drift(self, ids: Mapping[str, str]) -> None:
+        while True:
+            tell_drift(await self.centroids_facts(), ids)
+            await asyncio.sleep(DRIFT_EVERY_S)
 
     async def centroids_check_room(self, keys: Sequence[CentroidKey]) -> None:
         await self._centroids.check_room(keys)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
+from actors import logs, meters
 from actors.messages import EncoderInfo, TaskAsked, Texts
 from actors.registry import RegistryClient
 from actors.task_embedding import Task, TaskEmbedder
@@ -60,6 +61,17 @@ class TaskEmbeddingPart:
         self._prompts: dict[str, Prompts] = {}
         self.jobs = TaskJobs(catalogue, self.embedder, self._open, settings, owner=owner)
         self._index = TaskIndex(catalogue, owner, settings.index_mib)
+        self._counted = (0, 0)
+        meters.SAMPLING.follow(self._tell)
+
+    def _tell(self) -> None:
+        told = self.embedder.statistics()
+        counted = int(told["tasks"]), int(told["batches"])
+        meters.TASKS.inc(counted[0] - self._counted[0])
+        meters.TASK_BATCHES.inc(counted[1] - self._counted[1])
+        self._counted = counted
+        meters.TASKS_QUEUED.set(told["queued"], kind="at_hand")
+        meters.TASKS_QUEUED.set(self.jobs.num_unfinished, kind="background")
 
     async def make(self, asked: TaskAsked) -> tuple[Artefact, bool]:
         return await self.jobs.make(asked)
@@ -203,6 +215,7 @@ class TaskEmbeddingReplica(TaskEmbeddingPart):
         encoder: DeploymentHandle[Any],
         backbones: Mapping[str, DeploymentHandle[Any]],
     ) -> None:
+        logs.begin()
         surrogate = settings.surrogate
 
         def load() -> "LoadedEncoder":
