@@ -92,11 +92,12 @@ class BackboneShard:
         begin = time.monotonic()
         import torch
 
-        from actors import tensor_parallel
+        from actors import heap, tensor_parallel
         from metasepia import stored
         from metasepia.experts import factors
 
         tensor_parallel.load()
+        heap.give_back_for_ever()
         torch.set_num_threads(self._settings.threads)
         torch.set_grad_enabled(False)
         self._seconds["imports"] = time.monotonic() - begin

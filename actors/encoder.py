@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from actors import logs, meters, tracing
+from actors import heap, logs, meters, tracing
 from actors.messages import EncoderInfo, Media, Texts
 from actors.waiting import answer_within, remaining_s
 from cluster.settings import EncoderSettings
@@ -95,6 +95,7 @@ class Encoder:
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name=f"encoder {settings.id}", daemon=True)
         self._worker.start()
+        heap.give_back_for_ever()
         meters.SAMPLING.follow(self._tell)
 
     def _tell(self) -> None:

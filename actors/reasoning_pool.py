@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from actors import logs, meters, tracing
+from actors import heap, logs, meters, tracing
 from actors.audits import AuditThread, explained_in_steps, self_check_in_steps
 from actors.labelled import context_of, labelled_vectors
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained, LabelledVectors
@@ -103,6 +103,7 @@ class ReasoningPool:
 
         logs.begin()
         torch.set_num_threads(settings.threads)
+        heap.give_back_for_ever()
         self._settings, self._blobs = settings, blobs
         modules = loaded or [shipped.load(name) for name in settings.modules]
         self._modules = {one.digest: one for one in modules}

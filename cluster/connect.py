@@ -36,6 +36,9 @@ def worker_env(threads: int = 1) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
+        # oneDNN keeps the kernels of so many shapes of a product; each takes about a third of a MiB, and ranks and
+        # encoders meet thousands of shapes.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     }
 
 
