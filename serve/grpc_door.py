@@ -23,7 +23,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp
 
 from metasepia.errors import InvalidRequest
-from serve import failures, grpc_status
+from serve import failures, grpc_status, request_ids
 from serve.arrow import MEDIA_TYPE as ARROW
 from serve.grpc_exchange import Request, as_json, begun, multipart, whole
 from serve.grpc_json import message_of, tree_of
@@ -276,7 +276,7 @@ def _refused(
         http_status=failure.status if failure else status,
         param=None if error["param"] is None else str(error["param"])[:200],
         retry_after_s=float(delay) if delay.isdigit() else None,
-        request_id=headers.get(grpc_status.REQUEST_ID, ""),
+        request_id=headers.get(request_ids.HEADER, ""),
     )
     context.set_code(code)
     context.set_details(text)

@@ -63,11 +63,15 @@ class GrpcHealth:
                 if status != told:
                     told = status
                     yield Response(status=status)
+                if self._door.drain.begun:
+                    return
                 await asyncio.sleep(LOOK_S)
         finally:
             self._watchers -= 1
 
     async def _status(self) -> Response.ServingStatus:
+        if self._door.drain.begun:
+            return Response.NOT_SERVING
         report = await self._door.health_of_parts.report()
         return Response.SERVING if report.ready else Response.NOT_SERVING
 

@@ -17,15 +17,14 @@ from grpc_health.v1 import health_pb2
 from ray.serve._private import default_impl
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
-from serve import grpc_status
-from serve.deadlines import HEADER
+from serve import grpc_status, request_ids
+from serve.deadlines import HEADER, MAX_TIMEOUT_S
 from serve.protos import metasepia_pb2 as pb
 
 FUNCTIONS = ["serve.grpc_proxy.add_services"]
 HOST = "GRPC_HOST_OF_METASEPIA"
 """Environment variable: the address that the proxy listens on. Serve's own is every interface."""
 SERVICES = (pb.DESCRIPTOR.services_by_name["Metasepia"], health_pb2.DESCRIPTOR.services_by_name["Health"])
-MAX_REQUEST_ID_CHARS = 128
 
 Handler = Callable[[Any, Any], Any]
 
@@ -119,9 +118,8 @@ def _around(serves: Callable[..., Handler]) -> Callable[..., Handler]:
 
 
 class Context:
-    """The call's context for Serve, whose metadata also say when the client's deadline is and how it names the request.
-
-    Serve reads neither grpc-timeout nor x-request-id.
+    """The call's context for Serve, with metadata that also say when the client's deadline is, and the one id that the
+    request has in Serve's logs as in ours. Serve itself reads neither grpc-timeout nor x-request-id.
     """
 
     def __init__(self, context: Any) -> None:
@@ -130,11 +128,12 @@ class Context:
         told = dict(given)
         left_s: float | None = context.time_remaining()
         if left_s is not None and left_s < _seconds(told.get(HEADER)):
-            given = [(key, value) for key, value in given if key != HEADER] + [(HEADER, f"{max(left_s, 0.001):.3f}")]
-        request_id = told.get(grpc_status.REQUEST_ID, "")
-        if 0 < len(request_id) <= MAX_REQUEST_ID_CHARS and request_id.isprintable():
-            given = [(key, value) for key, value in given if key != "request_id"] + [("request_id", request_id)]
-        self._given = tuple(given)
+            left_s = min(max(left_s, 0.001), MAX_TIMEOUT_S)
+            given = [(key, value) for key, value in given if key != HEADER] + [(HEADER, f"{left_s:.3f}")]
+        asked = told.get(request_ids.HEADER)
+        request_id = request_ids.id_of([] if asked is None else [(request_ids.HEADER.encode(), asked.encode())])
+        given = [(key, value) for key, value in given if key not in (request_ids.HEADER, "request_id")]
+        self._given = (*given, (request_ids.HEADER, request_id), ("request_id", request_id))
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self._given

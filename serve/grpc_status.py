@@ -12,7 +12,6 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DETAILS = "grpc-status-details-bin"
 DOMAIN = "metasepia"
-REQUEST_ID = "x-request-id"
 MAX_TEXT_BYTES = 1024
 """Of a message on the wire, where it stands three times: a client takes 8 KiB of trailing metadata by default."""
 

@@ -1586,6 +1586,125 @@ class NearTask(_message.Message):
     cosine: float
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., expert: _Optional[str] = ..., cosine: _Optional[float] = ...) -> None: ...
 
+class CreateKeyRequest(_message.Message):
+    __slots__ = ("tenant", "scopes", "label", "expires_in_s", "requests_per_minute", "tokens_per_day")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SCOPES_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    scopes: _containers.RepeatedScalarFieldContainer[str]
+    label: str
+    expires_in_s: float
+    requests_per_minute: int
+    tokens_per_day: int
+    def __init__(self, tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., label: _Optional[str] = ..., expires_in_s: _Optional[float] = ..., requests_per_minute: _Optional[int] = ..., tokens_per_day: _Optional[int] = ...) -> None: ...
+
+class Key(_message.Message):
+    __slots__ = ("id", "object", "created", "tenant", "scopes", "label", "status", "expires", "revoked", "requests_per_minute", "tokens_per_day", "key")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SCOPES_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    object: str
+    created: int
+    tenant: str
+    scopes: _containers.RepeatedScalarFieldContainer[str]
+    label: str
+    status: str
+    expires: int
+    revoked: int
+    requests_per_minute: int
+    tokens_per_day: int
+    key: str
+    def __init__(self, id: _Optional[str] = ..., object: _Optional[str] = ..., created: _Optional[int] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., label: _Optional[str] = ..., status: _Optional[str] = ..., expires: _Optional[int] = ..., revoked: _Optional[int] = ..., requests_per_minute: _Optional[int] = ..., tokens_per_day: _Optional[int] = ..., key: _Optional[str] = ...) -> None: ...
+
+class ListKeysRequest(_message.Message):
+    __slots__ = ("limit", "after")
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    after: str
+    def __init__(self, limit: _Optional[int] = ..., after: _Optional[str] = ...) -> None: ...
+
+class KeyList(_message.Message):
+    __slots__ = ("object", "data", "first_id", "last_id", "has_more")
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_ID_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    object: str
+    data: _containers.RepeatedCompositeFieldContainer[Key]
+    first_id: str
+    last_id: str
+    has_more: bool
+    def __init__(self, object: _Optional[str] = ..., data: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., first_id: _Optional[str] = ..., last_id: _Optional[str] = ..., has_more: _Optional[bool] = ...) -> None: ...
+
+class GetKeyRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class RevokeKeyRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class GetUsageRequest(_message.Message):
+    __slots__ = ("to", "tenant", "limit")
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    to: str
+    tenant: str
+    limit: int
+    def __init__(self, to: _Optional[str] = ..., tenant: _Optional[str] = ..., limit: _Optional[int] = ..., **kwargs) -> None: ...
+
+class UsageList(_message.Message):
+    __slots__ = ("object", "data", "has_more")
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    object: str
+    data: _containers.RepeatedCompositeFieldContainer[UsageOfDay]
+    has_more: bool
+    def __init__(self, object: _Optional[str] = ..., data: _Optional[_Iterable[_Union[UsageOfDay, _Mapping]]] = ..., has_more: _Optional[bool] = ...) -> None: ...
+
+class UsageOfDay(_message.Message):
+    __slots__ = ("object", "day", "key", "tenant", "requests", "prompt_tokens", "completion_tokens", "total_tokens")
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    DAY_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    object: str
+    day: str
+    key: str
+    tenant: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    def __init__(self, object: _Optional[str] = ..., day: _Optional[str] = ..., key: _Optional[str] = ..., tenant: _Optional[str] = ..., requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ...) -> None: ...
+
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -1656,6 +1775,105 @@ class HealthOfPart(_message.Message):
 class GetMetricsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("object", "version", "ready", "gateway", "unix_s", "uptime_s", "checked_ago_s", "parts", "backbones", "encoders", "reasoning", "admission", "task_embedding", "running", "rates", "latency", "history")
+    class RatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class LatencyEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Latency
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Latency, _Mapping]] = ...) -> None: ...
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    CHECKED_AGO_S_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    BACKBONES_FIELD_NUMBER: _ClassVar[int]
+    ENCODERS_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    TASK_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    object: str
+    version: str
+    ready: bool
+    gateway: str
+    unix_s: float
+    uptime_s: float
+    checked_ago_s: float
+    parts: _containers.RepeatedCompositeFieldContainer[StatusOfPart]
+    backbones: _struct_pb2.Struct
+    encoders: _struct_pb2.Struct
+    reasoning: _struct_pb2.Struct
+    admission: _struct_pb2.Struct
+    task_embedding: _struct_pb2.Struct
+    running: int
+    rates: _containers.ScalarMap[str, float]
+    latency: _containers.MessageMap[str, Latency]
+    history: StatusHistory
+    def __init__(self, object: _Optional[str] = ..., version: _Optional[str] = ..., ready: _Optional[bool] = ..., gateway: _Optional[str] = ..., unix_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., checked_ago_s: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[StatusOfPart, _Mapping]]] = ..., backbones: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., encoders: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., reasoning: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., admission: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., task_embedding: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., running: _Optional[int] = ..., rates: _Optional[_Mapping[str, float]] = ..., latency: _Optional[_Mapping[str, Latency]] = ..., history: _Optional[_Union[StatusHistory, _Mapping]] = ...) -> None: ...
+
+class StatusOfPart(_message.Message):
+    __slots__ = ("name", "ready", "reason", "replicas")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ready: bool
+    reason: str
+    replicas: _struct_pb2.Struct
+    def __init__(self, name: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., replicas: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+
+class Latency(_message.Message):
+    __slots__ = ("p50_ms", "p99_ms", "count")
+    P50_MS_FIELD_NUMBER: _ClassVar[int]
+    P99_MS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    p50_ms: float
+    p99_ms: float
+    count: int
+    def __init__(self, p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
+
+class StatusHistory(_message.Message):
+    __slots__ = ("step_s", "series")
+    class SeriesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Series
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Series, _Mapping]] = ...) -> None: ...
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SERIES_FIELD_NUMBER: _ClassVar[int]
+    step_s: float
+    series: _containers.MessageMap[str, Series]
+    def __init__(self, step_s: _Optional[float] = ..., series: _Optional[_Mapping[str, Series]] = ...) -> None: ...
+
+class Series(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedCompositeFieldContainer[Number]
+    def __init__(self, values: _Optional[_Iterable[_Union[Number, _Mapping]]] = ...) -> None: ...
 
 class GetVersionRequest(_message.Message):
     __slots__ = ()

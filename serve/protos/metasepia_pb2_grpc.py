@@ -249,6 +249,31 @@ class MetasepiaStub:
                 request_serializer=serve_dot_protos_dot_metasepia__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=serve_dot_protos_dot_metasepia__pb2.Model.FromString,
                 _registered_method=True)
+        self.CreateKey = channel.unary_unary(
+                '/metasepia.v1.Metasepia/CreateKey',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.Key.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/metasepia.v1.Metasepia/ListKeys',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.KeyList.FromString,
+                _registered_method=True)
+        self.GetKey = channel.unary_unary(
+                '/metasepia.v1.Metasepia/GetKey',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.GetKeyRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.Key.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/metasepia.v1.Metasepia/RevokeKey',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.Deleted.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/metasepia.v1.Metasepia/GetUsage',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.UsageList.FromString,
+                _registered_method=True)
         self.GetHealth = channel.unary_unary(
                 '/metasepia.v1.Metasepia/GetHealth',
                 request_serializer=serve_dot_protos_dot_metasepia__pb2.GetHealthRequest.SerializeToString,
@@ -258,6 +283,11 @@ class MetasepiaStub:
                 '/metasepia.v1.Metasepia/GetMetrics',
                 request_serializer=serve_dot_protos_dot_metasepia__pb2.GetMetricsRequest.SerializeToString,
                 response_deserializer=serve_dot_protos_dot_metasepia__pb2.Content.FromString,
+                _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/metasepia.v1.Metasepia/GetStatus',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.Status.FromString,
                 _registered_method=True)
         self.GetVersion = channel.unary_unary(
                 '/metasepia.v1.Metasepia/GetVersion',
@@ -531,6 +561,37 @@ class MetasepiaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateKey(self, request, context):
+        """The only answer that has a key's secret.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetHealth(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -538,6 +599,12 @@ class MetasepiaServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetMetrics(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -767,6 +834,31 @@ def add_MetasepiaServicer_to_server(servicer, server):
                     request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetModelRequest.FromString,
                     response_serializer=serve_dot_protos_dot_metasepia__pb2.Model.SerializeToString,
             ),
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.CreateKeyRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.Key.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.ListKeysRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.KeyList.SerializeToString,
+            ),
+            'GetKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKey,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetKeyRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.Key.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.Deleted.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetUsageRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.UsageList.SerializeToString,
+            ),
             'GetHealth': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHealth,
                     request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetHealthRequest.FromString,
@@ -776,6 +868,11 @@ def add_MetasepiaServicer_to_server(servicer, server):
                     servicer.GetMetrics,
                     request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetMetricsRequest.FromString,
                     response_serializer=serve_dot_protos_dot_metasepia__pb2.Content.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetStatusRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.Status.SerializeToString,
             ),
             'GetVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.GetVersion,
@@ -1955,6 +2052,141 @@ class Metasepia:
             _registered_method=True)
 
     @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/CreateKey',
+            serve_dot_protos_dot_metasepia__pb2.CreateKeyRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/ListKeys',
+            serve_dot_protos_dot_metasepia__pb2.ListKeysRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.KeyList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/GetKey',
+            serve_dot_protos_dot_metasepia__pb2.GetKeyRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/RevokeKey',
+            serve_dot_protos_dot_metasepia__pb2.RevokeKeyRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.Deleted.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/GetUsage',
+            serve_dot_protos_dot_metasepia__pb2.GetUsageRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.UsageList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetHealth(request,
             target,
             options=(),
@@ -1998,6 +2230,33 @@ class Metasepia:
             '/metasepia.v1.Metasepia/GetMetrics',
             serve_dot_protos_dot_metasepia__pb2.GetMetricsRequest.SerializeToString,
             serve_dot_protos_dot_metasepia__pb2.Content.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/GetStatus',
+            serve_dot_protos_dot_metasepia__pb2.GetStatusRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.Status.FromString,
             options,
             channel_credentials,
             insecure,
