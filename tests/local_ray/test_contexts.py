@@ -1,7 +1,6 @@
 """Named contexts over the real graph: as models, evicted and had again, and after everything was killed."""
 
 import asyncio
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,7 @@ def random_vectors(seed: int, num: int = 12, width: int = 24) -> list[dict[str, 
 
 
 def gauge(served: Served, what: str) -> float:
-    found = re.search(rf'metasepia_reasoning{{what="{what}"}} (\S+)', served.get("/metrics").text)
-    assert found is not None
-    return float(found[1])
+    return served.get("/v1/status").json()["reasoning"][what]
 
 
 def test_a_context_is_a_model_that_the_openai_client_lists_and_that_answers_as_its_examples_do(served: Served):

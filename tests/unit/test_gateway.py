@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from actors import meters
 from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.errors import Overloaded, Unavailable
 from metasepia.rows import Executed
@@ -326,6 +327,8 @@ def test_health_is_bounded_in_time(bench: Bench):
 
 
 def test_metrics_count_requests_by_route_and_status(bench: Bench):
+    for one in (meters.REQUESTS, meters.FAILURES, meters.TOKENS_DONE):
+        one.clear()  # the process's, of other tests too
     bench.says("x")
     bench.chat()
     bench.chat(model="nobody")
@@ -334,8 +337,8 @@ def test_metrics_count_requests_by_route_and_status(bench: Bench):
     assert 'metasepia_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
     assert 'metasepia_requests_total{route="/v1/chat/completions",status="404"} 1.0' in text
     assert 'metasepia_requests_total{route="unmatched",status="404"} 1.0' in text
-    assert 'metasepia_backbone_queue{backbone="tiny",what="num_waiting"} 3.0' in text
-    assert 'metasepia_reasoning{what="contexts_kept"} 2.0' in text
+    assert 'metasepia_request_failures_total{reason="model_not_found",route="/v1/chat/completions"} 1.0' in text
+    assert 'metasepia_request_failures_total{reason="not_found",route="unmatched"} 1.0' in text
     assert 'metasepia_tokens_total{kind="answer"} 1.0' in text
 
 

@@ -533,7 +533,6 @@ def test_health_and_metrics_tell_of_the_part(bench: Bench) -> None:
         assert bench.encoder.texts == []  # a graph that starts embeds no probe texts
         await made(client, examples=data_set("tone"))
         await bench.task_part.check()
-        text = (await client.get("/metrics")).text
-        assert 'metasepia_task_embedding{what="batches"} 2.0' in text
+        assert (await client.get("/v1/status")).json()["task_embedding"]["batches"] == 2
 
     bench.run(talk)
