@@ -73,16 +73,22 @@ class Admission:
         memory. Entering raises Overloaded with the measured seconds to wait, where the queue is full or the wait would
         outlast the deadline; DeadlineExceeded where it does; Unavailable while draining.
         """
-        lane = self._lanes.get(part)
-        if lane is None:  # parts are named by the settings: there are few
-            lane = self._lanes[part] = _Lane(part, Width(), self._clock)
-        return Place(self, lane, max(1, tokens), rows, num_bytes, deadline)
+        return Place(self, self._lane(part), max(1, tokens), rows, num_bytes, deadline)
 
     def widen(self, part: str, width: Width) -> None:
         """For a part that has more replicas now, or fewer."""
-        if (lane := self._lanes.get(part)) is not None:
-            lane.width = width
-            self._let_in(lane)
+        lane = self._lane(part)
+        lane.width = width
+        self._let_in(lane)
+
+    def _lane(self, part: str) -> "_Lane":
+        if (lane := self._lanes.get(part)) is None:  # parts are named by the settings: there are few
+            lane = self._lanes[part] = _Lane(part, Width(), self._clock)
+        return lane
+
+    def waiting_tokens(self, part: str) -> float:
+        """Of requests for a part that have not been let through yet."""
+        return float(self._lanes[part].queued_tokens) if part in self._lanes else 0.0
 
     def drain(self) -> None:
         """Refuses all that wait, and all that come, with Unavailable; what runs goes on."""
