@@ -4,6 +4,8 @@ From the outside in: measured and logged, key checked, replayed where an Idempot
 the envelope whatever a handler raises. gRPC calls come in through the same application (`serve/grpc_door.py`).
 """
 
+import importlib.metadata
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -18,6 +20,8 @@ from serve.door import Door
 from serve.drain import Draining
 from serve.idempotency import Idempotent, Replays
 from serve.metrics import Measured
+from serve.openapi import document
+from serve.openapi_pages import Documented
 from serve.operations import Handler, operations
 from serve.request_ids import Identified
 
@@ -30,7 +34,9 @@ def create_app(door: Door, replays: Replays) -> ASGIApp:
     app.router.redirect_slashes = False
     once = Idempotent(app, replays, table, door.http)
     keyed = Authenticated(once, [*zip(routes, table, strict=True)], door.access)
-    return Identified(Measured(Draining(Console(keyed), door.drain), door.metrics, door.status_of_parts.begin))
+    version = importlib.metadata.version("metasepia")
+    told = Documented(keyed, lambda: document(table, door.http, version, keys=door.access.settings.required))
+    return Identified(Measured(Draining(Console(told), door.drain), door.metrics, door.status_of_parts.begin))
 
 
 def _in_envelope(handler: Handler) -> Handler:
