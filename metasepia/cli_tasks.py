@@ -2,130 +2,114 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metasepia.shell import (
-    POLL_S,
+    MISUSE,
     REFUSED,
-    Door,
     Failed,
+    add_noun,
     add_verb,
-    cell,
-    examples_of,
-    existing,
-    quoted,
+    given,
+    json_lines,
     show,
     show_fields,
+    show_list,
     table,
+    text_of,
 )
 
-PATH = "/v1/tasks"
-_UNFINISHED = ("queued", "running")
+if TYPE_CHECKING:
+    import metasepia.client.results
 
 
-def list_tasks(door: Door, options: argparse.Namespace) -> None:
-    found = [one for one in door.everything(PATH) if options.kind in (None, one["kind"])]
-    columns = ("id", "kind", "status", "method", "num_texts", "expert", "model", "digest")
-    show(options, found, lambda: table(columns, [[cell(one[c], c) for c in columns] for one in found]))
+def list_tasks(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    found = [one.raw for one in client.tasks(kind=options.kind)]
+    show_list(options, found, ("id", "kind", "status", "method", "num_texts", "expert", "model", "digest"))
 
 
-def show_task(door: Door, options: argparse.Namespace) -> None:
-    show_fields(options, door.json("GET", _path(options.id)))
+def show_task(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    show_fields(options, client.task(options.id).raw)
 
 
-def add_task(door: Door, options: argparse.Namespace) -> None:
-    body: dict[str, Any] = {"examples": examples_of(options.examples)} | _asked(options)
-    if options.expert:
-        body["expert"] = options.expert
-    if options.leave_out_long:
-        body["long_texts"] = "leave_out"
-    _end(door, options, door.json("POST", PATH, json=body))
+def add_task(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    asked: Any = given(options, "name", "method", "seed", "expert")
+    asked |= {"long_texts": "leave_out"} if options.leave_out_long else {}
+    _end(client, options, client.create_task(examples=json_lines(options.examples), **asked))
 
 
-def ask_task(door: Door, options: argparse.Namespace) -> None:
-    body: dict[str, Any] = {"model": options.model} | _asked(options)
+def ask_task(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    prompt: dict[str, Any] | None = None
     if options.template is not None:
-        prompt: dict[str, Any] = {"template": _template(options.template)}
-        if options.labels:
-            prompt["labels"] = labels_of(options.labels)
-        for name in ("system", "max_tokens"):
-            if getattr(options, name) is not None:
-                prompt[name] = getattr(options, name)
-        body["prompt"] = prompt | ({"chat": False} if options.plain else {})
-    _end(door, options, door.json("POST", PATH, json=body))
+        prompt = {"template": _template(options.template)} | given(options, "system", "max_tokens")
+        prompt |= {"labels": labels_of(options.labels)} if options.labels else {}
+        prompt |= {"chat": False} if options.plain else {}
+    asked: Any = given(options, "name", "method", "seed")
+    _end(client, options, client.create_task(model=options.model, prompt=prompt, **asked))
 
 
-def nearest_tasks(door: Door, options: argparse.Namespace) -> None:
-    params = {"k": options.k} | ({"kind": options.kind} if options.kind else {})
-    found = door.json("GET", f"{_path(options.id)}/nearest", params=params)
-    rows = [[f"{one['cosine']:.4f}", one["id"], one["kind"], one["expert"] or "-"] for one in found["data"]]
-    show(options, found, lambda: table(("cosine", "id", "kind", "expert"), rows))
+def nearest_tasks(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    found = client.nearest_tasks(options.id, k=options.k, kind=options.kind)
+    rows = [[f"{one.cosine:.4f}", one.id, one.kind, one.expert or "-"] for one in found]
+    show(options, [one.raw for one in found], lambda: table(("cosine", "id", "kind", "expert"), rows))
 
 
-def compare_tasks(door: Door, options: argparse.Namespace) -> None:
-    found = door.json("POST", f"{PATH}/compare", json={"tasks": options.ids})
-    rows = [[id_, *(f"{value:.4f}" for value in row)] for id_, row in zip(options.ids, found["cosines"], strict=True)]
-    show(options, found, lambda: table(("", *options.ids), rows))
+def compare_tasks(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    found = client.compare_tasks(options.ids)
+    rows = [[id_, *(f"{value:.4f}" for value in row)] for id_, row in zip(options.ids, found.cosines, strict=True)]
+    show(options, found.raw, lambda: table(("", *options.ids), rows))
 
 
-def delete_tasks(door: Door, options: argparse.Namespace) -> None:
+def delete_tasks(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
     for id_ in options.ids:
-        gone = door.json("DELETE", _path(id_))
-        show(options, gone, lambda gone=gone: print(f"{gone['id']}: deleted"))
+        gone = client.delete_task(id_)
+        show(options, gone.raw, lambda gone=gone: print(f"{gone.id}: deleted"))
 
 
-def map_tasks(door: Door, options: argparse.Namespace) -> None:
-    params = {"method": options.method} if options.method else {}
-    page = door.ask("GET", f"{PATH}/map", params=params).content
+def map_tasks(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
+    page = client.task_map(method=options.method)
     options.out.write_bytes(page)
     show(options, {"file": str(options.out), "bytes": len(page)}, lambda: print(f"{options.out}: {len(page):,} bytes"))
 
 
-def labels_of(given: list[str]) -> dict[str, str]:
+def labels_of(labels: list[str]) -> dict[str, str]:
     """LABEL=WORDS, or labels that are their own words. Raises Failed."""
     found: dict[str, str] = {}
-    for one in given:
+    for one in labels:
         label, _, words = one.partition("=")
         if not label or label in found:
-            raise Failed(f"{one!r} must be LABEL or LABEL=WORDS, each label once", 2)
+            raise Failed(f"{one!r} must be LABEL or LABEL=WORDS, each label once", MISUSE)
         found[label] = words or label
     return found
 
 
-def _end(door: Door, options: argparse.Namespace, task: dict[str, Any]) -> None:
+def _end(client: "metasepia.client.Client", options: argparse.Namespace, task: "metasepia.client.results.Task") -> None:
     """Waits for a job, and prints the task's id."""
     told = -1
-    while task["status"] in _UNFINISHED and not options.no_wait:
-        progress = task["progress"] or {}
+
+    def tell(task: "metasepia.client.results.Task") -> None:
+        nonlocal told
+        progress = task.progress or {}
         if progress.get("answered", told) != told and not options.json:
             told = progress["answered"]
             print(f"{told} of {progress['of']} texts answered", file=sys.stderr)
-        time.sleep(POLL_S)
-        task = door.json("GET", _path(task["id"]))
-    if task["status"] == "failed":
-        raise Failed(f"task {task['id']} failed: {task['error']}", REFUSED)
-    waits = f": {task['status']}" if task["status"] in _UNFINISHED else ""
-    show(options, task, lambda: print(task["id"] + waits))
+
+    if not options.no_wait:
+        task = client.wait_for_task(task, tell=tell)
+    if task.status == "failed":
+        raise Failed(f"task {task.id} failed: {task.error}", REFUSED)
+    show(options, task.raw, lambda: print(task.id + ("" if task.is_over else f": {task.status}")))
 
 
-def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in ("name", "method", "seed") if (value := getattr(options, name)) is not None}
-
-
-def _template(given: str) -> str:
+def _template(text: str) -> str:
     """The text itself, or after an @ the file that holds it."""
-    return existing(Path(given[1:])).read_text() if given.startswith("@") else given
+    return text_of(Path(text[1:])) if text.startswith("@") else text
 
 
-def _path(id_: str) -> str:
-    return f"{PATH}/{quoted(id_)}"
-
-
-def add_parser(things: Any, shared: argparse.ArgumentParser) -> None:
+def add_verbs(things: Any, shared: argparse.ArgumentParser) -> None:
     """The verbs of `metasepia tasks`."""
-    verbs = things.add_parser("tasks", help="task embeddings").add_subparsers(required=True)
+    verbs = add_noun(things, "tasks", "task embeddings")
     kinds = ("data_set", "model", "prompt")
     add_verb(verbs, "list", list_tasks, "all of them", shared).add_argument("--kind", choices=kinds)
     add_verb(verbs, "show", show_task, "one, or how far it is", shared).add_argument("id")

@@ -1,18 +1,30 @@
-"""What the commands of `metasepia` share: the server's routes, its refusals as exit statuses, and what is printed."""
+"""What the verbs of `metasepia` share: how a run ends, what is printed, and files that are read.
+
+Nothing heavy is imported here: help and misuse answer at once.
+"""
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # imported when something is asked: help and misuse need no client
-    import httpx
-
-URL = "http://127.0.0.1:8000"
-REFUSED, UNKNOWN, LATER, NOBODY = 1, 3, 4, 5
-_EXIT_OF_STATUS = {404: UNKNOWN, 410: UNKNOWN, 429: LATER, 503: LATER, 504: LATER}
-POLL_S = 1.0
+MISUSE, REFUSED, UNKNOWN, LATER, NOBODY, NOT_ALLOWED, PARTLY, INTERRUPTED = 2, 1, 3, 4, 5, 6, 7, 130
+ENDINGS = {
+    0: "done",
+    REFUSED: "refused, or a file here that cannot be read",
+    MISUSE: "misuse of the command",
+    UNKNOWN: "unknown or deleted",
+    LATER: "try again later: busy, a quota spent, being rebuilt, out of time",
+    NOBODY: "nobody answers there, or not a Metasepia server",
+    NOT_ALLOWED: "no key, a wrong one, or one without the scope",
+    PARTLY: "some of the inputs have no answer; the others are written",
+    INTERRUPTED: "interrupted",
+}
+"""What each exit status says."""
 
 
 class Failed(Exception):
@@ -23,69 +35,55 @@ class Failed(Exception):
         self.message, self.status = message, status
 
 
-class Door:
-    """The server's routes, its errors as `Failed`."""
+def failed(error: Exception) -> Failed | None:
+    """How a call's error ends the program; None for what is no error of a call."""
+    from metasepia.client import errors
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        import httpx
+    statuses: dict[type[Exception], int] = {
+        errors.Unauthenticated: NOT_ALLOWED,
+        errors.Forbidden: NOT_ALLOWED,
+        errors.NotFound: UNKNOWN,
+        errors.Deleted: UNKNOWN,
+        errors.Busy: LATER,
+        errors.Unavailable: LATER,
+        errors.TimedOut: LATER,
+        errors.OutOfTime: LATER,
+        errors.StreamBroken: LATER,
+        errors.NoAnswer: NOBODY,
+        errors.NotOurs: NOBODY,
+        errors.PartlyDone: PARTLY,
+        errors.BadInput: REFUSED,
+        errors.Refused: REFUSED,
+    }
+    found = next((statuses[kind] for kind in type(error).__mro__ if kind in statuses), None)
+    if found is None:
+        return None
+    words = str(error)
+    if isinstance(error, errors.OutOfTime):
+        words = f"{error.url} did not answer in {error.timeout_s:g} s; give more with --timeout"
+    elif isinstance(error, errors.NoAnswer):
+        words = f"nobody answers at {error.url} ({error.problem}); is it running? --url or METASEPIA_URL says where"
+    elif isinstance(error, errors.NotOurs):
+        words += " --url or METASEPIA_URL says where"
+    elif isinstance(error, errors.Unauthenticated):
+        words += "; METASEPIA_KEY or --key-file brings a key"
+    return Failed(words, found)
 
-        self._url = url.rstrip("/")
-        headers = {"x-request-timeout-seconds": f"{timeout_s:g}"}
-        self._client = httpx.Client(base_url=self._url, timeout=timeout_s + 5.0, headers=headers)
 
-    def ask(self, method: str, path: str, **what: Any) -> "httpx.Response":
-        import httpx
-
-        try:
-            response = self._client.request(method, path, **what)
-        except httpx.TimeoutException:
-            raise Failed(f"{self._url} did not answer in time; give more with --timeout", LATER) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Failed(
-                f"nobody answers at {self._url} ({error}); is it running? --url or METASEPIA_URL says where", NOBODY
-            ) from None
-        if response.is_success:
-            return response
-        try:
-            error = response.json()["error"]
-            words, code = str(error["message"]), str(error["code"])
-        except (ValueError, KeyError, TypeError):
-            words, code = f"an answer that is not this server's: {response.text[:200]!r}", "unknown"
-        wait = response.headers.get("retry-after")
-        words += f" (retry after {wait} s)" if wait else ""
-        raise Failed(f"{words} [{response.status_code} {code}]", _EXIT_OF_STATUS.get(response.status_code, REFUSED))
-
-    def json(self, method: str, path: str, **what: Any) -> Any:
-        return self.ask(method, path, **what).json()
-
-    def everything(self, path: str) -> list[dict[str, Any]]:
-        """All pages of a list."""
-        found: list[dict[str, Any]] = []
-        params: dict[str, Any] = {"limit": 1000}
-        while True:
-            page = self.json("GET", path, params=params)
-            found += page["data"]
-            if not page.get("has_more"):
-                return found
-            params["after"] = page["last_id"]
+def add_noun(things: Any, name: str, about: str) -> Any:
+    """A thing that verbs are about; its subparsers."""
+    noun = things.add_parser(name, help=about, description=about, allow_abbrev=False)
+    return noun.add_subparsers(required=True, metavar="VERB", title="verbs")
 
 
 def add_verb(
-    verbs: Any,
-    name: str,
-    run: Callable[[Door, argparse.Namespace], None],
-    about: str,
-    shared: argparse.ArgumentParser,
+    verbs: Any, name: str, run: Callable[..., None], about: str, shared: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about, parents=[shared])
+    made: argparse.ArgumentParser = verbs.add_parser(
+        name, help=about, description=about, parents=[shared], allow_abbrev=False
+    )
     made.set_defaults(run=run)
     return made
-
-
-def quoted(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name, safe="")
 
 
 def existing(path: Path) -> Path:
@@ -94,14 +92,56 @@ def existing(path: Path) -> Path:
     return path
 
 
+def text_of(path: Path) -> str:
+    """UTF-8, from a file or, for `-`, standard input. Raises Failed."""
+    try:
+        if str(path) == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        return existing(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Failed(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8", REFUSED) from None
+    except OSError as error:
+        raise Failed(f"{path} cannot be read: {error.strerror}", REFUSED) from None
+
+
 def json_file(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(existing(path).read_text())
+        found = json.loads(text_of(path))
     except ValueError as error:
         raise Failed(f"{path} is not JSON: {error}", REFUSED) from None
     if not isinstance(found, dict):
         raise Failed(f"{path} must be a JSON object", REFUSED)
     return found
+
+
+def json_lines(path: Path) -> list[Any]:
+    """A JSON array, or an object a line. Raises Failed."""
+    return json_values(text_of(path), str(path))
+
+
+def json_values(text: str, where: str) -> list[Any]:
+    """Raises Failed."""
+    if not text.strip():
+        raise Failed(f"{where} is empty", REFUSED)
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
+        raise Failed(f"{where} is neither a JSON array nor JSON lines: {error}", REFUSED) from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside the file, which takes its place at the end: readers see it whole or as it was. Raises Failed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise Failed(f"{path} cannot be written: {error.strerror or error}", REFUSED) from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def show(options: argparse.Namespace, answer: Any, words: Callable[[], None]) -> None:
@@ -113,7 +153,7 @@ def show(options: argparse.Namespace, answer: Any, words: Callable[[], None]) ->
 
 def show_fields(options: argparse.Namespace, shown: dict[str, Any]) -> None:
     def words() -> None:
-        wide = max(map(len, shown))
+        wide = max(map(len, shown), default=0)
         for key, value in shown.items():
             if value not in (None, {}, []):
                 text = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
@@ -134,12 +174,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def examples_of(path: Path) -> list[Any]:
-    """A JSON array, or an object a line."""
-    text = existing(path).read_text()
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise Failed(f"{path} is neither a JSON array nor JSON lines: {error}", REFUSED) from None
+def show_list(options: argparse.Namespace, found: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """A row each, or the entries as the server gave them."""
+    show(options, list(found), lambda: table(columns, [[cell(one.get(c), c) for c in columns] for one in found]))
+
+
+def seconds(text: str) -> float:
+    if not 0 < float(text) <= 86_400:
+        raise ValueError(text)  # argparse says the rest
+    return float(text)
+
+
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those options that were given."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}

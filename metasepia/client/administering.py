@@ -1,10 +1,12 @@
 """Calls about the server itself."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from urllib.parse import quote
 
 from metasepia.client.calls import Answer, Ask, Steps, ask, everything, raw, request
-from metasepia.client.results import Health, Model
+from metasepia.client.errors import NotOurs
+from metasepia.client.results import Deletion, Health, Job, Key, Model, UsageOfDay
 
 
 def models() -> Steps[list[Model]]:
@@ -27,6 +29,64 @@ def version() -> Steps[str]:
     """Of the server."""
     found: dict[str, Any] = yield from ask(request("GetVersion"))
     return str(found["version"])
+
+
+def status() -> Steps[dict[str, Any]]:
+    """The graph at a glance: parts, backbones, rates, latency, the last ten minutes. As GET /v1/status has it."""
+    answer: Answer = yield Ask(request("GetStatus"))
+    found = answer.json()
+    if not isinstance(found, dict):
+        raise NotOurs(answer.url, answer.shown)
+    return found
+
+
+def create_key(
+    *,
+    tenant: str,
+    scopes: Sequence[Literal["infer", "contexts", "experts:write", "admin"]],
+    label: str | None = None,
+    expires_in_s: float | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_day: int | None = None,
+) -> Steps[Key]:
+    """A key for a tenant. Its secret is in `key` of this one answer."""
+    body = {
+        "tenant": tenant, "scopes": list(scopes), "label": label, "expires_in_s": expires_in_s,
+        "requests_per_minute": requests_per_minute, "tokens_per_day": tokens_per_day,
+    }  # fmt: skip
+    return Key.of((yield from ask(request("CreateKey", body))))
+
+
+def keys() -> Steps[list[Key]]:
+    """All of them, dead ones too."""
+    return [Key.of(one) for one in (yield from everything(request("ListKeys")))]
+
+
+def key(id: str) -> Steps[Key]:
+    """One of them."""
+    return Key.of((yield from ask(request("GetKey", id=id))))
+
+
+def revoke_key(id: str) -> Steps[Deletion]:
+    """Ends a key; on other gateways within seconds."""
+    return Deletion.of((yield from ask(request("RevokeKey", id=id))))
+
+
+def usage(*, tenant: str | None = None, first: str | None = None, last: str | None = None) -> Steps[list[UsageOfDay]]:
+    """What keys have used, by day from `first` to `last` (2026-01-31): of this key's tenant, or for `admin` of all."""
+    params = {"tenant": tenant, "from": first, "to": last, "limit": 10_000}
+    found = yield from ask(request("GetUsage", params=params))
+    return [UsageOfDay.of(one) for one in found["data"]]
+
+
+def jobs() -> Steps[list[Job]]:
+    """Ray jobs of the server's cluster that this key's tenant submitted."""
+    return [Job.of(one) for one in (yield from everything(raw("GET", "/v1/jobs", None, None)))]
+
+
+def job(id: str) -> Steps[Job]:
+    """One of them, and how far it is."""
+    return Job.of((yield from ask(raw("GET", f"/v1/jobs/{quote(id, safe='')}", None, None))))
 
 
 def metrics() -> Steps[str]:

@@ -62,12 +62,21 @@ CALLS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "FindNearestTasks": ("GET", "/v1/tasks/{id}/nearest"),
         "ListModels": ("GET", "/v1/models"),
         "GetModel": ("GET", "/v1/models/{model:path}"),
+        "CreateKey": ("POST", "/v1/keys"),
+        "ListKeys": ("GET", "/v1/keys"),
+        "GetKey": ("GET", "/v1/keys/{id}"),
+        "RevokeKey": ("DELETE", "/v1/keys/{id}"),
+        "GetUsage": ("GET", "/v1/usage"),
         "GetHealth": ("GET", "/health"),
         "GetMetrics": ("GET", "/metrics"),
+        "GetStatus": ("GET", "/v1/status"),
         "GetVersion": ("GET", "/version"),
     }
 )
 """Every call of the server by its name: method and path. A test compares it with the server's own table."""
+
+ONCE = ("CreateKey",)
+"""Whose answers the server does not keep for an Idempotency-Key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,8 @@ class Request:
     files: Mapping[str, bytes] = field(default_factory=dict)
     streams: bool = False
     """The answer's body is wanted as it comes in."""
+    once: bool = False
+    """The server does not know it again by its Idempotency-Key: sent again only where it was not carried out."""
 
     @property
     def is_read(self) -> bool:
@@ -123,7 +134,8 @@ def request(
     if content is not None:
         headers["content-type"] = "application/json"
     given = {key: str(value) for key, value in params.items() if value is not None}
-    return Request(method=method, path=path, params=given, headers=headers, content=content)
+    once = call in ONCE
+    return Request(method=method, path=path, params=given, headers=headers, content=content, once=once)
 
 
 def raw(method: str, path: str, body: Any, params: Mapping[str, Any] | None) -> Request:

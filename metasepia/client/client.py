@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, Unpack, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 import httpx
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 Now = TypeVar("Now")
 Soon = TypeVar("Soon")
 Table = TypeVar("Table")
+OneT = TypeVar("OneT", bound="_Client")
 ClientT = TypeVar("ClientT", "Client", "AsyncClient")
 
 URL = "http://127.0.0.1:8000"
@@ -35,7 +36,7 @@ class Verb(Generic[P, T]):
         self.__doc__ = plan.__doc__
 
     @overload
-    def __get__(self, one: None, kind: type) -> Self: ...
+    def __get__(self, one: None, kind: type) -> "Verb[P, T]": ...
     @overload
     def __get__(self, one: "Client", kind: type) -> Callable[P, T]: ...
     @overload
@@ -55,7 +56,7 @@ class StreamVerb(Generic[P]):
         self.__doc__ = plan.__doc__
 
     @overload
-    def __get__(self, one: None, kind: type) -> Self: ...
+    def __get__(self, one: None, kind: type) -> "StreamVerb[P]": ...
     @overload
     def __get__(self, one: "Client", kind: type) -> Callable[P, Stream]: ...
     @overload
@@ -75,7 +76,7 @@ class ContextVerb(Generic[P]):
         self.__doc__ = plan.__doc__
 
     @overload
-    def __get__(self, one: None, kind: type) -> Self: ...
+    def __get__(self, one: None, kind: type) -> "ContextVerb[P]": ...
     @overload
     def __get__(self, one: "Client", kind: type) -> Callable[P, "Context[Client]"]: ...
     @overload
@@ -132,7 +133,7 @@ class Typed(Generic[Now, Soon]):
         self.__doc__ = plan.__doc__
 
     @overload
-    def __get__(self, one: None, kind: type) -> Self: ...
+    def __get__(self, one: None, kind: type) -> "Typed[Now, Soon]": ...
     @overload
     def __get__(self, one: "Client | Context[Client]", kind: type) -> Now: ...
     @overload
@@ -153,7 +154,7 @@ class _OfContext(Generic[P, T]):
         self.__doc__ = plan.__doc__
 
     @overload
-    def __get__(self, one: None, kind: type) -> Self: ...
+    def __get__(self, one: None, kind: type) -> "_OfContext[P, T]": ...
     @overload
     def __get__(self, one: "Context[Client]", kind: type) -> Callable[P, T]: ...
     @overload
@@ -248,6 +249,15 @@ class Calls:
     version = Verb(administering.version)
     metrics = Verb(administering.metrics)
 
+    status = Verb(administering.status)
+    jobs = Verb(administering.jobs)
+    job = Verb(administering.job)
+    create_key = Verb(administering.create_key)
+    keys = Verb(administering.keys)
+    key = Verb(administering.key)
+    revoke_key = Verb(administering.revoke_key)
+    usage = Verb(administering.usage)
+
     json = Verb(administering.json_of)
     everything = Verb(administering.everything_of)
 
@@ -271,7 +281,7 @@ class _Client(Calls):
         """Of the server."""
         return self._by.url
 
-    def with_options(self, **changes: Any) -> Self:
+    def with_options(self: OneT, **changes: Any) -> OneT:
         """The same connections, asked in another way: fields of `Options`. Raises BadInput."""
         known = [one.name for one in dataclasses.fields(Options)]
         if unknown := set(changes) - set(known):
@@ -321,7 +331,7 @@ class Client(_Client):
         """Closes the connections."""
         self._by.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -357,7 +367,7 @@ class AsyncClient(_Client):
         """Closes the connections."""
         await self._by.close()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:

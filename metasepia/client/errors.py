@@ -2,7 +2,7 @@
 
     MetasepiaError
     ├── BadInput            (ValueError)       found here, before anything was sent
-    ├── NoAnswer            (ConnectionError)  nobody listens there, or the connection broke
+    ├── NoAnswer            (ConnectionError)  the connection broke; NotConnected: nobody listens there
     ├── OutOfTime           (TimeoutError)     the call's `timeout_s` is over
     ├── NotOurs             (ValueError)       something answers, but not as a Metasepia server does
     ├── StreamBroken        (ConnectionError)  a stream ended before its end; carries the text so far
@@ -53,6 +53,10 @@ class NoAnswer(MetasepiaError, ConnectionError):
         return (
             f"no answer from {self.url} ({self.problem}); is it running? METASEPIA_URL or the argument url says where"
         )
+
+
+class NotConnected(NoAnswer):
+    """The request never left."""
 
 
 class OutOfTime(MetasepiaError, TimeoutError):

@@ -10,15 +10,13 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metasepia.client.calls import Answer, Ask, Request, Steps
 from metasepia.client.errors import NoAnswer, NotOurs, StreamBroken, refused
 from metasepia.client.results import Usage
+from metasepia.client.transports import Blocking, Looping
 from metasepia.client.trying import Options, envelope_of
-
-if TYPE_CHECKING:
-    from metasepia.client.transports import Blocking, Looping
 
 _STATUS_OF_CODE = {"deadline_exceeded": 504, "unavailable": 503, "overloaded": 429, "quota_exceeded": 429}
 """What an error that comes as an event would have been answered with."""
@@ -144,11 +142,11 @@ class Stream(Received):
     Raises Refused, OutOfTime, StreamBroken (never tried again: some of the text has been seen already).
     """
 
-    def __init__(self, request: Request, by: "Blocking", options: Options) -> None:
+    def __init__(self, request: Request, by: Blocking, options: Options) -> None:
         super().__init__(request, by.url)
         self._source = self._run(by, options)
 
-    def _run(self, by: "Blocking", options: Options) -> Generator[Piece]:
+    def _run(self, by: Blocking, options: Options) -> Generator[Piece]:
         end = time.monotonic() + options.timeout_s
         answer = by.run(opened(self._request), options)
         try:
@@ -181,11 +179,11 @@ class Stream(Received):
 class AsyncStream(Received):
     """`Stream` in an event loop: `async with` or `aclose()` where the loop is left early."""
 
-    def __init__(self, request: Request, by: "Looping", options: Options) -> None:
+    def __init__(self, request: Request, by: Looping, options: Options) -> None:
         super().__init__(request, by.url)
         self._source = self._run(by, options)
 
-    async def _run(self, by: "Looping", options: Options) -> AsyncGenerator[Piece]:
+    async def _run(self, by: Looping, options: Options) -> AsyncGenerator[Piece]:
         end = time.monotonic() + options.timeout_s
         answer = await by.run(opened(self._request), options)
         try:

@@ -87,24 +87,22 @@ def add_expert(name: str, path: str | Path, *, backbone: str | None = None, card
     `path`: `expert.safetensors`, a directory with one (and `card.json`), or a PEFT LoRA directory. `card`: an object,
     or a file of JSON. Raises BadInput for a directory that holds neither.
     """
-    return Expert.of((yield from ask(_upload("AddExpert", {"name": name}, {}, path, backbone, card))))
+    return Expert.of((yield from ask(_upload(request("AddExpert"), {"name": name}, path, backbone, card))))
 
 
 def replace_expert(name: str, path: str | Path, *, backbone: str | None = None, card: Any = None) -> Steps[Expert]:
     """Registers an expert under a name, new or in use: later requests get this one."""
-    return Expert.of((yield from ask(_upload("ReplaceExpert", {}, {"name": name}, path, backbone, card))))
+    return Expert.of((yield from ask(_upload(request("ReplaceExpert", name=name), {}, path, backbone, card))))
 
 
-def _upload(
-    call: str, fields: dict[str, str], names: dict[str, str], path: str | Path, backbone: str | None, card: Any
-) -> Request:
+def _upload(asked: Request, fields: dict[str, str], path: str | Path, backbone: str | None, card: Any) -> Request:
     files = {part: file.read_bytes() for part, file in expert_files(Path(path)).items()}
     if isinstance(card, str | Path):
         files["card"] = existing(Path(card)).read_bytes()
     elif card is not None:
         files["card"] = encoded(card)
     fields |= {} if backbone is None else {"backbone": backbone}
-    return dataclasses.replace(request(call, None, **names), fields=fields, files=files)
+    return dataclasses.replace(asked, fields=fields, files=files)
 
 
 def expert_files(path: Path) -> dict[str, Path]:

@@ -6,11 +6,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from metasepia.client.errors import NotOurs
 
-T = TypeVar("T")
+OneT = TypeVar("OneT", bound="Entity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Entity:
     """The server's answer as it came."""
 
     @classmethod
-    def of(cls, tree: Any) -> Self:
+    def of(cls: type[OneT], tree: Any) -> OneT:
         """Raises NotOurs for an answer that lacks a field, or has one of another type."""
         if not isinstance(tree, dict):
             raise NotOurs("the server", f"{_shown(tree)} where a {cls.__name__.lower()} was to come")
@@ -99,7 +99,7 @@ class Choice(Entity):
     logprobs: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, tree: Any) -> Self:
+    def of(cls: type[OneT], tree: Any) -> OneT:
         message = tree.get("message") if isinstance(tree, dict) else None
         if isinstance(message, dict):
             tree = {**tree, "text": message.get("content") or ""}
@@ -315,6 +315,49 @@ class Deletion(Entity):
     deleted: bool
     deleted_at: int | None = None
     """Unix seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key(Entity):
+    """A key of a tenant; `key`, the secret, is in the answer of its making alone."""
+
+    id: str
+    tenant: str
+    scopes: list[str]
+    created: int
+    """Unix seconds."""
+    status: str
+    """`active`, `expired` or `revoked`."""
+    label: str = ""
+    expires: int | None = None
+    """Unix seconds; None: never."""
+    revoked: int | None = None
+    requests_per_minute: int | None = None
+    """None: no limit."""
+    tokens_per_day: int | None = None
+    key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageOfDay(Entity):
+    """What one key used on one day."""
+
+    day: str
+    """2026-01-31, UTC."""
+    key: str
+    tenant: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Entity):
+    """A Ray job of the server's cluster."""
+
+    id: str
+    status: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from metasepia.client.calls import SKIPPED, Answer, Ask, Pause, Request, Send, Step, Steps, Together
-from metasepia.client.errors import BadInput, NoAnswer, OutOfTime
+from metasepia.client.errors import BadInput, NoAnswer, NotConnected, OutOfTime
 from metasepia.client.trying import Options, tried
 
 T = TypeVar("T")
@@ -73,7 +73,9 @@ class Connection:
         except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
             raise OutOfTime(self.url, timeout_s) from None
         except httpx.ConnectTimeout:
-            raise NoAnswer(self.url, f"no connection within {min(CONNECT_S, timeout_s):g} s") from None
+            raise NotConnected(self.url, f"no connection within {min(CONNECT_S, timeout_s):g} s") from None
+        except httpx.ConnectError as error:
+            raise NotConnected(self.url, str(error) or "no connection") from None
         except httpx.HTTPError as error:
             raise NoAnswer(self.url, str(error) or type(error).__name__) from None
 
@@ -87,6 +89,8 @@ def checked_url(url: str) -> str:
         raise BadInput("url", f"{url!r} is no URL ({error}); {way_out}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise BadInput("url", f"{url!r} names no server; {way_out}")
+    if parsed.port is not None and not 0 < parsed.port < 65_536:
+        raise BadInput("url", f"{url!r} has no port from 1 to 65535; {way_out}")
     if parsed.query or parsed.fragment:
         raise BadInput("url", f"{url!r} has a query; {way_out}")
     return str(parsed).rstrip("/").removesuffix("/v1")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from metasepia.client.calls import Answer, Ask, Pause, Request, Send, Steps
-from metasepia.client.errors import BadInput, Envelope, NoAnswer, NotOurs, OutOfTime, Refused, refused
+from metasepia.client.errors import BadInput, Envelope, NoAnswer, NotConnected, NotOurs, OutOfTime, Refused, refused
 
 IDEMPOTENCY_KEY = "idempotency-key"
 _AGAIN = (429, 502, 503)
@@ -76,12 +76,13 @@ def tried(
             if 200 <= answer.status < 300:
                 return answer
             error = error_of(answer)
-            if error.status not in _AGAIN:
+            if error.status not in _AGAIN or (request.once and error.status != 429):
                 raise error
         asked = error.retry_after_s if isinstance(error, Refused) else None
         backoff = min(8.0, options.backoff_s * 2**count) * (0.5 + draw())
         wait = backoff if asked is None else asked + draw() * min(1.0, 0.25 * asked)  # not all clients at one moment
-        if count >= options.retries or wait >= end - clock():
+        is_lost = request.once and isinstance(error, NoAnswer) and not isinstance(error, NotConnected)
+        if is_lost or count >= options.retries or wait >= end - clock():
             raise error
         yield Pause(wait)
     raise AssertionError("tries end by raising")

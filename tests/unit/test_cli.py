@@ -1,19 +1,11 @@
 """The command `metasepia` against a real door behind a real HTTP server in this process; its parts are small fakes."""
 
-import asyncio
 import json
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
 
 from cluster.door_settings import HttpSettings
 from metasepia import cli
@@ -21,6 +13,7 @@ from metasepia.embedding import probes
 from metasepia.experts.peft_files import CONFIG, WEIGHTS, write_peft
 from metasepia.experts.vectors import ExpertVectors
 from tests.doors import Bench
+from tests.listening import listening
 from tests.serving import free_port
 from tests.tasks import PROBES, a_task_bench, data_set
 from tests.unit.test_gateway_experts import a_lora, an_expert
@@ -33,15 +26,8 @@ Said = tuple[int, str, str]
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("door")
     bench = Bench(write_byte_tokenizer(home)).with_experts(home / "registry", HttpSettings(max_upload_mib=1.0))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(bench.app, port=port, log_level="error"))  # pyright: ignore[reportArgumentType]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with listening(bench.app) as url:
+        yield url
 
 
 @pytest.fixture
@@ -62,39 +48,19 @@ def expert_directory(path: Path, expert: ExpertVectors, **card: Any) -> Path:
 
 
 @pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+def tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Said]]:
     """Says things to a door whose part embeds tasks."""
     monkeypatch.setattr(probes, "shipped", lambda: PROBES)
-    bench = a_task_bench(tmp_path)
+    with listening(a_task_bench(tmp_path).app) as url:
 
-    class Near(cli.Door):
-        def ask(self, method: str, path: str, **what: Any) -> Any:
-            async def talk(client: httpx.AsyncClient) -> httpx.Response:
-                response = await client.request(method, path, **what)
-                while bench.task_part.jobs.num_unfinished:  # its loop ends with this
-                    await asyncio.sleep(0.005)
-                return response
+        def run(*arguments: object) -> Said:
+            status = cli.main(["--url", url, "tasks", *map(str, arguments)])
+            captured = capsys.readouterr()
+            return status, captured.out, captured.err
 
-            monkeypatch.setattr(self, "_client", Answering(bench.run(talk)))
-            return super().ask(method, path, **what)
-
-    def run(*arguments: object) -> Said:
-        status = cli.main(["tasks", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    monkeypatch.setattr(cli, "Door", Near)
-    return run
-
-
-@dataclass
-class Answering:
-    """A client that has the answer."""
-
-    response: httpx.Response
-
-    def request(self, *_: Any, **__: Any) -> httpx.Response:
-        return self.response
+        yield run
 
 
 def test_tasks_are_added_asked_compared_shown_and_deleted(tasks: Callable[..., Said], tmp_path: Path) -> None:
@@ -116,15 +82,6 @@ def test_tasks_are_added_asked_compared_shown_and_deleted(tasks: Callable[..., S
     refused = tasks("ask", "tiny", "--template", "nothing")
     assert refused[0] == 1 and "prompt.template" in refused[2]
     assert tasks("ask", "tiny", "--template", "{text}", "--labels", "a", "a=b")[0] == 2
-
-
-def test_help_needs_no_torch_and_no_client_and_comes_at_once():
-    code = (
-        "import sys, metasepia.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'numpy', 'httpx', 'rich') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_expert_goes_in_is_shown_replaced_brought_back_and_deleted(say: Callable[..., Said], tmp_path: Path):
@@ -203,17 +160,3 @@ def test_what_the_door_refuses_is_said_in_its_words_with_a_status_of_its_kind(
     with pytest.raises(SystemExit) as misuse:
         say("experts", "fly")
     assert misuse.value.code == 2
-
-
-def test_lists_beyond_one_page_are_whole(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch):
-    pages = [{"data": [{"id": "a"}], "has_more": True, "last_id": "a"}, {"data": [{"id": "b"}], "has_more": False}]
-    asked: list[dict[str, Any]] = []
-
-    def answer(self: cli.Door, method: str, path: str, **what: Any) -> Any:
-        asked.append(dict(what["params"]))
-        return pages[len(asked) - 1]
-
-    monkeypatch.setattr(cli.Door, "json", answer)
-    assert [one["id"] for one in cli.Door("http://x", 1.0).everything("/v1/experts")] == ["a", "b"]
-    assert asked[1]["after"] == "a"
-    assert [one["limit"] for one in asked] == [1000, 1000]
