@@ -21,6 +21,7 @@ from cluster.settings import CentroidSettings
 from metasepia.centroids import Centroid, CentroidFacts, CentroidKey, KnownMean, OnlineCentroids
 from metasepia.errors import CorruptArtefact
 from metasepia.local_disk import sync_directory
+from metasepia.registry.entries import LOCAL
 
 logger = logging.getLogger("metasepia.centroids")
 
@@ -32,8 +33,48 @@ Seen = tuple[tuple[CentroidKey, Centroid], ...]
 """What a gateway has added up."""
 
 
+class TenantsCentroids:
+    """Each tenant's online centroids, in a file of its own: the limits are each one's, and no name meets another's.
+
+    Tenants are made by whoever runs the door, one at a time; each takes what its tasks take.
+    """
+
+    def __init__(self, settings: CentroidSettings, directory: Path) -> None:
+        self._settings, self._directory = settings, directory
+        self._own: dict[str, Centroids] = {}
+
+    async def check_room(self, owner: str, keys: Sequence[CentroidKey]) -> None:
+        await self._of(owner).check_room(keys)
+
+    async def absorb(self, owner: str, seen: Seen) -> tuple[CentroidFacts, ...]:
+        return await self._of(owner).absorb(seen)
+
+    async def compare(self, owner: str, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]:
+        return await self._of(owner).compare(seen)
+
+    async def facts(self, owner: str) -> tuple[CentroidFacts, ...]:
+        return await self._of(owner).facts()
+
+    async def forget(self, owner: str, task: str) -> int:
+        return await self._of(owner).forget(task)
+
+    async def known_means(self, owner: str, backbone: str) -> tuple[KnownMean, ...]:
+        return await self._of(owner).known_means(backbone)
+
+    async def stop(self) -> None:
+        """Saves what is not saved yet."""
+        for one in self._own.values():
+            await one.stop()
+
+    def _of(self, owner: str) -> "Centroids":
+        if owner not in self._own:
+            directory = self._directory if owner == LOCAL else self._directory / "tenants" / owner
+            self._own[owner] = Centroids(self._settings, directory)
+        return self._own[owner]
+
+
 class Centroids:
-    """Online centroids with their file. All methods but `save` belong to one event loop."""
+    """One tenant's online centroids with their file. All methods but `save` belong to one event loop."""
 
     def __init__(self, settings: CentroidSettings, directory: Path) -> None:
         """Goes on from the file in `directory`, if there is one; one that is damaged is put aside and told."""

@@ -225,6 +225,7 @@ class SearchAsked:
 class TaskAsked:
     """A task embedding as the door hands it on: names are digests, answers are at hand or a black box's to ask for."""
 
+    owner: str
     name: str | None
     """None: the id that its content gives."""
     kind: TaskKind

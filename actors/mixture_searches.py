@@ -75,13 +75,14 @@ class Searches:
         *,
         owner: str,
         max_unfinished: int,
+        turn: asyncio.Semaphore | None = None,
     ) -> None:
-        """`backbones` by digest."""
+        """`backbones` by digest. `turn`: of those, of other owners too, that run one after another."""
         self._catalogue, self._backbones, self._register = catalogue, dict(backbones), register
         self._owner, self._max_unfinished = owner, max_unfinished
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._writing: dict[str, asyncio.Task[Artefact]] = {}
-        self._turn = asyncio.Semaphore(1)
+        self._turn = turn or asyncio.Semaphore(1)
         self._submitting = asyncio.Lock()
 
     async def recover(self) -> int:

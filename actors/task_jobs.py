@@ -64,17 +64,33 @@ class OpenBox(Protocol):
     def __call__(self, box: Mapping[str, Any]) -> Opened: ...
 
 
+class Turns:
+    """How many jobs, whoever they are of, ask a model or hold their answers at once."""
+
+    def __init__(self, max_batch: int) -> None:
+        self.asking, self.embedding = asyncio.Semaphore(1), asyncio.Semaphore(max_batch)
+
+
 class TaskJobs:
     """The embeddings of one owner. All methods belong to one event loop."""
 
     def __init__(
-        self, catalogue: Catalogue, embedder: TaskEmbedder, open_box: OpenBox, settings: TaskSettings, *, owner: str
+        self,
+        catalogue: Catalogue,
+        embedder: TaskEmbedder,
+        open_box: OpenBox,
+        settings: TaskSettings,
+        *,
+        owner: str,
+        turns: "Turns | None" = None,
     ) -> None:
+        """`turns`: shared with other owners' jobs."""
         self._catalogue, self._embedder, self._open_box = catalogue, embedder, open_box
         self._settings, self._owner = settings, owner
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._writing: dict[str, asyncio.Task[Artefact]] = {}
-        self._asking, self._embedding = asyncio.Semaphore(1), asyncio.Semaphore(settings.max_batch)
+        turns = turns or Turns(settings.max_batch)
+        self._asking, self._embedding = turns.asking, turns.embedding
         self._submitting = asyncio.Lock()
 
     @property

@@ -14,10 +14,10 @@ from actors.backbone import BackboneGroup
 from actors.registry import RegistryClient
 from cluster.settings import Settings
 from metasepia.errors import Unavailable
+from metasepia.registry.entries import LOCAL
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve import prepare, shipped
-from serve.autoscaling import QUEUED
-from serve.names import OWNER
+from serve.autoscaling import QUEUED, WAITING, waiting_tokens
 
 
 class BackboneReplica:
@@ -35,7 +35,7 @@ class BackboneReplica:
         await shipped.import_all(registry)
 
         async def resolve(name: str) -> str:
-            return (await registry.resolve("expert", name, OWNER)).digest
+            return (await registry.resolve("expert", name, LOCAL)).digest
 
         self._group = await BackboneGroup.start(
             one, prepared, settings.home, group, first_bundle=1, fetch=registry.get, resolve=resolve
@@ -65,9 +65,9 @@ class BackboneReplica:
     async def info(self) -> dict[str, Any]:
         return dataclasses.asdict(self._group.info)
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """For Serve's autoscaler."""
-        return {QUEUED: float(self._group.queued_tokens)}
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler (`serve.autoscaling`)."""
+        return {QUEUED: float(self._group.queued_tokens), WAITING: await waiting_tokens(self._settings.id)}
 
     async def check_health(self) -> None:
         """For Serve. A gang that is being rebuilt is no reason to replace the replica: the group does that itself."""

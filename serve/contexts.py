@@ -31,8 +31,9 @@ from serve.admission import Place
 from serve.context_vectors import ContextVectors, Embedded, Vectors
 from serve.deadlines import Deadline
 from serve.inputs import Inputs, Labelled, check_classes, check_number, read_labelled
-from serve.names import OWNER, Names
+from serve.names import Names
 from serve.parts import Catalogue, Reasoning
+from serve.principal import current
 from serve.receipts import receipt_json
 from serve.schemas import ContextRequest, MoreExamplesRequest
 from serve.shipped import ModuleCard
@@ -187,7 +188,7 @@ class Contexts:
         if digest is None:
             raise UnknownName("context", id_[:80], await self._known())
         try:
-            artefact = await self._catalogue.resolve("context", digest, OWNER, deleted=True)
+            artefact = await self._catalogue.resolve("context", digest, current().tenant, deleted=True)
         except UnknownName:
             raise UnknownName("context", id_, await self._known()) from None
         if artefact.deleted_unix_s is not None:
@@ -210,7 +211,7 @@ class Contexts:
         behind = "" if after is None else digest_of_name(after)
         if behind is None:
             raise InvalidRequest("after", "must be the id of a context")
-        found = await self._catalogue.list("context", OWNER, after=behind, limit=limit + 1)
+        found = await self._catalogue.list("context", current().tenant, after=behind, limit=limit + 1)
         data = [await self._context_json(Stored(one)) for one in found[:limit]]
         return {
             "object": "list",
@@ -236,7 +237,7 @@ class Contexts:
         try:
             await self.find(id_, usable=False)
             digest = id_.removeprefix(PREFIX)
-            when = (await self._catalogue.delete("context", digest, OWNER)).deleted_unix_s
+            when = (await self._catalogue.delete("context", digest, current().tenant)).deleted_unix_s
         except DeletedName as error:
             when = error.deleted_unix_s
         return {"id": id_, "object": "context.deleted", "deleted": True, "deleted_at": int(when or 0)}
@@ -267,7 +268,7 @@ class Contexts:
                 "self_check": built.self_check and _self_check_json(built.self_check),
             }
             artefact = await self._catalogue.put(
-                "context", blob, digest=named.digest, name=None, owner=OWNER, card=card
+                "context", blob, digest=named.digest, name=None, owner=current().tenant, card=card
             )
         made = self._made_json(Stored(artefact), request_digest, began_s, cached=False)
         made["receipt"] = receipt_json(
@@ -278,12 +279,12 @@ class Contexts:
 
     async def _live(self, digest: str) -> Stored | None:
         try:
-            return Stored(await self._catalogue.resolve("context", digest, OWNER))
+            return Stored(await self._catalogue.resolve("context", digest, current().tenant))
         except UnknownName:
             return None
 
     async def _known(self) -> tuple[str, ...]:
-        found = await self._catalogue.list("context", OWNER, limit=NUM_KNOWN + 1)
+        found = await self._catalogue.list("context", current().tenant, limit=NUM_KNOWN + 1)
         names = tuple(PREFIX + one.digest for one in found)
         return names if len(names) <= NUM_KNOWN else (*names[:NUM_KNOWN], "and more (GET /v1/contexts)")
 

@@ -32,7 +32,7 @@ from serve.hidden_states import HiddenStatesRoute
 from serve.key_routes import KeyRoutes
 from serve.metrics import Metrics
 from serve.mixtures import Mixtures
-from serve.names import AUTO, MIXTURE, OWNER, Names
+from serve.names import AUTO, MIXTURE, Names
 from serve.observed_tasks import ObservedTasks
 from serve.observing import Centroids, Observer
 from serve.parts import (
@@ -42,6 +42,7 @@ from serve.parts import (
     Reasoning,
     TextEncoder,
 )
+from serve.principal import current
 from serve.prompts import Prompts
 from serve.routing import Routed, Routing
 from serve.schemas import (
@@ -228,7 +229,8 @@ class Door:
         if body.name == "search":
             raise InvalidRequest("name", "'search' is a path of this server; choose another")
         async with asked.deadline.limit("registering the mixture"):
-            digest = await self._mixing.register(backbone.prepared.digest, body.weights, OWNER, body.name)
+            owner = current().tenant
+            digest = await self._mixing.register(backbone.prepared.digest, body.weights, owner, body.name)
         id_ = body.name or digest
         return JSONResponse(
             {"id": id_, "object": "mixture", "model": f"{backbone.id}:{MIXTURE}{id_}", "digest": digest}

@@ -17,8 +17,9 @@ from metasepia.registry.entries import SHARED, Artefact, Kind
 from serve.accepting import FIELDS, Accepted, Fits, accept
 from serve.asked import deadline_of
 from serve.contexts import number_of
-from serve.names import OWNER, short_card
+from serve.names import short_card
 from serve.parts import Catalogue
+from serve.principal import current
 from serve.shelf import page_of
 from serve.uploads import Uploads
 
@@ -54,7 +55,7 @@ class Experts:
                 accepted.blob,
                 digest=accepted.digest,
                 name=accepted.name,
-                owner=OWNER,
+                owner=current().tenant,
                 card=accepted.card,
                 replace=name is not None,
             )
@@ -116,7 +117,7 @@ class Experts:
 async def find(catalogue: Catalogue, kind: Kind, name: str) -> Artefact:
     """What a name or digest stands for now. Raises UnknownName, and DeletedName for what it stood for once."""
     try:
-        found = await catalogue.resolve(kind, name, OWNER, deleted=True)
+        found = await catalogue.resolve(kind, name, current().tenant, deleted=True)
     except UnknownName as error:
         raise UnknownName(SAID[kind], name[:80], error.known) from None
     if found.deleted_unix_s is not None:
@@ -126,7 +127,7 @@ async def find(catalogue: Catalogue, kind: Kind, name: str) -> Artefact:
 
 async def listing(catalogue: Catalogue, kind: Kind, after: str, limit: int, entry: Any) -> dict[str, Any]:
     """A page in order of names, as OpenAI's lists are."""
-    found, has_more = await page_of(catalogue, kind, OWNER, after, limit)
+    found, has_more = await page_of(catalogue, kind, current().tenant, after, limit)
     data = [entry(one) for one in found]
     return {
         "object": "list",
@@ -138,7 +139,7 @@ async def listing(catalogue: Catalogue, kind: Kind, after: str, limit: int, entr
 
 
 async def delete(catalogue: Catalogue, kind: Kind, name: str) -> dict[str, Any]:
-    """Takes a name of the door's owner away. Raises UnknownName, and NotSupported for what comes with the package."""
+    """Takes a name of the tenant's away. Raises UnknownName, and NotSupported for what comes with the package."""
     if kind == "expert" and is_digest(name):
         raise InvalidRequest("name", "delete an expert by its name; a digest may have several")
     try:
@@ -148,7 +149,7 @@ async def delete(catalogue: Catalogue, kind: Kind, name: str) -> dict[str, Any]:
                 f"deleting the {kind} {name}, which comes with the package,",
                 "register one of your own under this name: it hides the other",
             )
-        when = (await catalogue.delete(kind, name, OWNER)).deleted_unix_s
+        when = (await catalogue.delete(kind, name, current().tenant)).deleted_unix_s
     except DeletedName as error:
         when = error.deleted_unix_s
     return {"id": name, "object": f"{kind}.deleted", "deleted": True, "deleted_at": int(when or 0)}

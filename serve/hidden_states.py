@@ -37,6 +37,7 @@ from serve.names import AUTO, Chosen, Names
 from serve.observed_tasks import facts_json
 from serve.observing import TIMEOUT_S, Observer
 from serve.parts import Backbone
+from serve.principal import current
 from serve.prompts import Prompts, away
 from serve.receipts import receipt_json
 from serve.routing import Routing
@@ -215,7 +216,7 @@ class HiddenStatesRoute:
             return
         keys = [key for key, _ in _keys(plan, None)]
         try:
-            await _soon(plan, self._observer.part.check_room(keys))
+            await _soon(plan, self._observer.part.check_room(current().tenant, keys))
         except Exception as error:
             if isinstance(failures.unwrap(error), InvalidRequest):
                 raise
@@ -242,13 +243,13 @@ class HiddenStatesRoute:
         try:
             part = self._observer.part
             if plan.body.observe:
-                facts = await _soon(plan, part.absorb(tuple(seen)))
+                facts = await _soon(plan, part.absorb(current().tenant, tuple(seen)))
                 told["centroids"] = [facts_json(one) for one in facts]
                 told["observed"] = len(facts) == len(seen)
                 if not told["observed"]:
                     told["reason"] = "there is no room for another task or centroid any more"
             else:
-                compared = await _soon(plan, part.compare(tuple(seen)))
+                compared = await _soon(plan, part.compare(current().tenant, tuple(seen)))
                 told["centroids"] = [facts_json(one) | {"distance": distance} for one, distance in compared]
         except Exception as error:
             told["reason"] = f"the part that keeps centroids did not answer ({type(failures.unwrap(error)).__name__})"

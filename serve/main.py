@@ -40,8 +40,8 @@ from cluster.settings import Settings
 from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
 from metasepia.models.prepared import PreparedBackbone
+from metasepia.registry.entries import LOCAL
 from serve import graph, grpc_start, middleware, prepare, processes, shipped
-from serve.names import OWNER
 
 READY_TIMEOUT_S = 600.0
 DRAINED_S = 2.0
@@ -221,7 +221,7 @@ async def check_pins(settings: Settings, prepared: Mapping[str, PreparedBackbone
         if one.pinned:
             allowed, backbone = f"an expert of {one.id}", prepared[one.id].digest
             try:
-                found = await catalogue.resolve("expert", one.pinned, OWNER, deleted=is_digest(one.pinned))
+                found = await catalogue.resolve("expert", one.pinned, LOCAL, deleted=is_digest(one.pinned))
             except UnknownName as error:
                 raise InvalidSettings(f"backbones[{one.id}].pinned", one.pinned, f"{allowed} ({error})") from None
             if found.card.get("backbone") != backbone:

@@ -11,7 +11,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from actors import logs, meters
-from actors.centroids import Centroids, Seen
+from actors.centroids import Seen, TenantsCentroids
 from actors.drift_meters import tell_drift
 from actors.expert_mixing import Candidates, ExpertMixing
 from actors.messages import SearchAsked
@@ -23,12 +23,11 @@ from metasepia.errors import InvalidRequest, UnknownName
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.mixing import BASE
 from metasepia.experts.vectors import ExpertVectors, FactorIndex
-from metasepia.registry.entries import Artefact
+from metasepia.registry.entries import LOCAL, Artefact
 from metasepia.rows import Adapter
 from metasepia.search.jobs import SearchJob
 from metasepia.search.warm_start import Nearness
 from serve import prepare
-from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, Weights
 from serve.prompts import Prompts
 from serve.reached import Reached
@@ -42,11 +41,9 @@ MAX_CANDIDATES = 64
 class ExpertMixingPart:
     """`ExpertMixing` and `Searches` over one registry."""
 
-    def __init__(
-        self, catalogue: Any, backbones: Sequence[Backbone], settings: MixingSettings, home: Path, owner: str = OWNER
-    ) -> None:
+    def __init__(self, catalogue: Any, backbones: Sequence[Backbone], settings: MixingSettings, home: Path) -> None:
         """`home` is where the factors' indices are, for weights by layer."""
-        self._catalogue, self._home, self._owner = catalogue, home, owner
+        self._catalogue, self._home, self._settings = catalogue, home, settings
         self._mixing = ExpertMixing(catalogue, self._layers)
         served = [
             Searched(
@@ -57,13 +54,32 @@ class ExpertMixingPart:
             )
             for one in backbones
         ]
-        self.searches = Searches(
-            catalogue,
-            {one.digest: one for one in served},
-            self._register_found,
-            owner=owner,
-            max_unfinished=settings.max_searches,
-        )
+        self._served = {one.digest: one for one in served}
+        self._turn = asyncio.Semaphore(1)
+        self._searches: dict[str, Searches] = {}
+
+    def searches_of(self, owner: str) -> Searches:
+        """One tenant's searches. They run one at a time, whoever they are of, in the order in which they came."""
+
+        async def register(job: SearchJob, adapter: Adapter, facts: Mapping[str, object]) -> str:
+            candidates = Candidates(named=job.candidates, factors=job.factors, bases=frozenset(job.bases))
+            return await self._mixing.put(job.backbone, adapter, candidates, owner, facts)
+
+        if owner not in self._searches:
+            most = self._settings.max_searches
+            self._searches[owner] = Searches(
+                self._catalogue, self._served, register, owner=owner, max_unfinished=most, turn=self._turn
+            )
+        return self._searches[owner]
+
+    async def recover(self) -> int:
+        """Goes on with every tenant's searches; how many."""
+        return sum([await self.searches_of(one).recover() for one in await self._catalogue.owners("search")])
+
+    async def stop(self) -> None:
+        """Leaves the searches to whoever recovers them."""
+        for one in self._searches.values():
+            await one.stop()
 
     async def register(self, backbone: str, weights: Weights, owner: str, name: str | None = None) -> str:
         """See `ExpertMixing.register`."""
@@ -77,7 +93,7 @@ class ExpertMixingPart:
         start of which nothing is known.
         """
         meters.SEARCHES.inc()
-        names = await self._all_experts(asked.backbone) if asked.experts is None else asked.experts
+        names = await self._all_experts(asked.backbone, asked.owner) if asked.experts is None else asked.experts
         if not names:
             raise InvalidRequest("experts", "the backbone has none that can be mixed; register some first")
         if len(names) > MAX_CANDIDATES:
@@ -100,7 +116,7 @@ class ExpertMixingPart:
         if asked.near is not None:
             known = await self._digests(asked.near, asked.owner)
             start = asked.near.start(known, list(found.digests.values()), found.bases)
-        return await self.searches.submit(
+        return await self.searches_of(asked.owner).submit(
             SearchJob(
                 backbone=asked.backbone,
                 candidates=tuple(sorted(found.named)),
@@ -118,37 +134,37 @@ class ExpertMixingPart:
             )
         )
 
-    async def search_get(self, id_: str) -> dict[str, Any]:
-        return await self.searches.get(id_)
+    async def search_get(self, owner: str, id_: str) -> dict[str, Any]:
+        return await self.searches_of(owner).get(id_)
 
-    async def search_listing(self) -> list[dict[str, Any]]:
-        return await self.searches.listing()
+    async def search_listing(self, owner: str) -> list[dict[str, Any]]:
+        return await self.searches_of(owner).listing()
 
-    async def search_trace(self, id_: str) -> list[dict[str, Any]]:
-        return await self.searches.trace(id_)
+    async def search_trace(self, owner: str, id_: str) -> list[dict[str, Any]]:
+        return await self.searches_of(owner).trace(id_)
 
-    async def search_picture(self, id_: str) -> bytes:
-        return await self.searches.picture(id_)
+    async def search_picture(self, owner: str, id_: str) -> bytes:
+        return await self.searches_of(owner).picture(id_)
 
-    async def search_cancel(self, id_: str) -> dict[str, Any]:
-        return await self.searches.cancel(id_)
+    async def search_cancel(self, owner: str, id_: str) -> dict[str, Any]:
+        return await self.searches_of(owner).cancel(id_)
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
-    async def _all_experts(self, backbone: str) -> tuple[str, ...]:
+    async def _all_experts(self, backbone: str, owner: str) -> tuple[str, ...]:
         """Every expert that can be a candidate beside the others: expert vectors of the paper's form, or where there
         are none renormalised ones, or where there are none low-rank adapters. Never one that dispatches.
         """
-        listed = await self._catalogue.list("expert", self._owner, limit=10 * MAX_CANDIDATES)
-        own = {one.name: one for one in sorted(listed, key=lambda one: one.owner == self._owner)}
+        listed = await self._catalogue.list("expert", owner, limit=10 * MAX_CANDIDATES)
+        own = {one.name: one for one in sorted(listed, key=lambda one: one.owner == owner)}
         able = [one for one in own.values() if one.card.get("backbone") == backbone and not one.card.get("dispatcher")]
         kinds: dict[str, list[str]] = {"plain": [], "renormalised": [], "low rank": []}
         for one in able:
-            kinds[await self._kind(one)].append(one.name)
+            kinds[await self._kind(one, owner)].append(one.name)
         return tuple(next((names for names in kinds.values() if names), []))
 
-    async def _kind(self, artefact: Artefact) -> str:
-        expert = read_adapter(await self._catalogue.get(artefact.digest, self._owner), artefact.name)
+    async def _kind(self, artefact: Artefact, owner: str) -> str:
+        expert = read_adapter(await self._catalogue.get(artefact.digest, owner), artefact.name)
         if isinstance(expert, LoraAdapter):
             return "low rank"
         assert isinstance(expert, ExpertVectors)
@@ -167,10 +183,6 @@ class ExpertMixingPart:
     def _layers(self, factors: str) -> FactorIndex:
         return FactorIndex.read(factors, self._home)
 
-    async def _register_found(self, job: SearchJob, adapter: Adapter, facts: Mapping[str, object]) -> str:
-        candidates = Candidates(named=job.candidates, factors=job.factors, bases=frozenset(job.bases))
-        return await self._mixing.put(job.backbone, adapter, candidates, self._owner, facts)
-
 
 class MixingReplica(ExpertMixingPart):
     """What Serve runs; it goes on with the searches that its predecessor left, and has the graph's online centroids
@@ -183,36 +195,36 @@ class MixingReplica(ExpertMixingPart):
         served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
         super().__init__(registry, served, settings.mixing, settings.home)
         logs.begin()
-        self._centroids = Centroids(settings.centroids, settings.home / "centroids")
+        self._centroids = TenantsCentroids(settings.centroids, settings.home / "centroids")
         self._telling = asyncio.create_task(self._tell_drift({one.prepared.digest: one.id for one in served}))
-        await self.searches.recover()
+        await self.recover()
 
     async def _tell_drift(self, ids: Mapping[str, str]) -> None:
         while True:
-            tell_drift(await self.centroids_facts(), ids)
+            tell_drift(await self.centroids_facts(LOCAL), ids)  # names of tasks are their tenants'
             await asyncio.sleep(DRIFT_EVERY_S)
 
-    async def centroids_check_room(self, keys: Sequence[CentroidKey]) -> None:
-        await self._centroids.check_room(keys)
+    async def centroids_check_room(self, owner: str, keys: Sequence[CentroidKey]) -> None:
+        await self._centroids.check_room(owner, keys)
 
-    async def centroids_absorb(self, seen: Seen) -> tuple[CentroidFacts, ...]:
-        return await self._centroids.absorb(seen)
+    async def centroids_absorb(self, owner: str, seen: Seen) -> tuple[CentroidFacts, ...]:
+        return await self._centroids.absorb(owner, seen)
 
-    async def centroids_compare(self, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]:
-        return await self._centroids.compare(seen)
+    async def centroids_compare(self, owner: str, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]:
+        return await self._centroids.compare(owner, seen)
 
-    async def centroids_facts(self) -> tuple[CentroidFacts, ...]:
-        return await self._centroids.facts()
+    async def centroids_facts(self, owner: str) -> tuple[CentroidFacts, ...]:
+        return await self._centroids.facts(owner)
 
-    async def centroids_forget(self, task: str) -> int:
-        return await self._centroids.forget(task)
+    async def centroids_forget(self, owner: str, task: str) -> int:
+        return await self._centroids.forget(owner, task)
 
-    async def centroids_known_means(self, backbone: str) -> tuple[KnownMean, ...]:
-        return await self._centroids.known_means(backbone)
+    async def centroids_known_means(self, owner: str, backbone: str) -> tuple[KnownMean, ...]:
+        return await self._centroids.known_means(owner, backbone)
 
     async def __del__(self) -> None:
         # Serve awaits this when it takes the replica down.
         if hasattr(self, "_centroids"):
             await self._centroids.stop()
-        if hasattr(self, "searches"):
-            await self.searches.stop()
+        if hasattr(self, "_searches"):
+            await self.stop()

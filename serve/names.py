@@ -15,12 +15,13 @@ from typing import Any
 
 from metasepia.errors import CorruptArtefact, DeletedName, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX as CONTEXT
-from metasepia.registry.entries import LOCAL, Artefact, Kind
+from metasepia.registry.entries import Artefact, Kind
 from metasepia.rows import Adapter
 from serve.parts import Backbone, Catalogue, TextEncoder
+from serve.principal import current
 from serve.shelf import Shelf
+from serve.tenants import PerTenant
 
-OWNER = LOCAL
 MIXTURE = "mix@"
 AUTO = "auto"
 NUM_KNOWN = 20
@@ -54,8 +55,8 @@ class Names:
         self.encoders: Mapping[str, TextEncoder] = {one.id: one for one in encoders}
         self._catalogue, self._auto_is_served = catalogue, auto_is_served
         self._created = int(time.time())
-        self._experts: Shelf[dict[str, Any] | None] = Shelf(catalogue, "expert", OWNER, self._adapter_entry)
-        self._mixtures: Shelf[dict[str, Any] | None] = Shelf(catalogue, "mixture", OWNER, self._adapter_entry)
+        self._experts = PerTenant(lambda owner: Shelf(catalogue, "expert", owner, self._adapter_entry))
+        self._mixtures = PerTenant(lambda owner: Shelf(catalogue, "mixture", owner, self._adapter_entry))
 
     async def resolve(self, model: str) -> Chosen:
         """The backbone and adapter of a model name that generates text.
@@ -85,7 +86,7 @@ class Names:
             backbone = self.backbones[backbone_id]
             kind: Kind = "mixture" if name.startswith(MIXTURE) else "expert"
             with contextlib.suppress(UnknownName):
-                found = await self._catalogue.resolve(kind, name.removeprefix(MIXTURE), OWNER, deleted=True)
+                found = await self._catalogue.resolve(kind, name.removeprefix(MIXTURE), current().tenant, deleted=True)
                 if found.card.get("backbone") == backbone.prepared.digest:
                     if found.deleted_unix_s is not None:
                         raise DeletedName("model", model, found.deleted_unix_s)
@@ -95,8 +96,8 @@ class Names:
     async def known_generating(self) -> tuple[str, ...]:
         """Names that generate text: every backbone, and some of their experts and mixtures."""
         known = list(self.backbones)
-        for shelf in (self._experts, self._mixtures):
-            ids = [one["id"] for one in (await shelf.all()).values() if one is not None]
+        for shelves in (self._experts, self._mixtures):
+            ids = [one["id"] for one in (await shelves.mine().all()).values() if one is not None]
             known += ids[:NUM_KNOWN]
             if len(ids) > NUM_KNOWN:
                 known.append("and more (GET /v1/models)")
@@ -127,15 +128,17 @@ class Names:
     async def _contexts(self) -> list[Artefact]:
         """All of them, page by page."""
         found: list[Artefact] = []
+        owner = current().tenant
         while True:
-            page = await self._catalogue.list("context", OWNER, after=found[-1].name if found else "", limit=_PAGE)
+            page = await self._catalogue.list("context", owner, after=found[-1].name if found else "", limit=_PAGE)
             found += page
             if len(page) < _PAGE:
                 return found
 
     async def fixed(self) -> list[dict[str, Any]]:
         """What GET /v1/models has without the contexts."""
-        parts, experts, mixtures = await asyncio.gather(self._parts(), self._experts.all(), self._mixtures.all())
+        shelves = self._experts.mine(), self._mixtures.mine()
+        parts, experts, mixtures = await asyncio.gather(self._parts(), *(one.all() for one in shelves))
         adapted = [one for one in (*experts.values(), *mixtures.values()) if one is not None]
         auto = [one for one in parts if one["id"] == AUTO]
         return [one for one in parts if one["id"] != AUTO] + adapted + auto

@@ -14,6 +14,7 @@ from metasepia.registry.entries import check_name
 from serve.asked import deadline_of
 from serve.observing import Centroids
 from serve.parts import Backbone
+from serve.principal import current
 
 
 class ObservedTasks:
@@ -40,14 +41,14 @@ class ObservedTasks:
         name = request.path_params["task"]
         check_name(name.removeprefix(ROUTED), "task")
         async with deadline_of(request, self._http).limit("deleting the task"):
-            if not await self._part.forget(name):
-                known = {one.key.task for one in await self._part.facts()}
+            if not await self._part.forget(current().tenant, name):
+                known = {one.key.task for one in await self._part.facts(current().tenant)}
                 raise UnknownName("task", name[:80], tuple(sorted(known)))
         return JSONResponse({"id": name, "object": "hidden_states.task.deleted", "deleted": True})
 
     async def _listing(self, request: Request) -> "list[dict[str, Any]]":
         async with deadline_of(request, self._http).limit("listing the tasks"):
-            facts = await self._part.facts()
+            facts = await self._part.facts(current().tenant)
         by_task = itertools.groupby(sorted(facts, key=lambda one: one.key.task), key=lambda one: one.key.task)
         return [
             {

@@ -20,6 +20,7 @@ from metasepia.centroids import CentroidFacts, CentroidKey, KnownMean, OnlineCen
 from metasepia.errors import InvalidRequest
 from serve.failures import unwrap
 from serve.parts import answered
+from serve.tenants import PerTenant
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,14 +32,14 @@ _NEVER = 2**62
 
 
 class Centroids(Protocol):
-    """The part that keeps centroids; `actors.centroids.Centroids` says what each call does."""
+    """The part that keeps centroids, each tenant's apart; `actors.centroids.Centroids` says what each call does."""
 
-    async def check_room(self, keys: Sequence[CentroidKey]) -> None: ...
-    async def absorb(self, seen: Seen) -> tuple[CentroidFacts, ...]: ...
-    async def compare(self, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]: ...
-    async def facts(self) -> tuple[CentroidFacts, ...]: ...
-    async def forget(self, task: str) -> int: ...
-    async def known_means(self, backbone: str) -> tuple[KnownMean, ...]: ...
+    async def check_room(self, owner: str, keys: Sequence[CentroidKey]) -> None: ...
+    async def absorb(self, owner: str, seen: Seen) -> tuple[CentroidFacts, ...]: ...
+    async def compare(self, owner: str, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]: ...
+    async def facts(self, owner: str) -> tuple[CentroidFacts, ...]: ...
+    async def forget(self, owner: str, task: str) -> int: ...
+    async def known_means(self, owner: str, backbone: str) -> tuple[KnownMean, ...]: ...
 
 
 class ServedCentroids:
@@ -47,32 +48,56 @@ class ServedCentroids:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def check_room(self, keys: Sequence[CentroidKey]) -> None:
-        await answered(self._handle.centroids_check_room.remote(tuple(keys)))
+    async def check_room(self, owner: str, keys: Sequence[CentroidKey]) -> None:
+        await answered(self._handle.centroids_check_room.remote(owner, tuple(keys)))
 
-    async def absorb(self, seen: Seen) -> tuple[CentroidFacts, ...]:
-        return await answered(self._handle.centroids_absorb.remote(seen))
+    async def absorb(self, owner: str, seen: Seen) -> tuple[CentroidFacts, ...]:
+        return await answered(self._handle.centroids_absorb.remote(owner, seen))
 
-    async def compare(self, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]:
-        return await answered(self._handle.centroids_compare.remote(seen))
+    async def compare(self, owner: str, seen: Seen) -> tuple[tuple[CentroidFacts, float], ...]:
+        return await answered(self._handle.centroids_compare.remote(owner, seen))
 
-    async def facts(self) -> tuple[CentroidFacts, ...]:
-        return await answered(self._handle.centroids_facts.remote())
+    async def facts(self, owner: str) -> tuple[CentroidFacts, ...]:
+        return await answered(self._handle.centroids_facts.remote(owner))
 
-    async def forget(self, task: str) -> int:
-        return await answered(self._handle.centroids_forget.remote(task))
+    async def forget(self, owner: str, task: str) -> int:
+        return await answered(self._handle.centroids_forget.remote(owner, task))
 
-    async def known_means(self, backbone: str) -> tuple[KnownMean, ...]:
-        return await answered(self._handle.centroids_known_means.remote(backbone))
+    async def known_means(self, owner: str, backbone: str) -> tuple[KnownMean, ...]:
+        return await answered(self._handle.centroids_known_means.remote(owner, backbone))
 
 
 class Observer:
-    """What one gateway sees."""
+    """What one gateway sees, each tenant's for itself: what one routes by never moves another's."""
 
     def __init__(
         self, part: Centroids, settings: CentroidSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.part, self._settings, self._clock = part, settings, clock
+        self.part, self._settings = part, settings
+        self._own = PerTenant(lambda owner: _Own(owner, part, settings, clock))
+
+    def adding_up(self) -> OnlineCentroids:
+        """Empty: for the states of one request, which bounds them."""
+        limits = dataclasses.replace(self._settings.limits, reference_count=_NEVER)
+        return OnlineCentroids(dataclasses.replace(limits, max_tasks=_NEVER, max_centroids=_NEVER))
+
+    def routed(self, key: CentroidKey, state: np.ndarray, registered: np.ndarray | None) -> None:
+        """Takes the state by which `auto` chose an expert, to be told soon. Costs no call and never fails."""
+        self._own.mine().routed(key, state, registered)
+
+    def known_means(self, backbone: str) -> tuple[KnownMean, ...]:
+        """What the tenant's tasks look like, as the part that keeps them said when it was asked last.
+
+        The same object until it says otherwise; asked again `FLUSH_S` later, without anybody waiting for it.
+        """
+        return self._own.mine().known_means(backbone)
+
+
+class _Own:
+    """What one tenant's requests bring."""
+
+    def __init__(self, owner: str, part: Centroids, settings: CentroidSettings, clock: Callable[[], float]) -> None:
+        self._owner, self._part, self._settings, self._clock = owner, part, settings, clock
         self._pending = self._bounded()
         self._flushing: asyncio.Task[None] | None = None
         self._num_left_out = 0
@@ -80,16 +105,10 @@ class Observer:
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
-    def adding_up(self) -> OnlineCentroids:
-        """Empty: for the states of one request, which bounds them."""
-        limits = dataclasses.replace(self._settings.limits, reference_count=_NEVER)
-        return OnlineCentroids(dataclasses.replace(limits, max_tasks=_NEVER, max_centroids=_NEVER))
-
     def _bounded(self) -> OnlineCentroids:
         return OnlineCentroids(dataclasses.replace(self._settings.limits, reference_count=_NEVER))
 
     def routed(self, key: CentroidKey, state: np.ndarray, registered: np.ndarray | None) -> None:
-        """Takes the state by which `auto` chose an expert, to be told soon. Costs no call and never fails."""
         try:
             self._pending.observe(key, state[None], registered)
         except InvalidRequest:
@@ -102,7 +121,7 @@ class Observer:
         while len(self._pending):
             seen, self._pending = tuple(self._pending), self._bounded()
             try:
-                facts = await asyncio.wait_for(self.part.absorb(seen), TIMEOUT_S)
+                facts = await asyncio.wait_for(self._part.absorb(self._owner, seen), TIMEOUT_S)
             except Exception as error:
                 logger.warning("routed requests were not counted in their centroids: %s", unwrap(error))
                 return
@@ -120,10 +139,6 @@ class Observer:
         self._num_left_out = num_left_out
 
     def known_means(self, backbone: str) -> tuple[KnownMean, ...]:
-        """What clients' tasks look like, as the part that keeps them said when it was asked last.
-
-        The same object until it says otherwise; asked again `FLUSH_S` later, without anybody waiting for it.
-        """
         if self._settings.used_by_auto and self._clock() - self._asked_s > FLUSH_S:
             self._asked_s = self._clock()
             self._asking = asyncio.create_task(self._ask(backbone))
@@ -131,7 +146,7 @@ class Observer:
 
     async def _ask(self, backbone: str) -> None:
         try:
-            known = await asyncio.wait_for(self.part.known_means(backbone), TIMEOUT_S)
+            known = await asyncio.wait_for(self._part.known_means(self._owner, backbone), TIMEOUT_S)
             if [(one.key, one.count) for one in known] != [(one.key, one.count) for one in self._known]:
                 self._known = known
         except Exception as error:

@@ -32,12 +32,13 @@ from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported, Unk
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Row, Scores, TokenChunk
 from serve.deadlines import Deadline
-from serve.names import AUTO, OWNER, Chosen
+from serve.names import AUTO, Chosen
 from serve.observing import Observer
 from serve.parts import Backbone, Catalogue, TextEncoder
 from serve.prompts import Prompts
 from serve.shelf import Shelf
 from serve.task_stage import TaskStage, region_of
+from serve.tenants import PerTenant
 
 logger = logging.getLogger("ray.serve")
 
@@ -104,8 +105,19 @@ class _Table:
         return bool(self.described) if stage == "prompt" else self.dispatcher is not None and bool(self.targets)
 
 
+@dataclass
+class _Own:
+    """What one tenant's requests are routed by."""
+
+    experts: Shelf[_Known]
+    tasks: TaskStage
+    table: _Table
+    read: tuple[Mapping[str, _Known] | None, tuple[KnownMean, ...]] = (None, ())
+    """What the table was made of."""
+
+
 class Routing:
-    """Chooses among the experts of one backbone."""
+    """Chooses among the experts of one backbone that a tenant can see."""
 
     def __init__(
         self,
@@ -122,13 +134,20 @@ class Routing:
         """
         self.backbone, self.stages, self._observer = backbone, tuple(stages), observer
         self._margins, self._prompts = margins or DispatchMargins(), prompts
-        self._experts: Shelf[_Known] = Shelf(catalogue, "expert", OWNER, _known)
-        self._read: tuple[Mapping[str, _Known] | None, tuple[KnownMean, ...]] = (None, ())
-        self._table = _Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, {}, (), None, {})
-        self._task_stage = TaskStage(catalogue, encoders, self._margins)
+
+        def own(owner: str) -> _Own:
+            return _Own(
+                experts=Shelf(catalogue, "expert", owner, _known),
+                tasks=TaskStage(catalogue, owner, encoders, self._margins),
+                table=_Table(CentroidTable(backbone.prepared.digest, {}), {}, {}, {}, (), None, {}),
+            )
+
+        self._own = PerTenant(own)
 
     async def is_served(self) -> bool:
-        table = await self._known(self.stages) if self.stages else self._table
+        if not self.stages:
+            return False
+        table = await self._known(self._own.mine(), self.stages)
         return any(table.has(stage) for stage in self.stages)
 
     async def route(
@@ -142,14 +161,15 @@ class Routing:
         for stage in stages:
             if stage not in SERVED_STAGES:
                 raise NotSupported(f"the dispatch stage {stage}", f"use {', '.join(SERVED_STAGES)}")
-        table = await self._known((*stages, *self.stages))
+        own = self._own.mine()
+        table = await self._known(own, (*stages, *self.stages))
         if not any(table.has(stage) for stage in SERVED_STAGES):
             raise UnknownName("model", AUTO, (self.backbone.id,))
         margin: float | None = None
         for stage in stages:
             if not table.has(stage):
                 continue
-            dispatched = await self._ask(stage, table, token_ids, text, deadline)
+            dispatched = await self._ask(stage, own.tasks, table, token_ids, text, deadline)
             margin = dispatched.margin
             if dispatched.abstains:
                 continue
@@ -160,7 +180,13 @@ class Routing:
         return Routed(Chosen(self.backbone.id, self.backbone), "abstained", margin)
 
     async def _ask(
-        self, stage: str, table: _Table, token_ids: tuple[int, ...], text: str | None, deadline: Deadline
+        self,
+        stage: str,
+        tasks: TaskStage,
+        table: _Table,
+        token_ids: tuple[int, ...],
+        text: str | None,
+        deadline: Deadline,
     ) -> Dispatched:
         if stage == "centroid":
             return await self._by_centroid(table, token_ids, deadline)
@@ -168,7 +194,7 @@ class Routing:
             return Dispatched(expert=None, margin=0.0, stage=stage)
         if stage == "task":
             assert table.regions is not None  # `has` has seen to it
-            return await self._task_stage.choose(text, table.regions, deadline)
+            return await tasks.choose(text, table.regions, deadline)
         if self._prompts is None:
             return Dispatched(expert=None, margin=0.0, stage=stage)
         prepared, rows = self.backbone.prepared, _Rows(self.backbone)
@@ -220,17 +246,17 @@ class Routing:
 
     async def registered(self, name: str) -> tuple[CentroidKey, Float[np.ndarray, " hidden"]] | None:
         """Where the card of the expert of this name says that its prompts lie; None without one."""
-        card = (await self._known()).cards.get(name)
+        card = (await self._known(self._own.mine())).cards.get(name)
         return None if card is None else (self._key(name, card), card.mean)
 
-    async def _known(self, stages: Sequence[str] = ()) -> _Table:
+    async def _known(self, own: _Own, stages: Sequence[str] = ()) -> _Table:
         """The experts that stand now; made anew only after a change. The data sets too, where `stages` has `task`."""
         digest = self.backbone.prepared.digest
         means = () if self._observer is None else self._observer.known_means(digest)
-        experts = await self._experts.all()
-        if experts is not self._read[0] or means is not self._read[1]:
-            own = {n: one for n, one in experts.items() if one.backbone == digest}
-            targets = {name: one for name, one in own.items() if one.dispatcher is None}
+        experts = await own.experts.all()
+        if experts is not own.read[0] or means is not own.read[1]:
+            able = {n: one for n, one in experts.items() if one.backbone == digest}
+            targets = {name: one for name, one in able.items() if one.dispatcher is None}
             found = {name: one.centroid for name, one in targets.items()}
             cards = {
                 name: replace(one, layer=one.layer % (self.backbone.prepared.num_layers + 1))
@@ -243,21 +269,20 @@ class Routing:
                 for name, one in targets.items()
                 if one.about is not None
             ]
-            self._table = _Table(
+            own.table = _Table(
                 centroids=CentroidTable(digest, {targets[n].digest: one for n, one in (cards | learnt).items()}),
                 cards=cards,
                 names={one.digest: name for name, one in reversed(targets.items())},
                 targets={name: one.digest for name, one in targets.items()},
                 described=tuple(described[:MAX_DESCRIBED]),
-                dispatcher=next((one.dispatcher for one in own.values() if one.dispatcher is not None), None),
+                dispatcher=next((one.dispatcher for one in able.values() if one.dispatcher is not None), None),
                 described_texts={one.digest: one.region for one in targets.values() if one.region is not None},
             )
-            self._read = experts, means
+            own.read = experts, means
+        table = own.table
         if "task" not in stages:
-            return self._table
-        return replace(
-            self._table, regions=await self._task_stage.table(self._table.targets, self._table.described_texts)
-        )
+            return table
+        return replace(table, regions=await own.tasks.table(table.targets, table.described_texts))
 
 
 class _Rows:

@@ -17,8 +17,8 @@ from metasepia.search.warm_start import Nearness
 from serve.asked import Asked, deadline_of
 from serve.deadlines import Deadline
 from serve.failures import unwrap
-from serve.names import OWNER
 from serve.parts import Backbone, answered
+from serve.principal import current
 from serve.prompts import Prompts, away
 from serve.search_bodies import DEFAULT_ANSWER_LEN, SearchExample, SearchRequest, SearchStart
 from serve.task_part import TaskPart
@@ -32,11 +32,11 @@ class Searches(Protocol):
     """The part of the graph that runs searches. Each method raises UnknownName for an id that it has not got."""
 
     async def submit(self, asked: SearchAsked) -> dict[str, Any]: ...
-    async def get(self, id_: str) -> dict[str, Any]: ...
-    async def listing(self) -> list[dict[str, Any]]: ...
-    async def trace(self, id_: str) -> list[dict[str, Any]]: ...
-    async def picture(self, id_: str) -> bytes: ...
-    async def cancel(self, id_: str) -> dict[str, Any]: ...
+    async def get(self, owner: str, id_: str) -> dict[str, Any]: ...
+    async def listing(self, owner: str) -> list[dict[str, Any]]: ...
+    async def trace(self, owner: str, id_: str) -> list[dict[str, Any]]: ...
+    async def picture(self, owner: str, id_: str) -> bytes: ...
+    async def cancel(self, owner: str, id_: str) -> dict[str, Any]: ...
 
 
 class ServedSearches:
@@ -48,20 +48,20 @@ class ServedSearches:
     async def submit(self, asked: SearchAsked) -> dict[str, Any]:
         return await answered(self._handle.search.remote(asked))
 
-    async def get(self, id_: str) -> dict[str, Any]:
-        return await answered(self._handle.search_get.remote(id_))
+    async def get(self, owner: str, id_: str) -> dict[str, Any]:
+        return await answered(self._handle.search_get.remote(owner, id_))
 
-    async def listing(self) -> list[dict[str, Any]]:
-        return await answered(self._handle.search_listing.remote())
+    async def listing(self, owner: str) -> list[dict[str, Any]]:
+        return await answered(self._handle.search_listing.remote(owner))
 
-    async def trace(self, id_: str) -> list[dict[str, Any]]:
-        return await answered(self._handle.search_trace.remote(id_))
+    async def trace(self, owner: str, id_: str) -> list[dict[str, Any]]:
+        return await answered(self._handle.search_trace.remote(owner, id_))
 
-    async def picture(self, id_: str) -> bytes:
-        return await answered(self._handle.search_picture.remote(id_))
+    async def picture(self, owner: str, id_: str) -> bytes:
+        return await answered(self._handle.search_picture.remote(owner, id_))
 
-    async def cancel(self, id_: str) -> dict[str, Any]:
-        return await answered(self._handle.search_cancel.remote(id_))
+    async def cancel(self, owner: str, id_: str) -> dict[str, Any]:
+        return await answered(self._handle.search_cancel.remote(owner, id_))
 
 
 class Searching:
@@ -97,7 +97,7 @@ class Searching:
             job = await self._searches.submit(
                 SearchAsked(
                     backbone=backbone.prepared.digest,
-                    owner=OWNER,
+                    owner=current().tenant,
                     experts=None if asked.experts is None else tuple(asked.experts),
                     base=asked.base,
                     examples=examples,
@@ -114,23 +114,23 @@ class Searching:
 
     async def list(self, request: Request) -> Response:
         async with deadline_of(request, self._http).limit("listing the searches"):
-            return JSONResponse({"object": "list", "data": await self._searches.listing()})
+            return JSONResponse({"object": "list", "data": await self._searches.listing(current().tenant)})
 
     async def get(self, request: Request) -> Response:
         async with deadline_of(request, self._http).limit("reading the search"):
-            return JSONResponse(await self._searches.get(_id(request)))
+            return JSONResponse(await self._searches.get(current().tenant, _id(request)))
 
     async def trace(self, request: Request) -> Response:
         async with deadline_of(request, self._http).limit("reading the search"):
-            return JSONResponse({"object": "list", "data": await self._searches.trace(_id(request))})
+            return JSONResponse({"object": "list", "data": await self._searches.trace(current().tenant, _id(request))})
 
     async def picture(self, request: Request) -> Response:
         async with deadline_of(request, self._http).limit("drawing the search"):
-            return Response(await self._searches.picture(_id(request)), media_type="image/svg+xml")
+            return Response(await self._searches.picture(current().tenant, _id(request)), media_type="image/svg+xml")
 
     async def cancel(self, request: Request) -> Response:
         async with deadline_of(request, self._http).limit("cancelling the search"):
-            return JSONResponse(await self._searches.cancel(_id(request)))
+            return JSONResponse(await self._searches.cancel(current().tenant, _id(request)))
 
     async def _near(
         self, asked: SearchRequest, warm: SearchStart, examples: Sequence[Example], deadline: Deadline
@@ -147,11 +147,12 @@ class Searching:
             try:
                 if warm.task is not None:
                     source = f"task {warm.task}"
-                    found = await self._tasks.nearest(warm.task, k=MAX_NEAR, with_expert=True)
+                    found = await self._tasks.nearest(current().tenant, warm.task, k=MAX_NEAR, with_expert=True)
                 else:
                     source = "the shots"
+                    answers, until = _answers_of(asked, examples), deadline.unix_s
                     found = await self._tasks.nearest_of(
-                        _answers_of(asked, examples), k=MAX_NEAR, with_expert=True, deadline_unix_s=deadline.unix_s
+                        current().tenant, answers, k=MAX_NEAR, with_expert=True, deadline_unix_s=until
                     )
             except Exception as error:
                 raise _of_start(unwrap(error)) from None

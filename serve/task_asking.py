@@ -18,8 +18,9 @@ from metasepia.reasoning.named import check_labels
 from serve.asked import Asked
 from serve.contexts import Contexts
 from serve.inputs import Inputs, read_labelled
-from serve.names import AUTO, OWNER, Names
+from serve.names import AUTO, Names
 from serve.parts import Catalogue, Reasoning
+from serve.principal import current
 from serve.prompts import away
 from serve.task_bodies import TaskRequest
 
@@ -67,6 +68,7 @@ class TaskAsking:
             kind, (box, expert) = "prompt", await self._box(body)
             source = {"model": body.model}
         return TaskAsked(
+            owner=current().tenant,
             name=body.name,
             kind=kind,
             method=body.method,
@@ -90,7 +92,7 @@ class TaskAsking:
 
     async def _check_expert(self, name: str) -> None:
         try:
-            await self._catalogue.resolve("expert", name, OWNER)
+            await self._catalogue.resolve("expert", name, current().tenant)
         except UnknownName as error:
             raise UnknownName("task's expert", name[:80], error.known) from None
 

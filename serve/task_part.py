@@ -25,8 +25,8 @@ class TaskPart(Protocol):
         """See `actors.task_jobs.TaskJobs.make`."""
         ...
 
-    async def cancel(self, id_: str) -> None:
-        """Ends the job of a task, if there is one."""
+    async def cancel(self, owner: str, id_: str) -> None:
+        """Ends the job of an owner's task, if there is one."""
         ...
 
     async def embed(
@@ -40,16 +40,21 @@ class TaskPart(Protocol):
         """Without registering it. Raises InvalidRequest, WindowExceeded, Overloaded, DeadlineExceeded."""
         ...
 
-    async def search(self, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False) -> Nearest:
-        """The tasks nearest to a registered one, itself left out. Raises UnknownName, Outdated (not done yet)."""
+    async def search(
+        self, owner: str, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False
+    ) -> Nearest:
+        """The owner's tasks nearest to a registered one, itself left out. Raises UnknownName, InvalidRequest."""
         ...
 
-    async def nearest(self, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False) -> Near:
+    async def nearest(
+        self, owner: str, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False
+    ) -> Near:
         """The same with itself among them. `with_expert`: only those that stand for an expert's requests."""
         ...
 
     async def nearest_of(
         self,
+        owner: str,
         answers: Answers,
         *,
         k: int,
@@ -86,8 +91,8 @@ class ServedTasks:
     async def make(self, asked: TaskAsked) -> tuple[Artefact, bool]:
         return await answered(self._handle.make.remote(asked))
 
-    async def cancel(self, id_: str) -> None:
-        await answered(self._handle.cancel.remote(id_))
+    async def cancel(self, owner: str, id_: str) -> None:
+        await answered(self._handle.cancel.remote(owner, id_))
 
     async def embed(
         self,
@@ -101,14 +106,19 @@ class ServedTasks:
             self._handle.embed.remote(answers, method=method, seed=seed, deadline_unix_s=deadline_unix_s)
         )
 
-    async def search(self, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False) -> Nearest:
-        return await answered(self._handle.search.remote(id_, k=k, kind=kind, with_expert=with_expert))
+    async def search(
+        self, owner: str, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False
+    ) -> Nearest:
+        return await answered(self._handle.search.remote(owner, id_, k=k, kind=kind, with_expert=with_expert))
 
-    async def nearest(self, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False) -> Near:
-        return await answered(self._handle.nearest.remote(id_, k=k, kind=kind, with_expert=with_expert))
+    async def nearest(
+        self, owner: str, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False
+    ) -> Near:
+        return await answered(self._handle.nearest.remote(owner, id_, k=k, kind=kind, with_expert=with_expert))
 
     async def nearest_of(
         self,
+        owner: str,
         answers: Answers,
         *,
         k: int,
@@ -119,7 +129,13 @@ class ServedTasks:
     ) -> Near:
         return await answered(
             self._handle.nearest_of.remote(
-                answers, k=k, kind=kind, with_expert=with_expert, method=method, deadline_unix_s=deadline_unix_s
+                owner,
+                answers,
+                k=k,
+                kind=kind,
+                with_expert=with_expert,
+                method=method,
+                deadline_unix_s=deadline_unix_s,
             )
         )
 

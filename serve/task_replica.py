@@ -5,6 +5,7 @@ It may die at any time: embeddings are in the registry, and jobs go on from thei
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from actors import logs, meters
 from actors.messages import EncoderInfo, TaskAsked, Texts
 from actors.registry import RegistryClient
 from actors.task_embedding import Task, TaskEmbedder
-from actors.task_jobs import Opened, TaskJobs
+from actors.task_jobs import Opened, TaskJobs, Turns
 from actors.yielding import Yielding
 from cluster.settings import Settings, TaskSettings
 from metasepia.embedding import probes
@@ -26,7 +27,6 @@ from metasepia.errors import Outdated, Overloaded, Unavailable
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve import prepare
-from serve.names import OWNER
 from serve.parts import Backbone, ServedBackbone, ServedEncoder, TextEncoder
 from serve.prompts import Prompts
 from serve.reached import Reached, told
@@ -51,16 +51,16 @@ class TaskEmbeddingPart:
         encoder: TextEncoder,
         load: "Callable[[], LoadedEncoder]",
         backbones: Sequence[Backbone],
-        owner: str = OWNER,
     ) -> None:
         """`load` gives the encoder's weights, for methods that train."""
-        self._settings, self._catalogue, self._owner = settings, catalogue, owner
+        self._settings, self._catalogue = settings, catalogue
         texts = probes.shipped().first(settings.num_probes)
         self.embedder = TaskEmbedder(settings, texts, SurrogateVectors(encoder), load)
         self._backbones = {one.prepared.digest: one for one in backbones}
         self._prompts: dict[str, Prompts] = {}
-        self.jobs = TaskJobs(catalogue, self.embedder, self._open, settings, owner=owner)
-        self._index = TaskIndex(catalogue, owner, settings.index_mib)
+        self._turns = Turns(settings.max_batch)
+        self._jobs: dict[str, TaskJobs] = {}
+        self._indexes: OrderedDict[str, TaskIndex] = OrderedDict()
         self._counted = (0, 0)
         meters.SAMPLING.follow(self._tell)
 
@@ -71,13 +71,30 @@ class TaskEmbeddingPart:
         meters.TASK_BATCHES.inc(counted[1] - self._counted[1])
         self._counted = counted
         meters.TASKS_QUEUED.set(told["queued"], kind="at_hand")
-        meters.TASKS_QUEUED.set(self.jobs.num_unfinished, kind="background")
+        meters.TASKS_QUEUED.set(self.num_unfinished, kind="background")
+
+    def jobs_of(self, owner: str) -> TaskJobs:
+        """One tenant's; they take turns with all others'."""
+        if owner not in self._jobs:
+            self._jobs[owner] = TaskJobs(
+                self._catalogue, self.embedder, self._open, self._settings, owner=owner, turns=self._turns
+            )
+        return self._jobs[owner]
+
+    @property
+    def num_unfinished(self) -> int:
+        """Jobs that wait or run, of all tenants."""
+        return sum(one.num_unfinished for one in self._jobs.values())
+
+    async def recover(self) -> int:
+        """Goes on with every tenant's jobs; how many."""
+        return sum([await self.jobs_of(one).recover() for one in await self._catalogue.owners("embedding")])
 
     async def make(self, asked: TaskAsked) -> tuple[Artefact, bool]:
-        return await self.jobs.make(asked)
+        return await self.jobs_of(asked.owner).make(asked)
 
-    async def cancel(self, id_: str) -> None:
-        await self.jobs.cancel(id_)
+    async def cancel(self, owner: str, id_: str) -> None:
+        await self.jobs_of(owner).cancel(id_)
 
     async def embed(
         self,
@@ -93,16 +110,21 @@ class TaskEmbeddingPart:
             Task(name="unnamed", kind=kind, answers=answers, method=method, seed=seed, deadline_unix_s=deadline_unix_s)
         )
 
-    async def search(self, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False) -> Nearest:
-        query = await self._registered(id_)
-        return await self._index.nearest(query, k=k, kind=kind, with_expert=with_expert, without=id_)
+    async def search(
+        self, owner: str, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False
+    ) -> Nearest:
+        query = await self._registered(owner, id_)
+        return await self._nearest(owner, query, k=k, kind=kind, with_expert=with_expert, without=id_)
 
-    async def nearest(self, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False) -> Near:
-        query = await self._registered(id_)
-        return (await self._index.nearest(query, k=k, kind=kind, with_expert=with_expert)).found
+    async def nearest(
+        self, owner: str, id_: str, *, k: int, kind: str | None = None, with_expert: bool = False
+    ) -> Near:
+        query = await self._registered(owner, id_)
+        return (await self._nearest(owner, query, k=k, kind=kind, with_expert=with_expert)).found
 
     async def nearest_of(
         self,
+        owner: str,
         answers: Answers,
         *,
         k: int,
@@ -112,20 +134,34 @@ class TaskEmbeddingPart:
         deadline_unix_s: float = float("inf"),
     ) -> Near:
         query = await self.embed(answers, method=method, deadline_unix_s=deadline_unix_s)
-        return (await self._index.nearest(query, k=k, kind=kind, with_expert=with_expert)).found
+        return (await self._nearest(owner, query, k=k, kind=kind, with_expert=with_expert)).found
+
+    async def _nearest(self, owner: str, query: TaskEmbedding, **asked: Any) -> Nearest:
+        """By the tenant's index; those asked least recently leave while all hold more than `index_mib`."""
+        if owner not in self._indexes:
+            self._indexes[owner] = TaskIndex(self._catalogue, owner, self._settings.index_mib)
+        self._indexes.move_to_end(owner)
+        found = await self._indexes[owner].nearest(query, **asked)
+        while len(self._indexes) > 1 and self._index_bytes > self._settings.index_mib * 2**20:
+            self._indexes.popitem(last=False)
+        return found
+
+    @property
+    def _index_bytes(self) -> int:
+        return sum(one.num_bytes for one in self._indexes.values())
 
     async def statistics(self) -> dict[str, float]:
         return self.embedder.statistics() | {
-            "jobs": self.jobs.num_unfinished,
-            "indexed": self._index.num_kept,
-            "index_bytes": self._index.num_bytes,
+            "jobs": self.num_unfinished,
+            "indexed": sum(one.num_kept for one in self._indexes.values()),
+            "index_bytes": self._index_bytes,
         }
 
     async def check(self) -> None:
         await self.embedder.check()
 
-    async def _registered(self, id_: str) -> TaskEmbedding:
-        found = await self._catalogue.resolve("embedding", id_, self._owner)
+    async def _registered(self, owner: str, id_: str) -> TaskEmbedding:
+        found = await self._catalogue.resolve("embedding", id_, owner)
         if found.card.get("status") != "done":
             raise not_done(found)
         return TaskEmbedding.from_bytes(await self._catalogue.get(found.digest))
@@ -226,10 +262,11 @@ class TaskEmbeddingReplica(TaskEmbeddingPart):
         prepared = await asyncio.to_thread(prepare.ready, settings)
         served = [ServedBackbone(id_, prepared[id_], handle) for id_, handle in backbones.items()]
         super().__init__(settings.tasks, registry, ServedEncoder(surrogate.id, encoder), load, served)
-        await self.jobs.recover()
+        await self.recover()
 
     async def __del__(self) -> None:
         # Serve awaits this when it takes the replica down.
-        if hasattr(self, "jobs"):
-            await self.jobs.stop()
+        if hasattr(self, "_jobs"):
+            for one in self._jobs.values():
+                await one.stop()
             await asyncio.to_thread(self.embedder.stop)

@@ -16,7 +16,6 @@ from metasepia.errors import CorruptArtefact, InvalidRequest, WindowExceeded
 from metasepia.registry.entries import Artefact
 from serve.deadlines import Deadline
 from serve.failures import unwrap
-from serve.names import OWNER
 from serve.parts import Catalogue, TextEncoder
 from serve.shelf import Shelf
 
@@ -35,9 +34,11 @@ class DataSet:
 class TaskStage:
     """Regions of data sets, read anew after a change, and the encoder that they are of."""
 
-    def __init__(self, catalogue: Catalogue, encoders: Sequence[TextEncoder], margins: DispatchMargins) -> None:
+    def __init__(
+        self, catalogue: Catalogue, owner: str, encoders: Sequence[TextEncoder], margins: DispatchMargins
+    ) -> None:
         self._encoders, self._margins = tuple(encoders), margins
-        self._data_sets: Shelf[DataSet | None] = Shelf(catalogue, "embedding", OWNER, _data_set)
+        self._data_sets: Shelf[DataSet | None] = Shelf(catalogue, "embedding", owner, _data_set)
         self._encoder: TextEncoder | None = None
         self._read: tuple[object, object] = (None, None)
         self._table: RegionTable | None = None

@@ -24,8 +24,9 @@ from serve.contexts import Contexts, number_of
 from serve.deadlines import Deadline
 from serve.failures import unwrap
 from serve.hidden_states import JSON, form_of
-from serve.names import OWNER, Names
+from serve.names import Names
 from serve.parts import Catalogue, Reasoning
+from serve.principal import current
 from serve.shelf import page_of
 from serve.task_arrow import Batch, stream
 from serve.task_asking import TaskAsking, in_fields
@@ -118,7 +119,7 @@ class TaskRoutes:
     async def _page(self, after: str, limit: int, kind: str | None) -> "tuple[list[Artefact], bool]":
         found: list[Artefact] = []
         while True:
-            page, has_more = await page_of(self._catalogue, "embedding", OWNER, after, limit)
+            page, has_more = await page_of(self._catalogue, "embedding", current().tenant, after, limit)
             found += [one for one in page if kind in (None, one.card.get("kind"))]
             if len(found) > limit or not has_more:
                 return found[:limit], has_more or len(found) > limit
@@ -146,8 +147,8 @@ class TaskRoutes:
             try:
                 found = await self._find(id_)
                 if found.card["status"] in UNFINISHED:
-                    await self._part.cancel(found.name)
-                when = (await self._catalogue.delete("embedding", found.name, OWNER)).deleted_unix_s
+                    await self._part.cancel(current().tenant, found.name)
+                when = (await self._catalogue.delete("embedding", found.name, current().tenant)).deleted_unix_s
             except DeletedName as error:
                 when = error.deleted_unix_s
         return JSONResponse({"id": id_, "object": "task.deleted", "deleted": True, "deleted_at": int(when or 0)})
@@ -161,7 +162,7 @@ class TaskRoutes:
         async with deadline_of(request, self._http).limit("searching the nearest tasks"):
             found = await self._find(request.path_params["id"])
             _check_done(found)
-            near = await self._part.search(found.name, k=k, kind=kind)
+            near = await self._part.search(current().tenant, found.name, k=k, kind=kind)
         return JSONResponse(
             {
                 "object": "list",
@@ -228,7 +229,7 @@ class TaskRoutes:
     async def _find(self, id_: str) -> Artefact:
         """Raises UnknownName and DeletedName."""
         try:
-            found = await self._catalogue.resolve("embedding", id_, OWNER, deleted=True)
+            found = await self._catalogue.resolve("embedding", id_, current().tenant, deleted=True)
         except UnknownName as error:
             raise UnknownName(EMBEDDED, id_[:80], error.known) from None
         if found.deleted_unix_s is not None:

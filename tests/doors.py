@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from actors.centroids import Centroids
+from actors.centroids import TenantsCentroids
 from actors.encoder import Encoder
 from actors.labelled import labelled_vectors
 from actors.messages import (
@@ -266,10 +266,10 @@ class NoSearches:
     async def submit(self, asked: SearchAsked) -> dict[str, Any]:
         raise AssertionError("no search was to be asked for")
 
-    async def listing(self) -> list[dict[str, Any]]:
+    async def listing(self, owner: str) -> list[dict[str, Any]]:
         return []
 
-    async def get(self, id_: str) -> Any:
+    async def get(self, owner: str, id_: str) -> Any:
         raise UnknownName("search", id_, ())
 
     trace = picture = cancel = get
@@ -335,6 +335,9 @@ class RealCatalogue:
 
     async def changes(self, kind: Kind, owner: str, since: tuple[int, int] | None) -> Changes:
         return self.registry.changes(kind, owner, since)
+
+    async def owners(self, kind: Kind) -> Sequence[str]:
+        return self.registry.owners(kind)
 
     async def get(self, digest: str, owner: str | None = None) -> bytes:
         return self.registry.get(digest, owner)
@@ -429,7 +432,7 @@ class Bench:
         self.observing = observing or CentroidSettings()
         self.admission = AdmissionSettings()
         self.access = Access(KeySettings(), NoKeys())
-        self.centroids = Centroids(self.observing, directory / "centroids")
+        self.centroids = TenantsCentroids(self.observing, directory / "centroids")
         self.backbone, self.encoder, self.reasoning = FakeBackbone(directory), FakeEncoder(), FakeReasoning()
         self.catalogue = FakeCatalogue()
         self._open(http, media, FakeMixing(), self.catalogue, NoSearches())

@@ -13,8 +13,8 @@ from cluster.settings import TaskSettings
 from metasepia.embedding.probes import ProbeTexts
 from metasepia.errors import WindowExceeded
 from metasepia.experts.vectors import ExpertVectors
+from metasepia.registry.entries import LOCAL
 from metasepia.rows import Row, Scores
-from serve.names import OWNER
 from serve.prompts import Prompts
 from tests.doors import DIGEST, INDEX, UP, Bench, FakeBackbone, FakeEncoder
 from tests.unit.test_prompts import write_byte_tokenizer
@@ -106,5 +106,5 @@ def a_task_bench(tmp_path: Path, settings: TaskSettings = SETTINGS) -> Bench:
     made.with_tasks(tmp_path / "registry", WordEncoder(), settings, HttpSettings(max_body_mib=0.25, max_examples=256))
     expert = ExpertVectors(backbone=DIGEST, factors=INDEX.digest, z={UP: np.full(4, 1.5, np.float32)})
     card: dict[str, object] = {"backbone": DIGEST}
-    made.real.registry.put("expert", expert.to_bytes(), digest=expert.digest, name="maths", owner=OWNER, card=card)
+    made.real.registry.put("expert", expert.to_bytes(), digest=expert.digest, name="maths", owner=LOCAL, card=card)
     return made

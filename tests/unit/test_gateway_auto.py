@@ -8,7 +8,7 @@ import pytest
 
 from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.experts.vectors import ExpertVectors
-from serve.names import OWNER
+from metasepia.registry.entries import LOCAL
 from tests.doors import DIGEST, INDEX, OTHER, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 
@@ -26,7 +26,7 @@ DISPATCHER = {"prompt": "{text}?", "labels": {"m": "maths", "l": "law", "o": Non
 
 def put(bench: Bench, name: str, expert: ExpertVectors, **card: Any) -> None:
     bench.real.registry.put(
-        "expert", expert.to_bytes(), digest=expert.digest, name=name, owner=OWNER,
+        "expert", expert.to_bytes(), digest=expert.digest, name=name, owner=LOCAL,
         card={"backbone": expert.backbone, **card},
     )  # fmt: skip
 

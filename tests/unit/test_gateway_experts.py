@@ -16,8 +16,7 @@ from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.experts.lora import LoraAdapter, read_adapter
 from metasepia.experts.peft_files import write_peft
 from metasepia.experts.vectors import ExpertVectors
-from metasepia.registry.entries import SHARED
-from serve.names import OWNER
+from metasepia.registry.entries import LOCAL, SHARED
 from tests.doors import DIGEST, INDEX, OTHER, SHAPES, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 
@@ -191,7 +190,7 @@ def test_a_clients_own_expert_hides_the_shipped_one_which_cannot_be_deleted(benc
     assert (refused.status_code, error(refused)["code"]) == (400, "not_supported")
     upload(bench, "desk", own.to_bytes())
     assert bench.chat(model="tiny:desk").json()["receipt"]["adapter"] == [[own.digest, 1.0]]
-    assert [entry["owner"] for entry in bench.get("/v1/experts").json()["data"]] == [OWNER]
+    assert [entry["owner"] for entry in bench.get("/v1/experts").json()["data"]] == [LOCAL]
     assert [one["root"] for one in bench.get("/v1/models").json()["data"] if one["parent"]] == [own.digest]
     bench.delete("/v1/experts/desk")
     assert bench.chat(model="tiny:desk").json()["receipt"]["adapter"] == [[shipped.digest, 1.0]]
@@ -210,7 +209,7 @@ def test_pages_hold_every_name_once_also_where_a_name_has_two_owners(bench: Benc
         if not page["has_more"]:
             break
         path = f"/v1/experts?limit=2&after={page['last_id']}"
-    assert seen == [(f"e{i}", OWNER if i in (2, 3, 4) else SHARED) for i in range(7)]
+    assert seen == [(f"e{i}", LOCAL if i in (2, 3, 4) else SHARED) for i in range(7)]
     assert error(bench.get("/v1/experts?limit=0"))["param"] == "limit"
 
 
@@ -427,7 +426,7 @@ def test_a_mixture_is_found_by_digest_and_name_listed_and_deleted(mixed: Bench):
     assert {one["id"] for one in mixed.get("/v1/mixtures").json()["data"]} == {plain["digest"], "both"}
     shown = mixed.get("/v1/mixtures/both").json()
     assert shown["weights"] == [{"digest": digest, "weight": weight} for digest, weight in adapter]
-    assert shown["owner"] == OWNER
+    assert shown["owner"] == LOCAL
     assert mixed.delete("/v1/mixtures/both").json() == mixed.delete("/v1/mixtures/both").json()
     assert mixed.chat(model="tiny:mix@both").status_code == 410
     assert mixed.chat(model=plain["model"]).status_code == 200

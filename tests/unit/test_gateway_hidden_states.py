@@ -15,16 +15,17 @@ import pyarrow as pa
 import pytest
 
 from actors.centroids import Seen
+from actors.drift_meters import tell_drift
 from cluster.door_settings import HttpSettings
 from cluster.settings import CentroidSettings
 from metasepia.centroids import CentroidFacts
 from metasepia.dispatch.centroid import TaskCentroid
 from metasepia.errors import Overloaded, Unavailable
 from metasepia.experts.vectors import ExpertVectors
+from metasepia.registry.entries import LOCAL
 from metasepia.rows import HiddenStates, Row
 from serve import hidden_states
 from serve.arrow import KEY, MEDIA_TYPE
-from serve.names import OWNER
 from tests.doors import DIGEST, EXPERT, INDEX, OTHER, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 
@@ -365,7 +366,9 @@ def test_a_client_that_leaves_a_stream_takes_the_rest_of_its_rows_along(
 
 
 def gauges(bench: Bench, name: str) -> dict[str, float]:
-    lines = bench.get("/metrics").text.splitlines()
+    """As the part that keeps centroids sets them."""
+    tell_drift(asyncio.run(bench.centroids.facts(LOCAL)), {DIGEST: "tiny"})
+    lines = re.sub(r',replica="[^"]*"', "", bench.get("/metrics").text).splitlines()
     return {line.split(" ")[0]: float(line.split(" ")[1]) for line in lines if line.startswith(name + "{")}
 
 
@@ -463,7 +466,7 @@ def test_states_are_answered_while_the_part_that_keeps_centroids_is_away(bench: 
 def put(bench: Bench, name: str, value: float, **card: Any) -> str:
     expert = ExpertVectors(backbone=DIGEST, factors=INDEX.digest, z={UP: np.full(4, value, np.float32)})
     bench.real.registry.put(
-        "expert", expert.to_bytes(), digest=expert.digest, name=name, owner=OWNER, card={"backbone": DIGEST, **card}
+        "expert", expert.to_bytes(), digest=expert.digest, name=name, owner=LOCAL, card={"backbone": DIGEST, **card}
     )
     return expert.digest
 
@@ -509,9 +512,9 @@ def test_what_auto_routes_is_told_once_for_many_requests_and_costs_no_forward_mo
     told: list[Seen] = []
     absorb = bench.centroids.absorb
 
-    async def counted(seen: Seen) -> tuple[CentroidFacts, ...]:
+    async def counted(owner: str, seen: Seen) -> tuple[CentroidFacts, ...]:
         told.append(seen)
-        return await absorb(seen)
+        return await absorb(owner, seen)
 
     bench.centroids.absorb = counted
 
@@ -523,7 +526,7 @@ def test_what_auto_routes_is_told_once_for_many_requests_and_costs_no_forward_mo
             return sum(one.total.count for seen in told for _, one in seen) == 6
 
         await soon(told_all)
-        (fact,) = await bench.centroids.facts()
+        (fact,) = await bench.centroids.facts(LOCAL)
         assert (fact.key.task, fact.key.layer, fact.key.pooling, fact.key.adapter) == ("auto:maths", 1, "mean", "")
         # Counted from the card's centroid, ones: the states are threes, and constant.
         assert fact.count == 6 and fact.drift is not None and fact.drift > 1000

@@ -10,7 +10,7 @@ import pytest
 
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.vectors import ExpertVectors
-from serve.names import OWNER
+from metasepia.registry.entries import LOCAL
 from serve.search_bodies import SearchRequest
 from tests.doors import DIGEST, HTTP, INDEX, OTHER, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer
@@ -53,7 +53,7 @@ def a_bench(tmp_path: Path) -> Bench:
     }
     for name, (expert, facts) in stored.items():
         card: dict[str, object] = {"backbone": expert.backbone, **facts}
-        made.real.registry.put("expert", expert.to_bytes(), digest=expert.digest, name=name, owner=OWNER, card=card)
+        made.real.registry.put("expert", expert.to_bytes(), digest=expert.digest, name=name, owner=LOCAL, card=card)
     return made
 
 

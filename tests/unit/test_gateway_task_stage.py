@@ -9,7 +9,7 @@ import pytest
 from actors.messages import Media, Texts
 from metasepia.dispatch.task import KEY, TextRegion
 from metasepia.errors import Overloaded
-from serve.names import OWNER
+from metasepia.registry.entries import LOCAL
 from tests.doors import Bench
 from tests.unit.test_gateway_auto import LAW, MATHS, ROUTER, an_expert, auto, put
 from tests.unit.test_prompts import write_byte_tokenizer
@@ -27,9 +27,9 @@ def region(length: int, encoder: str = ENCODER, threshold: float = 0.999) -> dic
 
 def register(bench: Bench, name: str, expert: str | None, **card: Any) -> None:
     facts: dict[str, object] = {"status": "done", "kind": "data_set", "expert": expert, **card}
-    digest = f"{len(bench.real.registry.list('embedding', OWNER)):064x}"
+    digest = f"{len(bench.real.registry.list('embedding', LOCAL)):064x}"
     bench.real.registry.put(
-        "embedding", b"vector of " + name.encode(), digest=digest, name=name, owner=OWNER, card=facts
+        "embedding", b"vector of " + name.encode(), digest=digest, name=name, owner=LOCAL, card=facts
     )
 
 
@@ -92,7 +92,7 @@ def test_a_plain_completion_is_not_read(bench: Bench) -> None:
 def test_two_experts_about_as_near_are_none(bench: Bench) -> None:
     register(bench, "other-sums", "law", **region(4, threshold=0.9))
     assert asked(bench, SHORT)[:2] == ("tiny", "abstained")
-    bench.real.registry.delete("embedding", "other-sums", OWNER)
+    bench.real.registry.delete("embedding", "other-sums", LOCAL)
     assert asked(bench, SHORT)[0] == "tiny:maths"
 
 
@@ -101,7 +101,7 @@ def test_a_data_set_follows_the_name_of_its_expert_and_chooses_nothing_without_o
     put(bench, "maths", better)
     answer = auto(bench, "task", messages=[{"role": "user", "content": SHORT}])
     assert answer["receipt"]["adapter"] == [[better.digest, 1.0]]
-    bench.real.registry.delete("expert", "maths", OWNER)
+    bench.real.registry.delete("expert", "maths", LOCAL)
     assert asked(bench, SHORT)[:2] == ("tiny", "abstained")
     assert asked(bench, LONG)[0] == "tiny:law"
 
@@ -158,7 +158,7 @@ def test_auto_is_listed_while_there_is_a_data_set_to_choose_by(bench: Bench) -> 
 
     assert is_listed()
     for name in ("sums", "contracts"):
-        bench.real.registry.delete("embedding", name, OWNER)
+        bench.real.registry.delete("embedding", name, LOCAL)
     assert not is_listed()
     assert bench.chat(model="auto").status_code == 404
 

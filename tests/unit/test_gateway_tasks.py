@@ -14,7 +14,7 @@ import pytest
 from actors import task_jobs
 from metasepia.embedding import probes
 from metasepia.errors import Overloaded
-from serve.names import OWNER
+from metasepia.registry.entries import LOCAL
 from serve.task_replica import TaskEmbeddingPart
 from serve.tasks import TaskRoutes
 from tests.doors import DIGEST, Bench
@@ -92,7 +92,7 @@ def test_the_same_request_is_the_same_task_and_computed_once(bench: Bench) -> No
 
 def test_a_task_is_on_disk_before_it_is_acknowledged(bench: Bench) -> None:
     task = bench.run(lambda client: made(client, examples=data_set("tone")))
-    stored = bench.real.registry.resolve("embedding", task["id"], OWNER)
+    stored = bench.real.registry.resolve("embedding", task["id"], LOCAL)
     assert stored.digest == task["digest"] == task["receipt"]["embedding"]
     assert bench.real.registry.get(stored.digest)
 
@@ -171,7 +171,7 @@ def test_a_context_is_a_task_by_what_it_answers(bench: Bench) -> None:
 def test_the_receipt_says_what_was_run_and_in_which_space(bench: Bench) -> None:
     async def talk(client: httpx.AsyncClient) -> None:
         task = await made(client, model="tiny:maths", prompt=PROMPT)
-        receipt, maths = task["receipt"], bench.real.registry.resolve("expert", "maths", OWNER).digest
+        receipt, maths = task["receipt"], bench.real.registry.resolve("expert", "maths", LOCAL).digest
         assert (receipt["backbone"], receipt["adapter"]) == (DIGEST, [[maths, 1.0]])
         assert (receipt["encoder"], receipt["probes"]) == (bench.encoder.digest, PROBES.digest)
         assert (receipt["method"], receipt["space"]) == ("agreement", task["space"]["digest"])
@@ -185,17 +185,17 @@ def test_the_receipt_says_what_was_run_and_in_which_space(bench: Bench) -> None:
 def test_a_data_set_may_stand_for_an_experts_requests_and_its_card_says_where_its_texts_lie(bench: Bench) -> None:
     async def talk(client: httpx.AsyncClient) -> None:
         task = await made(client, name="set", examples=data_set("tone"), expert="maths")
-        card = bench.real.registry.resolve("embedding", "set", OWNER).card
+        card = bench.real.registry.resolve("embedding", "set", LOCAL).card
         assert task["expert"] == card["expert"] == "maths" and card["text_region"]
         assert "text_region" not in task
         await made(client, name="other", examples=data_set("topic"))
-        near = await bench.task_part.nearest("other", k=5, with_expert=True)
+        near = await bench.task_part.nearest(LOCAL, "other", k=5, with_expert=True)
         assert [one["id"] for one in near] == ["set"]
-        same = await bench.task_part.nearest("set", k=5, with_expert=True)
+        same = await bench.task_part.nearest(LOCAL, "set", k=5, with_expert=True)
         assert [(one["id"], one["expert"]) for one in same] == [("set", "maths")] and same[0]["cosine"] > 0.99999
         again = await made(client, name="other", examples=data_set("topic"), expert="maths")
         assert again["cached"] and again["expert"] == "maths"
-        assert len(await bench.task_part.nearest("other", k=5, with_expert=True)) == 2
+        assert len(await bench.task_part.nearest(LOCAL, "other", k=5, with_expert=True)) == 2
 
     bench.run(talk)
 
@@ -238,8 +238,8 @@ def test_a_job_killed_anywhere_goes_on_by_itself_to_the_same_vector_and_asks_not
     bench.task_part = TaskEmbeddingPart(SETTINGS, bench.real, bench.encoder, lambda: None, [bench.backbone])  # pyright: ignore[reportArgumentType]
 
     async def live_again(client: httpx.AsyncClient) -> dict[str, Any]:
-        assert await bench.task_part.jobs.recover() == 1
-        while bench.task_part.jobs.num_unfinished:
+        assert await bench.task_part.recover() == 1
+        while bench.task_part.num_unfinished:
             await asyncio.sleep(0.005)
         return (await client.get(f"{PATH}/prompt?include=vector")).json()
 
@@ -288,7 +288,7 @@ def test_a_job_that_nobody_runs_goes_on_when_it_is_asked_for_again(bench: Bench)
         bench.backbone.score = wait
         body = {"name": "prompt", "model": "tiny", "prompt": PROMPT}
         assert (await client.post(PATH, json=body)).status_code == 202
-        await bench.task_part.cancel("prompt")  # a deletion, the rest of which never comes
+        await bench.task_part.cancel(LOCAL, "prompt")  # a deletion, the rest of which never comes
         gate.set()
         assert (await made(client, **body))["status"] == "done"
 
@@ -308,7 +308,7 @@ def test_a_deleted_job_ends_and_its_name_is_free(bench: Bench) -> None:
         assert response.status_code == 202
         await asyncio.sleep(0.02)
         assert (await client.delete(f"{PATH}/slow")).status_code == 200
-        assert bench.task_part.jobs.num_unfinished == 0
+        assert bench.task_part.num_unfinished == 0
         assert (await client.get(f"{PATH}/slow")).status_code == 410
 
     bench.run(talk)

@@ -20,13 +20,15 @@ class KnownTasks(NoTasks):
     def __init__(self, **cosines: float) -> None:
         self.cosines, self.answers = cosines, list[Answers]()
 
-    async def nearest(self, id_: str, *, k: int, with_expert: bool = False, **_: Any) -> tuple[dict[str, Any], ...]:
+    async def nearest(
+        self, owner: str, id_: str, *, k: int, with_expert: bool = False, **_: Any
+    ) -> tuple[dict[str, Any], ...]:
         if id_ != "reviews":
             raise UnknownName("embedded task", id_, ("reviews",))
         return self._found(k, with_expert)
 
     async def nearest_of(
-        self, answers: Answers, *, k: int, with_expert: bool = False, **_: Any
+        self, owner: str, answers: Answers, *, k: int, with_expert: bool = False, **_: Any
     ) -> tuple[dict[str, Any], ...]:
         self.answers.append(answers)
         if any(len(text) > 40 for text in answers.texts):

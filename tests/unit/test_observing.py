@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.centroids import Centroids
+from actors.centroids import TenantsCentroids
 from cluster.settings import CentroidSettings
 from metasepia.centroids import CentroidKey
+from metasepia.registry.entries import LOCAL
 from serve.observing import Observer
 
 
@@ -23,7 +24,7 @@ def test_routed_states_that_find_no_room_are_told_once_and_cost_nobody_anything(
     said: list[str] = []
     monkeypatch.setattr("serve.observing.logger.warning", lambda text, *args: said.append(text % args))
     settings = CentroidSettings(max_tasks=1, max_centroids=1)
-    part = Centroids(settings, tmp_path)
+    part = TenantsCentroids(settings, tmp_path)
     observer = Observer(part, settings)
 
     async def route() -> None:
@@ -34,13 +35,13 @@ def test_routed_states_that_find_no_room_are_told_once_and_cost_nobody_anything(
     async def work() -> None:
         seen = observer.adding_up()
         seen.observe(key("mail"), np.ones((1, 3), np.float32))
-        await part.absorb(tuple(seen))
+        await part.absorb(LOCAL, tuple(seen))
         await route()
-        assert [one.key.task for one in await part.facts()] == ["mail"]
+        assert [one.key.task for one in await part.facts(LOCAL)] == ["mail"]
         assert [one[:38] for one in said] == ["auto's own centroids find no room for "]
-        assert await part.forget("mail") == 1
+        assert await part.forget(LOCAL, "mail") == 1
         await route()
-        assert [one.key.task for one in await part.facts()] == ["auto:maths"]
+        assert [one.key.task for one in await part.facts(LOCAL)] == ["auto:maths"]
         assert len(said) == 1
         await part.stop()
 

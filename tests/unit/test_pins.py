@@ -11,9 +11,8 @@ import pytest
 from cluster import settings as settings_of
 from metasepia.errors import InvalidSettings
 from metasepia.registry.catalogue import Registry
-from metasepia.registry.entries import Artefact
+from metasepia.registry.entries import LOCAL, Artefact
 from serve.main import check_pins
-from serve.names import OWNER
 from tests import tiny
 
 DIGEST = sha256(b"z").hexdigest()
@@ -40,10 +39,10 @@ def check(registry: Registry, pinned: str) -> None:
 def test_a_pin_is_an_expert_of_the_backbone_by_name_or_digest(tmp_path: Path) -> None:
     with Registry(tmp_path) as registry:
         card: dict[str, object] = {"backbone": PREPARED.digest}
-        registry.put("expert", b"z", digest=DIGEST, name="hot", owner=OWNER, card=card)
+        registry.put("expert", b"z", digest=DIGEST, name="hot", owner=LOCAL, card=card)
         check(registry, "")
         check(registry, "hot")
-        registry.delete("expert", "hot", OWNER)
+        registry.delete("expert", "hot", LOCAL)
         check(registry, DIGEST)
         with pytest.raises(InvalidSettings, match=r"\.pinned = 'hot' .* an expert of .*no expert named 'hot'"):
             check(registry, "hot")
@@ -51,7 +50,7 @@ def test_a_pin_is_an_expert_of_the_backbone_by_name_or_digest(tmp_path: Path) ->
 
 def test_a_pin_of_another_backbone_is_refused(tmp_path: Path) -> None:
     with Registry(tmp_path) as registry:
-        registry.put("expert", b"z", digest=DIGEST, name="hot", owner=OWNER, card={"backbone": "c" * 64})
+        registry.put("expert", b"z", digest=DIGEST, name="hot", owner=LOCAL, card={"backbone": "c" * 64})
         with pytest.raises(InvalidSettings, match="it was made for backbone cccccccccccc, not"):
             check(registry, "hot")
 

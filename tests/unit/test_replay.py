@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from actors.centroids import Centroids
+from actors.centroids import TenantsCentroids
 from actors.messages import Build, Built, Classified, Classify, Explain, Explained
 from actors.reasoning_pool import ReasoningPool
 from cluster.door_settings import AdmissionSettings, KeySettings
@@ -191,7 +191,7 @@ class World:
             (),
             DispatchMargins(),
             {},
-            Centroids(CentroidSettings(), home / "centroids"),
+            TenantsCentroids(CentroidSettings(), home / "centroids"),
             CentroidSettings(),
             NoTasks(),
             TaskSettings(),

@@ -19,7 +19,7 @@ from metasepia.embedding.answers import Answers
 from metasepia.embedding.jobs import TaskJob, TaskProgress, joined, parts_of
 from metasepia.embedding.space import Space, TaskEmbedding
 from metasepia.errors import CorruptArtefact, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from serve.names import OWNER
+from metasepia.registry.entries import LOCAL
 from serve.task_index import TaskIndex
 from serve.task_replica import SurrogateVectors
 from tests.doors import RealCatalogue
@@ -188,7 +188,7 @@ def put(catalogue: RealCatalogue, id_: str, vector: Sequence[float], **card: Any
     space = card.pop("at", SPACE)
     made = TaskEmbedding(space=space, vector=unit, kind=card.get("kind", "data_set"), name=id_, source={})
     facts = {"status": "done", "kind": made.kind, "space": space.digest, "dims": made.dims, "expert": None} | card
-    catalogue.registry.put("embedding", made.to_bytes(), digest=made.digest, name=id_, owner=OWNER, card=facts)
+    catalogue.registry.put("embedding", made.to_bytes(), digest=made.digest, name=id_, owner=LOCAL, card=facts)
     return made
 
 
@@ -202,7 +202,7 @@ def test_the_nearest_are_the_same_however_many_vectors_there_is_room_for(tmp_pat
     put(catalogue, "queued", [1, 0, 0, 0], status="queued")
 
     async def main() -> None:
-        index = TaskIndex(catalogue, OWNER, max_mib)
+        index = TaskIndex(catalogue, LOCAL, max_mib)
         near = await index.nearest(made[0], k=3, without="t0")
         table = np.stack([one.vector for one in made]) @ made[0].vector
         wanted = [f"t{i}" for i in np.argsort(-table) if i][:3]
@@ -210,7 +210,7 @@ def test_the_nearest_are_the_same_however_many_vectors_there_is_room_for(tmp_pat
         assert near.compared == 6 and dict(near.elsewhere) == {other.digest: 1}
         assert index.num_bytes <= max_mib * 2**20
         assert {one["kind"] for one in (await index.nearest(made[0], k=9, kind="model")).found} == {"model"}
-        catalogue.registry.delete("embedding", wanted[0], OWNER)
+        catalogue.registry.delete("embedding", wanted[0], LOCAL)
         put(catalogue, "twin", made[0].vector.tolist())
         near = await index.nearest(made[0], k=3, without="t0")
         assert [one["id"] for one in near.found] == ["twin", *wanted[1:]]
