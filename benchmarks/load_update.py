@@ -7,6 +7,7 @@ import sys
 import time
 
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 
 from cluster import connect
 from cluster import settings as settings_of
@@ -17,17 +18,14 @@ from serve import graph
 def main() -> int:
     address, home = sys.argv[1:]
     connect.connect(RaySettings(address=address))
-    before = serve.status().applications[graph.NAME].last_deployed_time_s
     settings = settings_of.read("laptop", {"METASEPIA_HOME": home})
     serve.run(graph.application(settings), name=graph.NAME, blocking=False)
-    while True:
-        now = serve.status().applications[graph.NAME]
-        if now.status == "RUNNING" and now.last_deployed_time_s > before:
-            return 0
-        if now.status == "DEPLOY_FAILED":
+    while (now := serve.status().applications[graph.NAME]).status != ApplicationStatus.RUNNING:
+        if now.status == ApplicationStatus.DEPLOY_FAILED:
             print(now.message)
             return 1
         time.sleep(0.25)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,65 +1,45 @@
 """What the graph costs: /v1/classify and /v1/embeddings through Ray Serve against the same work in one process.
 
-Also the time from the command to "ready", in its parts. Starts a graph of its own on a free port and ends it. Every
-request brings texts that were never sent before, so no cache answers for the encoder.
-
     python -m benchmarks.overhead
+    python -m benchmarks.overhead --parts context --rounds 9
+
+context     inputs to a compiled context: 64 inputs a request from 32 clients, against all that wait embedded and
+            answered as one batch in one process; one input from one client, beside a deployment of Serve's that does
+            nothing
+classify    examples and inputs in one request, 1 and 8 clients
+embeddings  texts, 1 and 8 clients
+ready       from the command to "ready", in its parts
+
+Starts a graph of its own on a free port and ends it. Every request brings texts that were never sent before, so that
+no cache answers for the encoder. Both sides are timed in turn; beside wall time stands the processor time of all
+processes of a side, which other work on the machine changes less.
 """
 
-import contextlib
 import os
-import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import torch
 
-from benchmarks import report
+from benchmarks import graph, report
+from benchmarks.graph import Graph
 from cluster import settings as settings_of
 from metasepia import encoders
 from metasepia.reasoning import shipped
-from metasepia.reasoning.context import Context, answer, compile_context
+from metasepia.reasoning.context import CompiledContext, Context, answer, compile_context
 
-ROOT = Path(__file__).parents[1]
 NUM_EXAMPLES, NUM_INPUTS = 32, 16
-
-
-@contextlib.contextmanager
-def running_graph() -> Iterator[tuple[str, dict[str, float], float]]:
-    """Its URL, the seconds of each part of its start, and those from command to ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    begin = time.perf_counter()
-    graph = subprocess.Popen(
-        [sys.executable, "-m", "serve.main"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"METASEPIA_HTTP__PORT": str(port)},
-    )  # fmt: skip
-    try:
-        parts: dict[str, float] = {}
-        assert graph.stdout is not None
-        lines = []
-        for line in graph.stdout:
-            lines.append(line)
-            if found := re.fullmatch(r"(.+): ([\d.]+) s\s*", line):
-                parts[found[1]] = float(found[2])
-            if line.startswith("ready"):
-                break
-        else:
-            sys.exit("the graph did not start:\n" + "".join(lines[-20:]))
-        yield f"http://127.0.0.1:{port}", parts, time.perf_counter() - begin
-    finally:
-        os.killpg(graph.pid, signal.SIGINT)
-        graph.wait(60)
+CONTEXT_INPUTS, CONTEXT_CLIENTS = 64, 32
+MODEL = settings_of.read("laptop").encoders[0].id
 
 
 class Work:
@@ -75,76 +55,198 @@ class Work:
         return [{"text": text, "label": ("late", "fine")[i % 2]} for i, text in enumerate(self.texts(NUM_EXAMPLES))]
 
 
-def run_clients(call: Callable[[], object], clients: int, requests: int) -> tuple[list[float], float]:
-    """Milliseconds of each request, and requests a second, with `clients` of them under way."""
+class Alone:
+    """The work in this process, as well as it can be batched."""
 
-    def timed(_: int) -> float:
-        begin = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - begin)
+    def __init__(self, work: Work) -> None:
+        settings = settings_of.read("laptop")
+        torch.set_num_threads(settings.encoders[0].threads)
+        self._encoder = encoders.load(settings.encoders[0].source)
+        self._module, self._work = shipped.load(), work
 
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        latencies = list(pool.map(timed, range(requests)))
-    return latencies, requests / (time.perf_counter() - begin)
+    def compiled(self, examples: Sequence[dict[str, str]]) -> CompiledContext:
+        vectors = self._encoder.embed([one["text"] for one in examples])
+        return compile_context(Context.of(vectors, [one["label"] for one in examples]), self._module)
+
+    def ask(self, compiled: CompiledContext, num_inputs: int) -> None:
+        answer(self._module.module, [(compiled, self._encoder.embed(self._work.texts(num_inputs)))])
+
+    def classify(self) -> None:
+        examples = self._work.examples()
+        vectors = self._encoder.embed([one["text"] for one in examples] + self._work.texts(NUM_INPUTS))
+        context = Context.of(vectors[:NUM_EXAMPLES], [one["label"] for one in examples])
+        answer(self._module.module, [(compile_context(context, self._module), vectors[NUM_EXAMPLES:])])
+
+    def embed(self) -> None:
+        self._encoder.embed(self._work.texts(NUM_INPUTS))
 
 
-def compare(
-    id: str, what: str, ours: Callable[[], object], alone: Callable[[], object], requests: int
-) -> list[report.Row]:
-    rows = []
-    for clients in (1, 8):
-        sides: tuple[list[tuple[list[float], float]], ...] = ([], [])
-        for call in (ours, alone):
-            run_clients(call, clients, 8)
-        for _ in range(5):
+@dataclass
+class Measured:
+    """Rounds of one side."""
+
+    processes: Sequence[psutil.Process]
+    latencies_ms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    """Of a request, by round."""
+
+    def round(self, call: Callable[[], object], clients: int, requests: int, times: int = 1) -> None:
+        """`requests` calls, each worth `times` requests, with `clients` of them under way."""
+
+        def timed(_: int) -> float:
+            begin = time.perf_counter()
+            call()
+            return 1000 * (time.perf_counter() - begin)
+
+        begin, before = time.perf_counter(), self._cpu_s()
+        with ThreadPoolExecutor(clients) as pool:
+            self.latencies_ms += pool.map(timed, range(requests))
+        self.rates.append(times * requests / (time.perf_counter() - begin))
+        self.cpu_ms.append(1000 * (self._cpu_s() - before) / (times * requests))
+
+    def _cpu_s(self) -> float:
+        each = [process.cpu_times() for process in self.processes]
+        return sum(one.user + one.system for one in each)
+
+
+class Bench:
+    """A running graph, and the same work beside it."""
+
+    def __init__(self, running: Graph, client: httpx.Client, work: Work, alone: Alone, arguments: Namespace) -> None:
+        self.running, self.client, self.work, self.alone, self.arguments = running, client, work, alone, arguments
+        self._processes = list(running.processes().values())
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return self.client.post(path, json=body).raise_for_status().json()
+
+    def sides(self) -> tuple[Measured, Measured]:
+        return Measured(self._processes), Measured([psutil.Process()])
+
+    def compare(
+        self, id: str, what: str, ours: Callable[[], object], alone: Callable[[], object], clients: int
+    ) -> list[report.Row]:
+        sides, rounds, requests = self.sides(), self.arguments.rounds, self.arguments.requests
+        for side, call in zip(self.sides(), (ours, alone), strict=True):
+            side.round(call, clients, 8)
+        for _ in range(rounds):
             for side, call in zip(sides, (ours, alone), strict=True):
-                side.append(run_clients(call, clients, requests))
-        rates = [report.median([rate for _, rate in side]) for side in sides]
-        latencies = [[one for some, _ in side for one in some] for side in sides]
+                side.round(call, clients, requests)
         who = f"{what}, {clients} client{'s' if clients > 1 else ''}"
-        rows.append(report.rate(f"{id}-rate-{clients}", who, rates[0], rates[1], "requests/s"))
+        rows = [_rate(f"{id}-rate-{clients}", who, *sides), _cpu(f"{id}-cpu-{clients}", who, *sides)]
         for percent in (50, 99):
-            ms = [report.percentile(one, percent) for one in latencies]
+            ms = [report.percentile(one.latencies_ms, percent) for one in sides]
             rows.append(report.duration(f"{id}-p{percent}-{clients}", f"{who}, p{percent}", ms[0], ms[1], "ms"))
+        return rows
+
+
+def _rate(id: str, what: str, ours: Measured, alone: Measured) -> report.Row:
+    return report.rate(id, what, report.median(ours.rates), report.median(alone.rates), "requests/s")
+
+
+def _cpu(id: str, what: str, ours: Measured, alone: Measured) -> report.Row:
+    what = f"{what}: processor time of a request, without the client's"
+    return report.duration(id, what, report.median(ours.cpu_ms), report.median(alone.cpu_ms), "ms")
+
+
+def context(bench: Bench) -> list[report.Row]:
+    examples = bench.work.examples()
+    id_ = bench.post("/v1/contexts", {"examples": examples})["id"]
+    compiled = bench.alone.compiled(examples)
+
+    def ours(num_inputs: int) -> None:
+        bench.post("/v1/classify", {"model": id_, "inputs": bench.work.texts(num_inputs)})
+
+    # All that 32 clients have under way, as one batch.
+    clients, inputs, rounds = CONTEXT_CLIENTS, CONTEXT_INPUTS, bench.arguments.rounds
+    sides = bench.sides()
+    ours(inputs)
+    for _ in range(rounds):
+        sides[0].round(lambda: ours(inputs), clients, 3 * clients)
+        sides[1].round(lambda: bench.alone.ask(compiled, inputs * clients), 1, 3, clients)
+    what = f"/v1/classify on a context, {inputs} inputs, {clients} clients"
+    rows = [_rate("context-rate", what, *sides), _cpu("context-cpu", what, *sides)]
+    p99 = report.percentile(sides[0].latencies_ms, 99)
+    rows.append(report.figure("context-p99", f"{what}, p99", p99, "ms"))
+
+    noop = _deploy_noop(bench.running)
+    one, alone, nothing = Measured(sides[0].processes), Measured(sides[1].processes), Measured(sides[0].processes)
+    calls = (
+        (one, lambda: ours(1)),
+        (alone, lambda: bench.alone.ask(compiled, 1)),
+        (nothing, lambda: bench.client.post(noop, json={"model": id_, "inputs": bench.work.texts(1)})),
+    )
+    for _, call in calls:
+        Measured([]).round(call, 1, 20)
+    for _ in range(rounds):
+        for side, call in calls:
+            side.round(call, 1, bench.arguments.requests)
+    ms, ms_alone, ms_noop = (report.percentile(side.latencies_ms, 50) for side in (one, alone, nothing))
+    what = "/v1/classify on a context, 1 input, 1 client"
+    rows += [
+        report.duration("context-p50-one", f"{what}, p50", ms, ms_alone, "ms"),
+        report.figure("context-added", f"{what}, p50 added", ms - ms_alone, "ms", "reach: below 10"),
+        report.figure("noop-p50", "a deployment of Serve's that does nothing, p50", ms_noop, "ms"),
+        report.figure(
+            "context-over-noop", f"{what}, p50 added beyond that", ms - ms_alone - ms_noop, "ms", "reach: below 2"
+        ),
+        report.figure("context-cpu-one", f"{what}: processor time", report.median(one.cpu_ms), "ms"),
+        report.figure("noop-cpu", "the same of doing nothing", report.median(nothing.cpu_ms), "ms"),
+    ]
     return rows
+
+
+def _deploy_noop(running: Graph) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.overhead_noop", running.ray_address],
+        cwd=graph.ROOT, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"the deployment that does nothing could not be deployed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return "/noop"
+
+
+def classify(bench: Bench) -> list[report.Row]:
+    what = f"/v1/classify, {NUM_EXAMPLES} examples, {NUM_INPUTS} inputs"
+
+    def ours() -> object:
+        return bench.post("/v1/classify", {"examples": bench.work.examples(), "inputs": bench.work.texts(NUM_INPUTS)})
+
+    return [row for n in (1, 8) for row in bench.compare("classify", what, ours, bench.alone.classify, n)]
+
+
+def embeddings(bench: Bench) -> list[report.Row]:
+    def ours() -> object:
+        body = {"model": MODEL, "input": bench.work.texts(NUM_INPUTS), "encoding_format": "base64"}
+        return bench.post("/v1/embeddings", body)
+
+    what = f"/v1/embeddings, {NUM_INPUTS} texts"
+    return [row for n in (1, 8) for row in bench.compare("embeddings", what, ours, bench.alone.embed, n)]
+
+
+def ready(bench: Bench) -> list[report.Row]:
+    running = bench.running
+    rows = [report.duration("ready", "command to ready, weights and factors cached", running.ready_s, None, "s")]
+    parts = running.parts.items()
+    return rows + [report.duration(f"ready-{part.split()[0]}", f"of it: {part}", s, None, "s") for part, s in parts]
+
+
+PARTS = {"context": context, "classify": classify, "embeddings": embeddings, "ready": ready}
 
 
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--requests", type=int, default=24, help="a round; five rounds a side")
+    report.add_parts(parser, PARTS)
+    parser.add_argument("--requests", type=int, default=24, help="a round")
+    parser.add_argument("--rounds", type=int, default=5, help="of each side, in turn")
     arguments = parser.parse_args()
     started_on = report.machine()
-    settings = settings_of.read("laptop")
-    torch.set_num_threads(settings.encoders[0].threads)
-    encoder, module, work = encoders.load(settings.encoders[0].source), shipped.load(), Work()
-
-    def classify_alone() -> None:
-        examples = work.examples()
-        vectors = encoder.embed([one["text"] for one in examples] + work.texts(NUM_INPUTS))
-        context = Context.of(vectors[:NUM_EXAMPLES], [one["label"] for one in examples])
-        answer(module.module, [(compile_context(context, module), vectors[NUM_EXAMPLES:])])
-
-    with running_graph() as (url, parts, ready_s), httpx.Client(base_url=url, timeout=120) as client:
-
-        def post(path: str, body: dict[str, object]) -> None:
-            client.post(path, json=body).raise_for_status()
-
-        rows = compare(
-            "classify", f"/v1/classify, {NUM_EXAMPLES} examples, {NUM_INPUTS} inputs",
-            lambda: post("/v1/classify", {"examples": work.examples(), "inputs": work.texts(NUM_INPUTS)}),
-            classify_alone, arguments.requests,
-        )  # fmt: skip
-        model = settings.encoders[0].id
-        rows += compare(
-            "embeddings", f"/v1/embeddings, {NUM_INPUTS} texts",
-            lambda: post(
-                "/v1/embeddings", {"model": model, "input": work.texts(NUM_INPUTS), "encoding_format": "base64"}
-            ),
-            lambda: encoder.embed(work.texts(NUM_INPUTS)), arguments.requests,
-        )  # fmt: skip
-    rows.append(report.duration("ready", "command to ready, weights and factors cached", ready_s, None, "s"))
-    rows += [report.duration(f"ready-{part.split()[0]}", f"of it: {part}", s, None, "s") for part, s in parts.items()]
+    work = Work()
+    alone = Alone(work)
+    with graph.running() as running, httpx.Client(base_url=running.url, timeout=120) as client:
+        bench = Bench(running, client, work, alone, arguments)
+        parts = {name: lambda _, part=part: part(bench) for name, part in PARTS.items()}
+        rows = report.rows_of(parts, arguments)
     report.publish("overhead", rows, json_file=arguments.json, started_on=started_on)
 
 
