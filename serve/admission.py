@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from actors import meters, tracing
 from cluster.door_settings import AdmissionSettings
 from cluster.settings import Settings
 from metasepia.errors import MetasepiaError, Overloaded, Unavailable
@@ -65,6 +66,15 @@ class Admission:
         """That wait."""
         self._draining = False
         self._refused: dict[str, int] = {"full": 0, "deadline": 0, "evicted": 0, "draining": 0}
+        self._told = dict(self._refused)
+        meters.SAMPLING.follow(self._tell)
+
+    def _tell(self) -> None:
+        meters.ADMISSION_WAITING.set(self._requests)
+        meters.ADMISSION_TOKENS.set(sum(lane.tokens for lane in self._lanes.values()))
+        for reason, number in self._refused.items():
+            meters.ADMISSION_REFUSED.inc(number - self._told[reason], reason=reason)
+            self._told[reason] = number
 
     def admitted(self, tokens: int, num_bytes: int, deadline: Deadline, *, part: str, rows: int = 0) -> "Place":
         """`async with`: the body runs when the request's turn has come.
@@ -97,6 +107,10 @@ class Admission:
             for tenant in list(lane.waiting.values()):
                 while tenant.queue:
                     self._refuse(lane, tenant.queue[-1], "draining", Unavailable("the server, which is ending,", 2.0))
+
+    async def told(self) -> dict[str, float]:
+        """`statistics`, as other parts are asked for theirs."""
+        return self.statistics()
 
     def statistics(self) -> dict[str, float]:
         """What waits and runs now, refusals so far by reason, and each lane's drain rate once it is known."""
@@ -223,8 +237,14 @@ class Place:
         lane, admission = self.lane, self._admission
         self.tenant = current().tenant
         if lane.waiting or admission._draining or not lane.has_room(self):
-            await admission._wait(self)
+            begin = time.monotonic()
+            try:
+                with tracing.span("admission", part=lane.name, tokens=self.tokens):
+                    await admission._wait(self)
+            finally:
+                meters.ADMISSION_WAIT.observe(time.monotonic() - begin)
         else:
+            meters.ADMISSION_WAIT.observe(0.0)
             lane.begin(self, lane.level(self.tenant))
         return self
 

@@ -117,6 +117,7 @@ class Door:
             "encoders": {one.id: one.statistics for one in encoders},
             "reasoning": {"": reasoning.statistics},
             "task_embedding": {"": tasks.statistics},
+            "admission": {"": admission.told},
         }
         self.status_of_parts = Status(self.metrics.recent, self.health_of_parts, asks, served_replicas)
 

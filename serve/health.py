@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors import meters
 from metasepia.errors import Overloaded
 from metasepia.rows import Row, Sampling
 from serve.failures import unwrap
@@ -62,6 +63,8 @@ class Health:
     async def _ask_all(self) -> Report:
         answers = await asyncio.gather(*(self._ask(name, probe) for name, probe in self._probes.items()))
         parts = dict(zip(self._probes, answers, strict=True))
+        for name, one in parts.items():
+            meters.PART_READY.set(one["ready"], part=name)
         report = Report(all(one["ready"] for one in answers), parts)
         self._last = (time.monotonic(), report)
         return report
