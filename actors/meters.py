@@ -145,7 +145,7 @@ REGISTRY_CALLS = _counter(
     "registry_calls_total", "Calls of the registry, by how their callers saw them end.", "call", "outcome"
 )
 REGISTRY_TIME = _histogram("registry_call_seconds", "One call of the registry, as its caller sees it.", "call")
-ROUTED = _counter("auto_routed_total", "Requests to `auto` by the stage that chose; `none`: the base.", "stage")
+ROUTED = _counter("auto_routed_total", "Requests to `auto` by the stage that chose, or `abstained`.", "stage")
 _CENTROID = ("backbone", "task", "expert", "layer", "pooling")
 DRIFT = _gauge(
     "centroid_drift",

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
+from actors import meters
 from cluster.settings import DispatchMargins
 from metasepia.centroids import ROUTED, CentroidKey, KnownMean
 from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
@@ -75,6 +76,11 @@ class _Known:
     centroid: TaskCentroid | None
     dispatcher: Dispatcher | None
     region: TextRegion | None
+
+
+def _counted(routed: Routed) -> Routed:
+    meters.ROUTED.inc(stage=routed.stage or "abstained")
+    return routed
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,10 @@ class Routing:
             if dispatched.abstains:
                 continue
             if dispatched.expert is None:
-                return Routed(Chosen(self.backbone.id, self.backbone), stage, margin)
+                return _counted(Routed(Chosen(self.backbone.id, self.backbone), stage, margin))
             name = f"{self.backbone.id}:{table.names[dispatched.expert]}"
-            return Routed(Chosen(name, self.backbone, ((dispatched.expert, 1.0),)), stage, margin)
-        return Routed(Chosen(self.backbone.id, self.backbone), "abstained", margin)
+            return _counted(Routed(Chosen(name, self.backbone, ((dispatched.expert, 1.0),)), stage, margin))
+        return _counted(Routed(Chosen(self.backbone.id, self.backbone), "abstained", margin))
 
     async def _ask(
         self,
