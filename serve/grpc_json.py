@@ -114,11 +114,12 @@ def _fill(message: Message, tree: Any, strict: bool) -> None:
     shape = _shape(message.DESCRIPTOR)
     if shape.is_free:
         _fill_free(message, tree)
+    elif tree is None:
+        return  # in a list, where nothing else can stand for null
     elif shape.values is not None:
         _set(message, shape.values, tree, strict)
     elif shape.bare:
-        if tree is not None:
-            _set(message, _member(shape.bare, tree), tree, strict)
+        _set(message, _member(shape.bare, tree), tree, strict)
     else:
         pairs = zip(shape.fields, tree, strict=True) if shape.is_pair else tree.items()
         for name, value in pairs:

@@ -166,7 +166,7 @@ async def _leave(answers: AsyncGenerator[bytes]) -> None:
 def _explain(context: Context) -> None:
     """Details for a status that no gateway has set."""
     told = list(context.trailing_metadata() or ())
-    found = next((one for code, one in _OWN.items() if code.value[0] == context.code()), None)
+    found = _OWN.get(context.code())
     if found is None or any(key == grpc_status.DETAILS for key, _ in told):
         return
     code, reason, status, retry_after_s, text = found

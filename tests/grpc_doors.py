@@ -1,4 +1,4 @@
-"""The gRPC door over fakes: a real server on loopback, Serve's own proxy code in front, and a gateway beside it where the
+"""The gRPC door over fakes: a real server on loopback with Serve's own proxy code, and a gateway beside it where the
 graph would have one in another process.
 """
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from ray.serve._private.grpc_util import get_grpc_response_status, start_grpc_server
 from ray.serve._private.proxy import gRPCProxy
 from ray.serve._private.proxy_request_response import ResponseStatus, gRPCProxyRequest
 from ray.serve.config import gRPCOptions
 from ray.serve.grpc_util import gRPCInputStream
 
-from serve import grpc_proxy
+from serve import grpc_proxy, grpc_status
 from serve.grpc_door import Calls, GrpcDoor
 from serve.grpc_health import GrpcHealth
 from serve.operations import operations
@@ -100,3 +101,17 @@ class GrpcBench:
             return answer, dict(await call.trailing_metadata())
 
         return self.run(talk)
+
+
+def details_of(error: grpc.RpcError) -> dict[str, Any]:
+    """google.rpc details of an error, by the names of their messages; its status says what the error says."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    raw = dict(error.trailing_metadata() or ())[grpc_status.DETAILS]
+    status = status_pb2.Status.FromString(raw)
+    assert (status.code, status.message) == (error.code().value[0], error.details())
+    found: dict[str, Any] = {}
+    for one in status.details:
+        name = one.type_url.rpartition(".")[2]
+        found[name] = getattr(error_details_pb2, name)()
+        one.Unpack(found[name])
+    return found
