@@ -73,9 +73,11 @@ def _host(field: str) -> str:
 def is_public(host: str) -> bool:
     """True where the address is reached from other machines."""
     try:
-        return not ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host != "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return not (mapped or address).is_loopback
 
 
 def check_home(home: Path) -> None:

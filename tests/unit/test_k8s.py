@@ -173,3 +173,10 @@ def test_the_image_is_small_pinned_and_not_roots() -> None:
     sent = (K8S / "Dockerfile.dockerignore").read_text()
     needed = {word for stage in stages.values() for word in re.findall(r"^COPY (?!--)(.+) \S+$", stage, re.MULTILINE)}
     assert all(f"!{name}" in sent for line in needed for name in line.split())
+
+
+@pytest.mark.parametrize("overlay", SERVED)
+def test_grafana_is_given_every_dashboard(overlay: str) -> None:
+    (found,) = (one for one in k8s.of_kind(overlay, "ConfigMap") if "grafana_dashboard" in one["metadata"]["labels"])
+    files = {one.name: one.read_text() for one in (ROOT / "dashboards").glob("*.json")}
+    assert found["data"] == files and files

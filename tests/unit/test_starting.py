@@ -52,6 +52,25 @@ def test_an_address_of_another_machine_is_refused_as_the_host_and_not_the_port()
         starting.check_port("http.port", "203.0.113.7", 18123)
 
 
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [
+        ("127.0.0.1", False),
+        ("127.0.1.1", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("localhost", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("10.0.0.7", True),
+        ("::ffff:10.0.0.7", True),
+        ("host.example", True),
+    ],
+)
+def test_what_other_machines_reach_is_public(host: str, public: bool) -> None:
+    assert starting.is_public(host) is public
+
+
 def test_a_file_in_the_place_of_home_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(InvalidSettings, match=r"taken is a file"):
