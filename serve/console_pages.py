@@ -54,12 +54,12 @@ class Console:
             )
             for path in FOLDER.iterdir()
         }
-        self._routes = {path: Route(path, file.answer) for path, file in self._files.items()}
+        self._route = Route("/console", self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         file = self._files.get(scope["path"]) if scope["type"] == "http" else None
         if file is None or scope["method"] not in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
-        scope["route"] = self._routes[scope["path"]]  # it is counted under its path
+        scope["route"] = self._route  # counted as one
         await file.answer(Headers(scope=scope))(scope, receive, send)

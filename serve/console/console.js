@@ -22,8 +22,7 @@ async function ask(path, { body, signal } = {}) {
   if (response.ok) return response;
   const error = (await response.json().catch(() => ({}))).error ?? {};
   if (response.status === 401 || response.status === 403) askForKey(error.message);
-  const field = error.param ? `${error.param}: ` : "";
-  throw new Refused(`${field}${error.message ?? `status ${response.status}`}`);
+  throw new Refused(error.message ?? `status ${response.status}`);
 }
 
 const json = async (path, options) => (await ask(path, options)).json();
