@@ -152,7 +152,7 @@ class Stream(Received):
         try:
             self._begun(answer)
             with self._broken():
-                for content in by.pieces(answer.source, end - time.monotonic()):
+                for content in by.pieces(answer.source, end, options.timeout_s):
                     yield from self._pieces(content)
                     if self._done:
                         return
@@ -189,7 +189,7 @@ class AsyncStream(Received):
         try:
             self._begun(answer)
             with self._broken():
-                async with contextlib.aclosing(by.pieces(answer.source, end - time.monotonic())) as contents:
+                async with contextlib.aclosing(by.pieces(answer.source, end, options.timeout_s)) as contents:
                     async for content in contents:
                         for piece in self._pieces(content):
                             yield piece

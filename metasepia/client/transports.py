@@ -192,13 +192,12 @@ class Blocking(Connection):
             stopped.set()
         return outcomes
 
-    def pieces(self, source: httpx.Response, timeout_s: float) -> Iterator[bytes]:
-        """A stream's body as it comes in. Raises NoAnswer and OutOfTime."""
-        end = time.monotonic() + timeout_s + GRACE_S
+    def pieces(self, source: httpx.Response, end: float, timeout_s: float) -> Iterator[bytes]:
+        """A stream's body as it comes in, until `end` by the monotonic clock. Raises NoAnswer and OutOfTime."""
         with self.told(timeout_s):
             for piece in source.iter_bytes():
                 yield piece
-                if time.monotonic() > end:
+                if time.monotonic() > end + GRACE_S:
                     raise OutOfTime(self.url, timeout_s)
 
 
@@ -275,13 +274,13 @@ class Looping(Connection):
                 group.create_task(work())
         return outcomes
 
-    async def pieces(self, source: httpx.Response, timeout_s: float) -> AsyncGenerator[bytes]:
-        """A stream's body as it comes in. Raises NoAnswer and OutOfTime."""
-        end = asyncio.get_running_loop().time() + timeout_s + GRACE_S
+    async def pieces(self, source: httpx.Response, end: float, timeout_s: float) -> AsyncGenerator[bytes]:
+        """A stream's body as it comes in, until `end` by the monotonic clock. Raises NoAnswer and OutOfTime."""
+        last = asyncio.get_running_loop().time() + end - time.monotonic() + GRACE_S
         body = aiter(source.aiter_bytes())
         with self.told(timeout_s):
             while True:
-                async with asyncio.timeout_at(end):
+                async with asyncio.timeout_at(last):
                     try:
                         piece = await anext(body)
                     except StopAsyncIteration:

@@ -1,12 +1,11 @@
 """When a request is tried again, how long after, and what an error answer becomes: the one place for both transports.
 
-Tried again are 429, 502 and 503, refused and broken connections; each only where a second time does no harm: reads,
-and requests with an Idempotency-Key, which is the same over all tries of one call. A wait honours Retry-After and is
-never longer than what is left of the call's time.
+Tried again are 429, 502 and 503, refused and broken connections, and a request that the server is still answering;
+each only where a second time does no harm: reads, and requests with an Idempotency-Key, which is the same over all
+tries of one call. A wait honours Retry-After and is never longer than what is left of the call's time.
 """
 
 import email.utils
-import itertools
 import random
 import time
 import uuid
@@ -17,7 +16,6 @@ from metasepia.client.calls import Answer, Ask, Pause, Request, Send, Steps
 from metasepia.client.errors import BadInput, Envelope, NoAnswer, NotConnected, NotOurs, OutOfTime, Refused, refused
 
 IDEMPOTENCY_KEY = "idempotency-key"
-_AGAIN = (429, 502, 503)
 _PROXIES = (502, 503, 504)
 """Whose plain words may come from something in front of the server."""
 
@@ -46,8 +44,8 @@ class Options:
 
 
 def keyed(request: Request, options: Options) -> Request:
-    """With the key by which the server knows it again, where it is not a mere read."""
-    if request.is_read:
+    """With the key by which the server knows it again, where it is not a mere read, and keys are taken for it."""
+    if request.is_read or request.once:
         return request
     return request.with_headers(idempotency_key=options.idempotency_key or uuid.uuid4().hex)
 
@@ -61,8 +59,8 @@ def tried(
 ) -> Steps[Answer]:
     """The answer, of a status below 300. Raises Refused, NoAnswer, OutOfTime and NotOurs."""
     request = keyed(ask.request, options)
-    end = clock() + options.timeout_s
-    for count in itertools.count():
+    end, num_failed = clock() + options.timeout_s, 0
+    while True:
         left = end - clock()
         if left <= 0:
             raise OutOfTime(url, options.timeout_s)
@@ -72,20 +70,32 @@ def tried(
             answer: Answer = yield Send(timed, left)
         except NoAnswer as problem:
             error = problem
+        except OutOfTime:
+            raise OutOfTime(url, options.timeout_s) from None  # the whole call's, not the last try's
         else:
             if 200 <= answer.status < 300:
                 return answer
             error = error_of(answer)
-            if error.status not in _AGAIN or (request.once and error.status != 429):
-                raise error
+        if not is_worth_another(request, error):
+            raise error
         asked = error.retry_after_s if isinstance(error, Refused) else None
-        backoff = min(8.0, options.backoff_s * 2**count) * (0.5 + draw())
+        backoff = min(8.0, options.backoff_s * 2**num_failed) * (0.5 + draw())
         wait = backoff if asked is None else asked + draw() * min(1.0, 0.25 * asked)  # not all clients at one moment
-        is_lost = request.once and isinstance(error, NoAnswer) and not isinstance(error, NotConnected)
-        if is_lost or count >= options.retries or wait >= end - clock():
+        num_failed += not _is_under_way(error)  # that is no failure: an earlier try of this call is being answered
+        if num_failed > options.retries or wait >= end - clock():
             raise error
         yield Pause(wait)
-    raise AssertionError("tries end by raising")
+
+
+def is_worth_another(request: Request, error: Refused | NoAnswer) -> bool:
+    """Whether the same request may be answered at another time, and sending it again does no harm."""
+    if isinstance(error, NoAnswer):
+        return isinstance(error, NotConnected) or not request.once
+    return error.status == 429 or (not request.once and (error.status in (502, 503) or _is_under_way(error)))
+
+
+def _is_under_way(error: Refused | NoAnswer) -> bool:
+    return isinstance(error, Refused) and error.code == "in_progress"
 
 
 def error_of(answer: Answer) -> Refused:

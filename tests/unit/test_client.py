@@ -90,6 +90,12 @@ def test_a_wait_that_would_outlast_the_deadline_is_not_begun():
     assert run.result.retry_after_s == 3600
 
 
+def test_an_earlier_try_that_is_still_being_answered_is_waited_for_and_is_no_failure():
+    run = Run(WRITE, [NoAnswer(URL, "reset"), *[refusal(409, "in_progress", retry_after="1")] * 5, answer()], retries=1)
+    assert run.result.status == 200
+    assert len(run.sent) == 7
+
+
 def test_so_many_tries_as_asked_for():
     assert len(Run(READ, [NoAnswer(URL, "reset")] * 9, retries=2).sent) == 3
     assert len(Run(READ, [NoAnswer(URL, "reset")], retries=0).sent) == 1
