@@ -13,6 +13,10 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+tests/node/node_modules/.ready: tests/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --no-audit --no-fund --prefix tests/node && touch $@ || echo "npm ci failed: no Node client"; \
+	else echo "npm is not here: the tests of the Node client are skipped"; fi
+
 serve: setup  ## starts Ray and the Serve graph in the foreground; prints "ready" and three curl lines
 	@$(BIN)/python -m serve.main --profile $(PROFILE)
 
@@ -28,10 +32,10 @@ check: setup  ## lint, format, types, import rule
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 
-test: check  ## what .ci/run calls; under 20 minutes on two cores
+test: check tests/node/node_modules/.ready  ## what .ci/run calls; under 20 minutes on two cores
 	$(BIN)/python -m pytest -m "not soak and not gpu"
 
-test-all: check  ## repeats, storms and soaks too
+test-all: check tests/node/node_modules/.ready  ## repeats, storms and soaks too
 	$(BIN)/python -m pytest -m "not gpu"
 
 lock:  ## writes requirements.lock from what is installed in .venv
