@@ -15,7 +15,7 @@ from cluster.door_settings import HttpSettings
 from cluster.settings import CentroidSettings, DispatchMargins, TaskSettings
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX
-from serve import completion, failures, streaming
+from serve import arrow, completion, failures, streaming
 from serve.accepting import Fits
 from serve.admission import Admission, estimate
 from serve.asked import Asked, deadline_of
@@ -24,11 +24,11 @@ from serve.classification import Classification
 from serve.context_vectors import ContextVectors
 from serve.contexts import Contexts, number_of
 from serve.drain import Drain
-from serve.embedding import Embedding, embeddings_json
+from serve.embedding import Embedding, embeddings_arrow, embeddings_json
 from serve.experts import Experts
 from serve.gathering import CONTENT_TYPE, Gatherer
 from serve.health import Health, probe_backbone
-from serve.hidden_states import HiddenStatesRoute
+from serve.hidden_states import HiddenStatesRoute, form_of
 from serve.key_routes import KeyRoutes
 from serve.metrics import Metrics
 from serve.mixtures import Mixtures
@@ -59,6 +59,8 @@ from serve.status import Status, served_replicas
 from serve.streams import Stream, in_turn
 from serve.task_part import TaskPart
 from serve.tasks import TaskRoutes
+
+_BY_ACCEPT = {"vary": "accept"}
 
 
 class Door:
@@ -118,19 +120,25 @@ class Door:
             "reasoning": {"": reasoning.statistics},
             "task_embedding": {"": tasks.statistics},
             "admission": {"": admission.told},
+            "all_replicas": {"": self._gatherer.totals},
         }
         self.status_of_parts = Status(self.metrics.recent, self.health_of_parts, asks, served_replicas)
 
     async def classify(self, request: Request) -> Response:
-        asked = await Asked.of(request, self._http)
+        form = form_of(request.headers.get("accept"))
+        asked = await Asked.of(request, self._http, "classify")
         body = ClassifyRequest.of(asked.tree)
         body.check(self._http)
+        if form == arrow.MEDIA_TYPE and body.explain:
+            raise NotSupported("explanations as an Arrow stream", "let Accept name application/json, or ask without")
         answer = await self._classification.classify(body, asked.digest, asked.deadline)
         self.metrics.add_tokens(answer["usage"]["prompt_tokens"], 0)
-        return JSONResponse(answer)
+        if form == arrow.MEDIA_TYPE:
+            return Response(arrow.classification(answer), media_type=form, headers=_BY_ACCEPT)
+        return JSONResponse(answer, headers=_BY_ACCEPT)
 
     async def create_context(self, request: Request) -> Response:
-        asked = await Asked.of(request, self._http)
+        asked = await Asked.of(request, self._http, "context")
         body = ContextRequest.of(asked.tree)
         body.check(self._http)
         answer = await self._contexts.create(body, asked.digest, asked.deadline)
@@ -138,7 +146,7 @@ class Door:
         return JSONResponse(answer)
 
     async def extend_context(self, request: Request) -> Response:
-        asked = await Asked.of(request, self._http)
+        asked = await Asked.of(request, self._http, "examples")
         body = MoreExamplesRequest.of(asked.tree)
         body.check(self._http)
         answer = await self._contexts.extend(request.path_params["id"], body, asked.digest, asked.deadline)
@@ -165,7 +173,8 @@ class Door:
             return JSONResponse(await self._contexts.delete(request.path_params["id"]))
 
     async def embeddings(self, request: Request) -> Response:
-        asked = await Asked.of(request, self._http)
+        form = form_of(request.headers.get("accept"))
+        asked = await Asked.of(request, self._http, "input")
         body = EmbeddingsRequest.of(asked.tree)
         body.check(self._http)
         single = isinstance(asked.tree["input"], str) or body.is_one_token_list
@@ -177,7 +186,9 @@ class Door:
         async with self.admission.admitted(tokens, asked.num_bytes, asked.deadline, part=body.model):
             embedded = await self._embedding.embed(body.model, body.inputs, fields, asked.deadline, asked.digest)
         self.metrics.add_tokens(embedded.num_tokens, 0)
-        return JSONResponse(embeddings_json(body, embedded))
+        if form == arrow.MEDIA_TYPE:
+            return Response(embeddings_arrow(body, embedded), media_type=form, headers=_BY_ACCEPT)
+        return JSONResponse(embeddings_json(body, embedded), headers=_BY_ACCEPT)
 
     async def chat(self, request: Request) -> Response:
         return await self._complete(request, ChatRequest)

@@ -16,6 +16,7 @@ from actors.messages import EncoderInfo, Media, Receipt, Texts
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName, WindowExceeded
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import HiddenStatesWanted, Row
+from serve import arrow
 from serve.deadlines import Deadline
 from serve.failures import unwrap
 from serve.names import Names
@@ -182,9 +183,17 @@ def embeddings_json(request: EmbeddingsRequest, embedded: Embedded) -> dict[str,
         if request.encoding_format == "base64"
         else vectors.tolist()
     )
+    data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(spelt)]
+    return {"object": "list", "data": data, **_about(request, embedded)}
+
+
+def embeddings_arrow(request: EmbeddingsRequest, embedded: Embedded) -> bytes:
+    """The same as an Arrow stream."""
+    return arrow.embeddings(shortened(embedded.vectors, request.dimensions), _about(request, embedded))
+
+
+def _about(request: EmbeddingsRequest, embedded: Embedded) -> dict[str, Any]:
     return {
-        "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(spelt)],
         "model": request.model,
         "created": int(time.time()),
         "usage": {"prompt_tokens": embedded.num_tokens, "total_tokens": embedded.num_tokens},

@@ -100,7 +100,7 @@ class HiddenStatesRoute:
     async def post(self, request: Request) -> Response:
         """POST /v1/hidden_states"""
         form = form_of(request.headers.get("accept"))
-        asked = await Asked.of(request, self._http)
+        asked = await Asked.of(request, self._http, "input")
         body = HiddenStatesRequest.of(asked.tree)
         body.check(self._http)
         plan = await self._plan(asked, body)

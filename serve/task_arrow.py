@@ -4,7 +4,6 @@ The schema's metadata have, as JSON under the key `metasepia`, the request's fac
 loaded when somebody asks for one.
 """
 
-import io
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -12,21 +11,18 @@ from typing import Any
 import numpy as np
 
 from metasepia.embedding.space import TaskEmbedding
-from serve.arrow import KEY
+from serve.arrow import KEY, ArrowWriter
 
 
-class TasksWriter:
-    """Writes one stream; what is written is handed out at once."""
+class TasksWriter(ArrowWriter):
+    """Task embeddings."""
 
     def __init__(self, about: Mapping[str, Any]) -> None:
         import pyarrow as pa
 
-        self._pa = pa
         texts = [(name, pa.string()) for name in ("id", "kind", "space", "expert")]
         fields = [*texts, ("noise", pa.float64()), ("vector", pa.list_(pa.float32()))]
-        self._schema = pa.schema(fields, metadata={KEY: json.dumps(about)})
-        self._sink = io.BytesIO()
-        self._writer = pa.ipc.new_stream(self._sink, self._schema)
+        super().__init__(pa.schema(fields, metadata={KEY: json.dumps(about)}))
 
     def add(self, ids: Sequence[str], experts: Sequence[str | None], embeddings: Sequence[TaskEmbedding]) -> bytes:
         """A record batch."""
@@ -41,19 +37,7 @@ class TasksWriter:
             pa.array([one.noise for one in embeddings], pa.float64()),
             pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        return self._taken()
-
-    def end(self) -> bytes:
-        """The stream's end."""
-        self._writer.close()
-        return self._taken()
-
-    def _taken(self) -> bytes:
-        written = self._sink.getvalue()
-        self._sink.seek(0)
-        self._sink.truncate()
-        return written
+        return self.write(columns)
 
 
 Batch = tuple[Sequence[str], Sequence[str | None], Sequence[TaskEmbedding]]
@@ -65,4 +49,4 @@ async def stream(about: Mapping[str, Any], batches: AsyncIterator[Batch]) -> Asy
     writer = TasksWriter(about)
     async for batch in batches:
         yield writer.add(*batch)
-    yield writer.end()
+    yield writer.close()
