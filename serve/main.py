@@ -36,6 +36,7 @@ from actors.registry import RegistryClient
 from cluster import connect, resources, starting
 from cluster import settings as settings_of
 from cluster.door_settings import ENDING_S
+from cluster.exposure import check_exposure
 from cluster.settings import Settings
 from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
@@ -96,6 +97,7 @@ class Foreground:
 
     def _start(self) -> None:
         begin, http = time.monotonic(), self._settings.http
+        check_exposure(self._settings)
         starting.check_all(self._settings)
         if self._settings.ray.address == "local":
             resources.check_fits(
@@ -154,15 +156,22 @@ class Foreground:
     def _write_card(self) -> None:
         me = psutil.Process()
         card = {"pid": me.pid, "created_unix_s": me.create_time(), "url": self._url, "run": self._run}
+        card["ray"] = ray.get_runtime_context().gcs_address  # where `actors.keys` finds the registry
         self._card.parent.mkdir(parents=True, exist_ok=True)
         self._card.write_text(json.dumps(card) + "\n")
 
     def _say_ready(self, seconds: float) -> None:
-        models = httpx.get(f"{self._url}/v1/models", timeout=30).json()["data"]
+        key = self._settings.keys.required
+        if key:
+            console.print("keys: asked for; `python -m actors.keys create --tenant NAME --scopes infer` makes one")
+            models = [{"id": one.id, "x_info": {"kind": "backbone"}} for one in self._settings.backbones]
+        else:
+            console.print(f"keys: off; whoever reaches {self._url} may do everything (keys.required turns them on)")
+            models = httpx.get(f"{self._url}/v1/models", timeout=30).json()["data"]
         console.print(
             f"[bold green]ready[/] in {seconds:.0f} s on {self._url}; Ctrl-C ends it. Three requests to paste:\n"
         )
-        for line in curl_lines(self._url, models, [one.id for one in self._settings.encoders]):
+        for line in curl_lines(self._url, models, [one.id for one in self._settings.encoders], key=key):
             print("\n" + line, flush=True)
 
     def _catch_signals(self) -> None:
@@ -229,8 +238,10 @@ async def check_pins(settings: Settings, prepared: Mapping[str, PreparedBackbone
                 raise InvalidSettings(f"backbones[{one.id}].pinned", one.pinned, allowed)
 
 
-def curl_lines(url: str, models: list[dict[str, Any]], encoders: list[str]) -> list[str]:
-    """Three requests to paste: classify, chat (with the first expert and its card's own example), embed."""
+def curl_lines(url: str, models: list[dict[str, Any]], encoders: list[str], *, key: bool = False) -> list[str]:
+    """Three requests to paste: classify, chat (with the first expert and its card's own example), embed. With `key`
+    they show the one that METASEPIA_KEY holds.
+    """
     experts = sorted((one for one in models if one["x_info"]["kind"] == "expert"), key=lambda one: one["id"])
     expert = experts[0] if experts else None
     card = expert["x_info"]["card"] if expert else {}
@@ -252,8 +263,9 @@ def curl_lines(url: str, models: list[dict[str, Any]], encoders: list[str]) -> l
         ("chat/completions", chat),
         ("embeddings", {"model": encoders[0], "input": ["one body", "any colour"]}),
     ]
+    header = ' -H "authorization: Bearer $METASEPIA_KEY"' if key else ""
     return [
-        f"curl -s {url}/v1/{path} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+        f"curl -s {url}/v1/{path}{header} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
         for path, body in bodies
     ]
 

@@ -46,7 +46,18 @@ from serve.app import create_app
 from serve.authentication import Access
 from serve.door import Door
 from serve.shipped import ModuleCard
-from tests.doors import HTTP, OTHER, Bench, FakeCatalogue, FakeEncoder, FakeMixing, NoKeys, NoSearches, NoTasks
+from tests.doors import (
+    HTTP,
+    OTHER,
+    Bench,
+    FakeCatalogue,
+    FakeEncoder,
+    FakeMixing,
+    NearReplays,
+    NoKeys,
+    NoSearches,
+    NoTasks,
+)
 
 MODULE = "5" * 64
 EXAMPLES = [
@@ -198,7 +209,7 @@ class World:
             Admission(AdmissionSettings()),
             Access(KeySettings(), NoKeys()),
         )
-        self.bench.app = create_app(door)
+        self.bench.app = create_app(door, NearReplays(home))
 
     def ask(self, path: str, body: dict[str, Any]) -> Any:
         response: httpx.Response = self.bench.post(path, body)
