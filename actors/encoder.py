@@ -90,6 +90,7 @@ class Encoder:
         self._arrived = threading.Condition()
         self._inbox: list[_Request] = []
         self._num_queued = 0
+        self._num_counted = self._num_counted_tokens = 0
         self._texts_per_s: float | None = None
         self._num_texts = self._num_forwards = 0
         self._stopping = False
@@ -127,7 +128,8 @@ class Encoder:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, where the number of replicas is not fixed (`serve.autoscaling`)."""
-        return {"queued": float(self._num_queued)}
+        tokens_a_text = self._num_counted_tokens / self._num_counted if self._num_counted else 32.0
+        return {"queued": self._num_queued * tokens_a_text}
 
     async def embed(self, message: Texts | Media) -> np.ndarray:
         """Unit-norm vectors, float32 [items, width], in the order given.
@@ -152,7 +154,10 @@ class Encoder:
             raise Overloaded(f"the queue of encoder {self._settings.id}", self._retry_after_s())
         request = _Request(items, message.deadline_unix_s, traceparent=message.traceparent)
         vectors = await self._ask(request)
-        return vectors, sum(map(len, request.prepared))
+        num_tokens = sum(map(len, request.prepared))
+        self._num_counted += num_items
+        self._num_counted_tokens += num_tokens
+        return vectors, num_tokens
 
     async def check(self, timeout_s: float = 10.0) -> None:
         """One real forward, past queue limit and cache. Raises Unavailable when none comes back."""

@@ -15,10 +15,9 @@ class ScalingSettings:
     max_replicas: int = 1
     """From min_replicas to 1000. A cluster of our own must have room for all of them."""
     queued_per_replica: float = 4096.0
-    """What clients wait for, waiting or running, that one replica is given before another is added: tokens of a
-    backbone (prompts not yet answered, and answers still to come), texts of an encoder, queries of the reasoning pool.
-    Keep it below the part's own bound (max_queued_tokens, ...), or requests are refused before anything is added. From
-    1 to 10**9."""
+    """What clients wait for, at the gateway or in the part, that one replica is given before another is added: tokens
+    of a backbone (prompts not yet answered, and answers still to come) or an encoder, queries of the reasoning pool.
+    From 1 to 10**9."""
     upscale_delay_s: float = 10.0
     """How long it must be too much. From 0 to 86400."""
     downscale_delay_s: float = 300.0
@@ -39,7 +38,7 @@ class ScalingSettings:
         between("scaling", "look_back_s", self.look_back_s, 1, 3600)
 
     def check(self, owner: str, bound: int) -> None:
-        """Raises InvalidSettings where a part that scales refuses requests before it would grow."""
+        """Raises InvalidSettings where a part that scales refuses requests (beyond `bound`) before it would grow."""
         if not self.is_fixed and self.queued_per_replica >= bound:
             allowed = f"below {bound}, beyond which {owner} refuses requests"
             raise InvalidSettings(f"{owner}.scaling.queued_per_replica", self.queued_per_replica, allowed)

@@ -189,7 +189,6 @@ class EncoderSettings:
         between(owner, "max_batch_tokens", self.max_batch_tokens, 64, 10**7)
         between(owner, "cache_mib", self.cache_mib, 0, 10**6)
         between(owner, "max_queued_texts", self.max_queued_texts, 1, 10**7)
-        self.scaling.check(owner, self.max_queued_texts)
         _check_name(f"{owner}.id", self.id)
 
 

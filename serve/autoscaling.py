@@ -1,18 +1,25 @@
 """Replicas by the work that waits: Serve's own autoscaler, asked for a number by the policy here.
 
-Serve runs the policy in its controller, from a pickled copy of this class alone: it needs nothing but the standard
-library. Bounds and delays are Serve's (`AutoscalingConfig`); a replica tells its amount by `record_autoscaling_stats`.
+Bounds and delays are Serve's (`AutoscalingConfig`). A replica tells by `record_autoscaling_stats` what it has in hand,
+and what still waits at the gateway for its part. Serve runs the policy in its controller, from a pickled copy of the
+class alone: it needs nothing but the standard library.
 """
 
+import asyncio
 import math
 from typing import Any
 
+from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
+from actors.encoder import Encoder
 from cluster.scaling_settings import ScalingSettings
+from serve.parts import answered
 
-QUEUED = "queued"
-"""The name under which every replica that scales tells what it has in hand."""
+QUEUED, WAITING = "queued", "waiting"
+"""What a replica has in hand, and what waits before all of them together."""
+GATEWAY = "gateway"
+ASK_TIMEOUT_S = 2.0
 
 
 class OnQueued:
@@ -22,20 +29,36 @@ class OnQueued:
     load the number does not swing.
     """
 
-    def __init__(self, per_replica: float, metric: str = QUEUED, full: float = 0.7) -> None:
-        self.per_replica, self.metric, self.full = per_replica, metric, full
+    def __init__(self, per_replica: float, full: float = 0.7) -> None:
+        self.per_replica, self.full = per_replica, full
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number wanted now. A replica that has not told its amount yet counts as an idle one."""
-        target = context.target_num_replicas
-        told = (context.aggregated_metrics or {}).get(self.metric, {})
-        if not told:
+        told, target = context.aggregated_metrics or {}, context.target_num_replicas
+        if not told.get("queued"):
             return target, {}
-        queued = sum(told.values())
+        queued = sum(told["queued"].values()) + max(told.get("waiting", {}).values(), default=0.0)
         wanted = math.ceil(queued / self.per_replica)
         if wanted < target:
             wanted = min(target, math.ceil(queued / (self.per_replica * self.full)))
         return max(1, wanted), {}
+
+
+class ScaledEncoder(Encoder):
+    """An encoder that also tells what waits for it at the gateway."""
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {**super().record_autoscaling_stats(), WAITING: await waiting_tokens(self._settings.id)}
+
+
+async def waiting_tokens(part: str) -> float:
+    """At the gateway, for a part; none where no gateway answers. To be called in a replica."""
+    try:
+        app = serve.get_replica_context().app_name
+        gateway = serve.get_deployment_handle(GATEWAY, app_name=app)
+        return await asyncio.wait_for(answered(gateway.waiting_tokens.remote(part)), ASK_TIMEOUT_S)
+    except Exception:  # whatever it is, what the replica has in hand is still to be told
+        return 0.0
 
 
 def replicas(settings: ScalingSettings) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class Gateway(GrpcDoor, GrpcHealth):
             Access(settings.keys, registry),
         )
 
+    async def waiting_tokens(self, part: str) -> float:
+        """For the part's own autoscaling."""
+        return self._door.admission.waiting_tokens(part)
+
     async def drain(self, budget_s: float) -> int:
         """For `serve.main`, of every gateway: `Drain.run`."""
         left = await self._door.drain.run(budget_s)

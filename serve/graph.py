@@ -22,13 +22,12 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
-from actors.encoder import Encoder
 from actors.reasoning_pool import ReasoningPool
 from actors.registry import RegistryClient, RegistryPlace
 from cluster import settings as settings_of
 from cluster.resources import at_home, gang_bundles
-from cluster.settings import Settings
-from serve.autoscaling import replicas
+from cluster.settings import BackboneSettings, Settings
+from serve.autoscaling import GATEWAY, ScaledEncoder, replicas
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
 from serve.mixing_replica import MixingReplica
@@ -37,6 +36,8 @@ from serve.schemas import MAX_CHOICES
 from serve.task_replica import TaskEmbeddingReplica
 
 NAME = "metasepia"
+MARGIN = 64
+"""Calls of a part beside the requests inside the gateway: probes, metrics, Serve's own checks."""
 _ALL: dict[str, Any] = {
     "graceful_shutdown_wait_loop_s": 0.5,
     "health_check_period_s": 10,
@@ -46,7 +47,7 @@ _ALL: dict[str, Any] = {
 
 GatewayDeployment: Deployment = serve.deployment(**_ALL)(serve.ingress()(Gateway))
 BackboneDeployment: Deployment = serve.deployment(**_ALL)(BackboneReplica)
-EncoderDeployment: Deployment = serve.deployment(**_ALL)(Encoder)
+EncoderDeployment: Deployment = serve.deployment(**_ALL)(ScaledEncoder)
 MixingDeployment: Deployment = serve.deployment(**_ALL)(MixingReplica)
 TaskDeployment: Deployment = serve.deployment(**_ALL)(TaskEmbeddingReplica)
 ReasoningDeployment: Deployment = serve.deployment(**_ALL)(ReasoningPool)
@@ -94,26 +95,13 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
     check_stages(settings.dispatch)
     registry = registry or RegistryClient(RegistryPlace.of(settings))
     inside = settings.gateway.max_ongoing_requests
-    told: dict[str, Any] = {"runtime_env": {"env_vars": settings.telemetry.environment}}
-    margin = 64  # probes, metrics, Serve's own checks
-    ends: dict[str, Any] = {"graceful_shutdown_timeout_s": settings.admission.drain_s}
-    backbones = {
-        one.id: BackboneDeployment.options(
-            **ends,
-            name=f"backbone-{one.id}",
-            max_ongoing_requests=inside * MAX_CHOICES + margin,
-            ray_actor_options={"num_cpus": one.replica_cpus, **told},
-            placement_group_bundles=gang_bundles(one),
-            placement_group_strategy="STRICT_PACK",
-            **replicas(one.scaling),
-        ).bind(settings, one.id, registry)
-        for one in settings.backbones
-    }
+    told, ends = _told(settings), _ends(settings)
+    backbones = {one.id: backbone(settings, one, registry) for one in settings.backbones}
     encoders = {
         one.id: EncoderDeployment.options(
             **ends,
             name=f"encoder-{one.id}",
-            max_ongoing_requests=inside + margin,
+            max_ongoing_requests=inside + MARGIN,
             ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus, **told},
             **replicas(one.scaling),
         ).bind(one)
@@ -122,27 +110,50 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
     reasoning = ReasoningDeployment.options(
         **ends,
         name="reasoning-pool",
-        max_ongoing_requests=inside + margin,
+        max_ongoing_requests=inside + MARGIN,
         ray_actor_options={"num_cpus": settings.reasoning.cpus, **told},
         **replicas(settings.reasoning.scaling),
     ).bind(settings.reasoning, registry)
     mixing = MixingDeployment.options(
         **ends,
         name="expert-mixing",
-        max_ongoing_requests=inside + margin,
+        max_ongoing_requests=inside + MARGIN,
         ray_actor_options={"num_cpus": settings.mixing.cpus, **told} | at_home(settings.registry),
     ).bind(settings, registry, backbones)
     tasks = TaskDeployment.options(
         **ends,
         name="task-embedding",
-        max_ongoing_requests=inside + margin,
+        max_ongoing_requests=inside + MARGIN,
         ray_actor_options={"num_cpus": settings.tasks.cpus, **told},
     ).bind(settings, registry, encoders[settings.surrogate.id], backbones)
     return GatewayDeployment.options(
         **ends,
-        name="gateway",
+        name=GATEWAY,
         max_ongoing_requests=inside,
         max_queued_requests=inside,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         ray_actor_options={"num_cpus": settings.gateway.cpus, **told},
     ).bind(settings, backbones, encoders, reasoning, mixing, tasks, registry)
+
+
+def backbone(settings: Settings, one: BackboneSettings, registry: RegistryClient) -> Application:
+    """One backbone's gangs."""
+    return BackboneDeployment.options(
+        **_ends(settings),
+        name=f"backbone-{one.id}",
+        max_ongoing_requests=settings.gateway.max_ongoing_requests * MAX_CHOICES + MARGIN,
+        ray_actor_options={"num_cpus": one.replica_cpus, **_told(settings)},
+        placement_group_bundles=gang_bundles(one),
+        placement_group_strategy="STRICT_PACK",
+        **replicas(one.scaling),
+    ).bind(settings, one.id, registry)
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """What every replica's environment says."""
+    return {"runtime_env": {"env_vars": settings.telemetry.environment}}
+
+
+def _ends(settings: Settings) -> dict[str, Any]:
+    """How long a replica that leaves may go on with what it has begun."""
+    return {"graceful_shutdown_timeout_s": settings.admission.drain_s}
