@@ -8,6 +8,7 @@ import json
 import logging
 import logging.handlers
 import os
+from contextvars import ContextVar
 from typing import Any
 
 from actors import tracing
@@ -16,6 +17,8 @@ from cluster.meter_settings import VARIABLE, LogSettings, Telemetry
 LOGGERS = ("metasepia", "cluster", "actors", "serve", "jobs")
 """And all below them."""
 
+ABOUT: ContextVar[dict[str, Any]] = ContextVar("about", default={})  # noqa: B039  never changed in place
+"""Fields of every line that this task and those it starts write: the request's id."""
 FACTS = "facts"
 """`logger.info("...", extra={FACTS: {...}})`: fields beside the message."""
 
@@ -53,7 +56,7 @@ class _Handler(logging.Handler):
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:
-    found: dict[str, Any] = dict(getattr(record, FACTS, {}))
+    found: dict[str, Any] = ABOUT.get() | getattr(record, FACTS, {})
     if "trace_id" not in found and (trace_id := tracing.trace_id()) is not None:
         found["trace_id"] = trace_id
     return found

@@ -28,6 +28,8 @@ from actors.recording import REPLICA, Distribution, Meter, replica
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TIMEOUT_S = 0.8
 """A node that does not answer by then is silent on this page."""
+TOTALS_FRESH_S = 5.0
+"""How long sums over replicas are told again."""
 NODES_FRESH_S = 5.0
 """How long the list of nodes is believed."""
 OF_RAY = {
@@ -101,6 +103,10 @@ class Gathered:
         samples = self._samples.get(meter.name, {})
         return sum(value for (_, found), value in samples.items() if wanted <= set(found))
 
+    def values_of(self, meter: Meter, label: str) -> list[str]:
+        """Of one label, over all series."""
+        return sorted({dict(labels)[label] for _, labels in self._samples.get(meter.name, {})})
+
     def text(self) -> bytes:
         """The page."""
         self._compose()
@@ -116,7 +122,7 @@ class Gathered:
         """What the page itself says: of the nodes, and of adapters as an inference gateway reads them."""
         for state, count in (("answered", self.num_answered), ("silent", self.num_silent)):
             self._put(meters.NODES, {"state": state}, count)
-        for backbone in sorted({dict(labels)["backbone"] for _, labels in self._samples.get(meters.QUEUED.name, {})}):
+        for backbone in self.values_of(meters.QUEUED, "backbone"):
             names = {state: self._adapters(backbone, state) for state in ("running", "waiting")}
             labels = {"backbone": backbone, "running_lora_adapters": names["running"]}
             labels |= {"waiting_lora_adapters": names["waiting"]}
@@ -148,10 +154,27 @@ class Gatherer:
         self._nodes: Sequence[Node] = ()
         self._listed_s = float("-inf")
         self._client: httpx.AsyncClient | None = None
+        self._totals: tuple[float, Gathered] | None = None
 
     async def text(self) -> bytes:
         """The page: of all nodes, or of this process where there is no Ray."""
         return (await self.gather()).text() if ray.is_initialized() else local_text()
+
+    async def totals(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Of each backbone over all its replicas, at most TOTALS_FRESH_S older than the page; empty without Ray."""
+        if not ray.is_initialized():
+            return {}
+        if self._totals is None or self._clock() - self._totals[0] > TOTALS_FRESH_S:
+            self._totals = self._clock(), await self.gather()
+        gathered = self._totals[1]
+        gauges = {"queued_requests": meters.QUEUED, "running_requests": meters.RUNNING_ROWS}
+        gauges |= {"queued_tokens": meters.QUEUED_TOKENS, "experts_resident": meters.EXPERTS}
+        return {
+            "backbones": {
+                id_: {name: gathered.total(one, backbone=id_) for name, one in gauges.items()}
+                for id_ in gathered.values_of(meters.QUEUED, "backbone")
+            }
+        }
 
     async def gather(self) -> Gathered:
         """In about TIMEOUT_S at most."""

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors import meters, tracing
-from serve import request_log
+from serve import request_ids, request_log
 from serve.principal import charge
 from serve.status import Recent
 
@@ -57,25 +57,21 @@ class Measured:
             await self._app(scope, receive, send)
             return
         quiet = scope["path"] in QUIET
-        headers = {name: value for name, value in scope["headers"] if name in (b"traceparent", b"x-request-id")}
-        given = None if quiet else headers.get(b"traceparent")
-        opened = tracing.NOTHING if quiet else tracing.request_span("request", given and given.decode("latin-1"))
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+        opened = tracing.NOTHING if quiet else tracing.request_span("request", given)
         status, begin = LEFT, time.perf_counter()
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                for name, value in message["headers"]:
-                    if name.lower() == b"x-request-id":
-                        headers[name.lower()] = value
                 if span.traceparent is not None:
                     message["headers"] = [*message["headers"], (b"traceresponse", span.traceparent.encode())]
             await send(message)
 
         self._begin()
         self._metrics.begin()
-        with request_log.story() as facts, opened as span:
+        with request_log.story(request_ids.current()) as facts, opened as span:
             try:
                 await self._app(scope, receive, watched)
             finally:
@@ -83,10 +79,9 @@ class Measured:
                 route = getattr(scope.get("route"), "path", "unmatched")  # its pattern: clients make no new labels
                 reason = _reason(status, facts.get("reason"))
                 self._metrics.end(route, status, reason, duration_s)
-                told: dict[str, Any] = {"method": scope["method"], "route": route, "status": status}
-                if (request_id := headers.get(b"x-request-id")) is not None:
-                    told["request_id"] = request_id.decode("latin-1")[:256]
-                told |= {"reason": reason, "duration_ms": round(1000 * duration_s, 2), **facts}
+                told: dict[str, Any] = {"method": scope["method"], "route": route, "status": status, "reason": reason}
+                told |= {"door": "grpc" if scope["scheme"] == "grpc" else "http"}
+                told |= {"duration_ms": round(1000 * duration_s, 2), **facts}
                 request_log.write(told, quiet=quiet)
                 span.rename(f"{scope['method']} {route}")
                 span.set(**{name: value for name, value in told.items() if isinstance(value, str | int | float)})

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from actors.logs import FACTS
+from actors.logs import ABOUT, FACTS
 
 logger = logging.getLogger("serve.request")
 
@@ -23,14 +23,16 @@ _told: ContextVar[Facts | None] = ContextVar("request", default=None)
 
 
 @contextmanager
-def story() -> Iterator[Facts]:
-    """What is noted inside, in this task and in those that it starts."""
+def story(request_id: str | None) -> Iterator[Facts]:
+    """What is noted inside, in this task and in those that it starts; their other log lines carry the id too."""
     facts: Facts = {}
-    token = _told.set(facts)
+    about = {} if request_id is None else {"request_id": request_id}
+    tokens = _told.set(facts), ABOUT.set(about)
     try:
         yield facts
     finally:
-        _told.reset(token)
+        _told.reset(tokens[0])
+        ABOUT.reset(tokens[1])
 
 
 def note(**facts: Any) -> None:
