@@ -11,6 +11,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.exposure import exposure
 from serve import graph, grpc_proxy
 from tests import k8s
 from tests.k8s import FOLDERS, K8S, SERVED, Object
@@ -105,8 +106,8 @@ def test_ports_of_the_doors_are_one_number_everywhere(overlay: str) -> None:
     worker = k8s.pod(overlay, "worker").ports
     assert worker["serve"] == config["http_options"]["port"] == settings.http.port
     assert worker["grpc"] == config["grpc_options"]["port"] == settings.grpc.port
-    assert config["http_options"]["host"] == "0.0.0.0"  # a pod's address; who may come in is asked for keys
-    assert settings.keys.required and settings.ray.auth_mode == "token"
+    assert config["http_options"]["host"] == settings.http.host == "0.0.0.0"  # a pod has no other
+    assert settings.keys.required and settings.ray.auth_mode == "token" and exposure(settings) == ()
 
 
 @pytest.mark.parametrize("overlay", SERVED)
