@@ -114,7 +114,7 @@ async def show(keys: Keys, _options: argparse.Namespace) -> None:
     now, after = datetime.now(UTC).timestamp(), ""
     while page := await keys.list_keys(after=after):
         for key in page:
-            print(f"{key.id}  {key.status(now):7}  {key.tenant}  {','.join(key.scopes)}  {key.label}")
+            print(f"{key.id}  {key.status(now):8}  {key.tenant}  {','.join(key.scopes)}  {key.label}")
         after = page[-1].id
 
 

@@ -24,6 +24,7 @@ from metasepia import (
     cli_embed,
     cli_experts,
     cli_jobs,
+    cli_keys,
     cli_mixtures,
     cli_repository,
     cli_status,
@@ -44,6 +45,7 @@ NOUNS = (
     cli_mixtures,
     cli_tasks,
     cli_jobs,
+    cli_keys,
     cli_status,
 )
 """Each adds its verbs by `add_verbs(things, shared)`."""

@@ -102,7 +102,7 @@ class Keyring:
         if not is_it or held is None or found is None:
             raise Unauthenticated("this key is not known here")
         status = held.key.status(self.now())
-        if status != "live":
+        if status != "active":
             raise Unauthenticated(f"this key {'was revoked' if status == 'revoked' else 'has expired'}")
         return held.key
 

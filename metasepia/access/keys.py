@@ -44,10 +44,10 @@ class Key:
     """From then on it opens nothing, by the registry's clock. None: it does not expire."""
     revoked_unix_s: float | None = None
 
-    def status(self, now_unix_s: float) -> Literal["live", "revoked", "expired"]:
+    def status(self, now_unix_s: float) -> Literal["active", "revoked", "expired"]:
         if self.revoked_unix_s is not None:
             return "revoked"
-        return "expired" if self.expires_unix_s is not None and now_unix_s >= self.expires_unix_s else "live"
+        return "expired" if self.expires_unix_s is not None and now_unix_s >= self.expires_unix_s else "active"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -236,7 +236,7 @@ class KeyStore:
     def _make_room(self, now: float) -> None:
         if len(self._keys) < self._max_keys:
             return
-        dead = [one.key for one in self._keys.values() if one.key.status(now) != "live"]
+        dead = [one.key for one in self._keys.values() if one.key.status(now) != "active"]
         if not dead:
             raise InvalidRequest(None, f"{len(self._keys)} keys are in use, which is keys.max_keys; revoke some first")
         oldest = min(dead, key=lambda one: one.created_unix_s)
