@@ -1,18 +1,11 @@
-"""What is known of a running sweep, and how a person is shown it: a bar on a terminal, plain lines elsewhere."""
+"""What is known of a running sweep."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Any
 
 from metasepia.digests import short
 from metasepia.sweeps.plan import SweepPlan
-
-LINE_EVERY_S = 10.0
 
 
 class Told:
@@ -39,6 +32,10 @@ class Told:
         """Seconds inside the trial, without waiting for the scheduler."""
         self._began_s = time.monotonic()
         self._made = 0
+
+    @property
+    def title(self) -> str:
+        return f"sweep {short(self.plan.digest)}"
 
     def take(self, told: Mapping[str, Any]) -> None:
         """One report of a trial."""
@@ -88,35 +85,3 @@ class Told:
         total = sum(self.last.get(pack, mean) for pack in self.todo)
         rate = self._made / max(1e-9, time.monotonic() - self._began_s)
         return sum(self.step.get(pack, 0) for pack in self.todo), round(total), rate
-
-
-class Bar:
-    """Shows Told while a `with` lasts; silent where not `shown`."""
-
-    def __init__(self, told: Told, *, shown: bool, file: TextIO | None = None) -> None:
-        self._told, self._shown, self._file = told, shown, file or sys.stdout
-        self._line_s = 0.0
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> Self:
-        console = Console(file=self._file)
-        if self._shown and console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("", total=None)
-            self._bar.start()
-        return self
-
-    def show(self, *, now: bool = False) -> None:
-        """Redraws; as a line only every LINE_EVERY_S, or `now`."""
-        if self._bar is not None:
-            made, total, _ = self._told.steps
-            self._bar.update(self._task, completed=made, total=total or None, description=str(self._told))
-        elif self._shown and (now or time.monotonic() - self._line_s > LINE_EVERY_S):
-            self._line_s = time.monotonic()
-            print(f"sweep {short(self._told.plan.digest)}: {self._told}", file=self._file, flush=True)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.show(now=True)
-        if self._bar is not None:
-            self._bar.stop()

@@ -15,7 +15,8 @@ import torch
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from jobs.sweep_progress import Bar, Told
+from jobs.progress_bar import Bar
+from jobs.sweep_progress import Told
 from metasepia.errors import InvalidSettings, MetasepiaError
 from metasepia.sweeps.failures import StorageFailed
 from metasepia.sweeps.run import find_work, run_pack

@@ -24,7 +24,8 @@ import ray
 
 from cluster.connect import connect
 from cluster.settings import RaySettings
-from jobs.sweep_progress import Bar, Told
+from jobs.progress_bar import Bar
+from jobs.sweep_progress import Told
 from metasepia.digests import short
 from metasepia.errors import CannotPlace, InvalidSettings, Unavailable
 from metasepia.sweeps.failures import PacksFailed, StorageFailed

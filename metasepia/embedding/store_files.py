@@ -29,6 +29,15 @@ class StreamedFiles(Files):
             found = self._filesystem.get_file_info(selector)
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
 
+    def remove(self) -> None:
+        """Deletes the folder itself, where nothing is in it any more."""
+        with self._named(""):
+            if self._filesystem.get_file_info(self._root).type != pafs.FileType.Directory:
+                return
+            found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=True))
+            if not any(one.type == pafs.FileType.File for one in found):
+                self._filesystem.delete_dir(self._root)
+
     def open(self, name: str) -> pq.ParquetFile:
         """Raises CorruptArtefact for what is no Parquet file."""
         with self._named(name):

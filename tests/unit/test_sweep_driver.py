@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.sweep_fits import Fits, plan_of
-from jobs.sweep_progress import Bar, Told
+from jobs.progress_bar import Bar
+from jobs.sweep_progress import Told
 from jobs.sweep_tune import Listener, score_of
 from jobs.sweeping import Asha, run_sweep
 from metasepia.errors import CannotPlace, InvalidSettings
