@@ -46,6 +46,12 @@ class HttpSettings:
     """Hidden states of one answer, in float32, as an Arrow stream. From 0.01 to 10**6."""
     max_json_states_mib: float = 8.0
     """The same as JSON, whose text is several times longer and is made at once. From 0.01 to 1024."""
+    max_head_kib: float = 64.0
+    """Of a request: its line and its headers; more is refused with 431. From 4 to 1024."""
+    head_timeout_s: float = 15.0
+    """Within which a request's head has to come in, and a new connection has to say something. From 1 to 3600."""
+    max_connections: int = 4096
+    """Open at once at one proxy; more are refused with 503. From 16 to 10**6."""
     max_replayed_mib: float = 16.0
     """Longer answers are not kept for their Idempotency-Key. From 0.01 to 256."""
 
@@ -65,6 +71,9 @@ class HttpSettings:
         between("http", "max_explained_examples", self.max_explained_examples, 16, 100_000)
         between("http", "max_inputs", self.max_inputs, 300, 100_000)
         between("http", "max_states_mib", self.max_states_mib, 0.01, 10**6)
+        between("http", "max_head_kib", self.max_head_kib, 4, 1024)
+        between("http", "head_timeout_s", self.head_timeout_s, 1, 3600)
+        between("http", "max_connections", self.max_connections, 16, 10**6)
         between("http", "max_replayed_mib", self.max_replayed_mib, 0.01, 256)
         between("http", "max_json_states_mib", self.max_json_states_mib, 0.01, 1024)
 

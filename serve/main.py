@@ -42,7 +42,7 @@ from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import LOCAL
-from serve import graph, grpc_start, middleware, prepare, processes, shipped
+from serve import connections, graph, grpc_start, middleware, prepare, processes, shipped
 
 READY_TIMEOUT_S = 600.0
 DRAINED_S = 2.0
@@ -66,7 +66,8 @@ class Foreground:
         self._ready = False
         os.environ[processes.MARK] = self._run
         # Daemons of a cluster of our own inherit these: the proxy imports `serve.middleware` by name.
-        os.environ.update(middleware.ENVIRONMENT | grpc_start.environment(settings))
+        os.environ.update(middleware.ENVIRONMENT | connections.environment(settings.http))
+        os.environ.update(grpc_start.environment(settings))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps are not ours to tell

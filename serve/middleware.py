@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve import grpc_proxy
+from serve import connections, grpc_proxy, request_ids
 from serve.deadlines import HEADER, INNER_HEADER
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.middleware.proxy_middlewares"}
@@ -32,6 +32,7 @@ _ERRORS: dict[int, tuple[int, str, str, str, int | None]] = {
 def proxy_middlewares() -> list[Middleware]:
     """Called once, before the proxy opens a port."""
     grpc_proxy.listen_where_told()
+    connections.listen_bounded()
     return [Middleware(Envelope)]
 
 
@@ -45,7 +46,9 @@ class Envelope:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
-        scope = {**scope, "headers": _give_the_gateway_time(scope["headers"])}
+        request_id = request_ids.id_of(scope["headers"])
+        headers = request_ids.with_id(_give_the_gateway_time(scope["headers"]), request_id)
+        scope, send = {**scope, "headers": headers}, _named(send, request_id)
         started = replaced = False
 
         async def watched(message: Message) -> None:
@@ -68,6 +71,17 @@ class Envelope:
             await _answer(send, 500, ())
         if not started:
             await _answer(send, 500, ())
+
+
+def _named(send: Send, request_id: str) -> Send:
+    """Serve adds a header with the id beside the gateway's own: one of them is enough."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": request_ids.with_id(message.get("headers", ()), request_id)}
+        await send(message)
+
+    return named
 
 
 def _give_the_gateway_time(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
