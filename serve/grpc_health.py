@@ -57,15 +57,14 @@ class GrpcHealth:
             return
         self._watchers += 1
         try:
-            told = None
-            while True:
+            told, ending = None, False
+            while not ending:
+                ending = self._door.drain.begun
                 status = await self._status() if service in SERVICES else Response.SERVICE_UNKNOWN
                 if status != told:
                     told = status
                     yield Response(status=status)
-                if self._door.drain.begun:
-                    return
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(0 if ending else LOOK_S)
         finally:
             self._watchers -= 1
 
