@@ -78,3 +78,10 @@ def replicas(settings: ScalingSettings) -> dict[str, Any]:
             policy=policy,
         )
     }
+
+
+def reports(scaling: ScalingSettings | None) -> dict[str, str]:
+    """The environment of a replica that scales: Serve is told every 10 s otherwise, however short the look back."""
+    if scaling is None or scaling.is_fixed:
+        return {}
+    return {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": f"{min(10.0, scaling.look_back_s / 2):g}"}

@@ -26,8 +26,9 @@ from actors.reasoning_pool import ReasoningPool
 from actors.registry import RegistryClient, RegistryPlace
 from cluster import settings as settings_of
 from cluster.resources import at_home, gang_bundles
+from cluster.scaling_settings import ScalingSettings
 from cluster.settings import BackboneSettings, Settings
-from serve.autoscaling import GATEWAY, ScaledEncoder, replicas
+from serve.autoscaling import GATEWAY, ScaledEncoder, replicas, reports
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
 from serve.mixing_replica import MixingReplica
@@ -102,7 +103,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
             **ends,
             name=f"encoder-{one.id}",
             max_ongoing_requests=inside + MARGIN,
-            ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus, **told},
+            ray_actor_options={"num_cpus": one.cpus, "num_gpus": one.gpus, **_told(settings, one.scaling)},
             **replicas(one.scaling),
         ).bind(one)
         for one in settings.encoders
@@ -111,7 +112,7 @@ def application(settings: Settings, registry: RegistryClient | None = None) -> A
         **ends,
         name="reasoning-pool",
         max_ongoing_requests=inside + MARGIN,
-        ray_actor_options={"num_cpus": settings.reasoning.cpus, **told},
+        ray_actor_options={"num_cpus": settings.reasoning.cpus, **_told(settings, settings.reasoning.scaling)},
         **replicas(settings.reasoning.scaling),
     ).bind(settings.reasoning, registry)
     mixing = MixingDeployment.options(
@@ -142,16 +143,16 @@ def backbone(settings: Settings, one: BackboneSettings, registry: RegistryClient
         **_ends(settings),
         name=f"backbone-{one.id}",
         max_ongoing_requests=settings.gateway.max_ongoing_requests * MAX_CHOICES + MARGIN,
-        ray_actor_options={"num_cpus": one.replica_cpus, **_told(settings)},
+        ray_actor_options={"num_cpus": one.replica_cpus, **_told(settings, one.scaling)},
         placement_group_bundles=gang_bundles(one),
         placement_group_strategy="STRICT_PACK",
         **replicas(one.scaling),
     ).bind(settings, one.id, registry)
 
 
-def _told(settings: Settings) -> dict[str, Any]:
+def _told(settings: Settings, scaling: ScalingSettings | None = None) -> dict[str, Any]:
     """What every replica's environment says."""
-    return {"runtime_env": {"env_vars": settings.telemetry.environment}}
+    return {"runtime_env": {"env_vars": {**settings.telemetry.environment, **reports(scaling)}}}
 
 
 def _ends(settings: Settings) -> dict[str, Any]:
