@@ -28,8 +28,8 @@ class RowMeters:
         """Rows that decode together, since when, until when; only where one of them is traced."""
         self._batches: dict[str, list[str]] = {}
         """By row, the spans of the batches that it was in."""
-        self._left: set[str] = set()
-        """Traced rows that ended in this step."""
+        self._left: dict[str, RowStory] = {}
+        """Traced rows that ended in this step, which is told after them."""
 
     def stepped(self, step: StepStory) -> None:
         id_ = self._id
@@ -52,17 +52,15 @@ class RowMeters:
             if row.first_s is not None:
                 meters.ROW_PREFILL.observe(row.first_s - row.begun_s, backbone=id_)
         if row.traceparent is not None:
-            self._trace(row.traceparent, row)
+            self._left[row.traceparent] = row
 
-    def _trace(self, parent: str, row: RowStory) -> None:
+    def _trace(self, parent: str, row: RowStory, batches: list[str]) -> None:
         id_ = self._id
         begun_s = row.ended_s if row.begun_s is None else row.begun_s
         tracing.record("queued", parent, row.submitted_s, begun_s, backbone=id_, prompt_tokens=row.num_prompt)
-        self._left.add(parent)
         if row.num_tokens and row.first_s is not None:
-            links = self._batches.get(parent, [])
             told = {"tokens": row.num_tokens, "outcome": row.outcome, "reused_tokens": row.num_reused}
-            tracing.record("decode", parent, row.first_s, row.ended_s, links, backbone=id_, **told)
+            tracing.record("decode", parent, row.first_s, row.ended_s, batches, backbone=id_, **told)
 
     def _follow(self, live: tuple[str | None, ...], begin: float, end: float) -> None:
         """A span for each while in which the same rows decode."""
@@ -72,10 +70,10 @@ class RowMeters:
             self._batch = (live, self._batch[1], end)
         elif any(live):
             self._batch = (live, begin, end)
-        if not self._left.isdisjoint(live):
+        if not self._left.keys().isdisjoint(live):
             self._close()
-        for one in self._left:
-            self._batches.pop(one, None)
+        for parent, row in self._left.items():
+            self._trace(parent, row, self._batches.pop(parent, []))
         self._left.clear()
 
     def _close(self) -> None:

@@ -23,6 +23,8 @@ Value = str | bool | int | float
 MAX_LINKS = 128
 """Of one span, the newest: OpenTelemetry keeps no more."""
 _FLUSH_MS = 1000
+_EXPORT_S = 2.0
+"""Tries of one export, all together; then its spans are lost."""
 
 
 class _Nothing:
@@ -185,7 +187,7 @@ def _make(settings: TraceSettings) -> "TracerProvider | None":
     if settings.endpoint:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        exporters.append(OTLPSpanExporter(endpoint=settings.endpoint))
+        exporters.append(OTLPSpanExporter(endpoint=settings.endpoint, timeout=_EXPORT_S))
     if settings.file:
         lines = open(settings.file, "a", buffering=1)  # noqa: SIM115  as long as the process lives
         exporters.append(ConsoleSpanExporter(out=lines, formatter=lambda one: one.to_json(indent=None) + "\n"))
