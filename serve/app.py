@@ -5,6 +5,7 @@ the envelope whatever a handler raises. gRPC calls come in through the same appl
 """
 
 import importlib.metadata
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -30,7 +31,7 @@ def create_app(door: Door, replays: Replays) -> ASGIApp:
     """The routes of a door, every error in the envelope, every request measured; answers kept by `replays`."""
     table = operations(door)
     routes = [Route(one.path, _in_envelope(one.handler), methods=[one.method]) for one in table]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _without_route(routes)})
     app.router.redirect_slashes = False
     once = Idempotent(app, replays, table, door.http)
     keyed = Authenticated(once, [*zip(routes, table, strict=True)], door.access)
@@ -54,10 +55,23 @@ def _in_envelope(handler: Handler) -> Handler:
     return answered
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    request_log.note(reason=code)
-    failure = failures.Failure(error.status_code, "invalid_request_error", code, failures.grpc.StatusCode.UNIMPLEMENTED)
-    answer = failures.envelope(failure, f"{request.method} {request.url.path} is not served here", None)
-    return JSONResponse(answer.body, error.status_code, headers=dict(error.headers or {}))
+def _without_route(routes: Sequence[Route]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Answers what no route does: OPTIONS with the methods of its path, all else with a refusal."""
+
+    async def answered(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            of_path = [route.methods or () for route in routes if route.path_regex.match(request.url.path)]
+            headers["allow"] = ", ".join(sorted({"OPTIONS", *(method for methods in of_path for method in methods)}))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        request_log.note(reason=code)
+        failure = failures.Failure(
+            error.status_code, "invalid_request_error", code, failures.grpc.StatusCode.UNIMPLEMENTED
+        )
+        answer = failures.envelope(failure, f"{request.method} {request.url.path[:200]} is not served here", None)
+        return JSONResponse(answer.body, error.status_code, headers=headers)
+
+    return answered

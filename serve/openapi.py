@@ -123,9 +123,9 @@ _PARAMETERS: dict[str, Json] = {
     "RequestId": {
         "name": request_ids.HEADER,
         "in": "header",
-        "description": "Comes back with the answer, and stands in logs and traces. Made where none is sent, or one of "
-        "more than one word.",
-        "schema": {"type": "string", "maxLength": request_ids.MAX_CHARS, "pattern": "^[!-~]+$"},
+        "description": "Comes back with the answer, and stands in logs and traces. Another is made in place of none, of one "
+        f"of several words, or of more than {request_ids.MAX_CHARS} characters.",
+        "schema": {"type": "string"},
     },
     "Timeout": {
         "name": deadlines.HEADER,

@@ -41,8 +41,19 @@ def test_plain_text_errors_become_the_envelope(status: int, answered: int, code:
 
 
 def test_the_proxys_own_retry_after_is_kept():
-    response = _get(PlainTextResponse("busy", 503, headers={"retry-after": "7", "x-request-id": "a"}))
-    assert (response.headers.get_list("retry-after"), response.headers["x-request-id"]) == (["7"], "a")
+    response = _get(PlainTextResponse("busy", 503, headers={"retry-after": "7"}))
+    assert response.headers.get_list("retry-after") == ["7"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("two words", False), ("x" * 200, False), ("", False)])
+def test_every_answer_has_one_id_the_clients_where_it_is_one_word(given: str, kept: bool):
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        asked = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        answer = PlainTextResponse("busy", 503, headers={"x-request-id": asked[0].decode()})  # as Serve adds it
+        await answer(scope, receive, send)
+
+    (told,) = _get(app, **{"x-request-id": given}).headers.get_list("x-request-id")
+    assert (told == given) == kept and 0 < len(told) <= 128
 
 
 @pytest.mark.parametrize(
