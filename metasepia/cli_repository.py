@@ -74,6 +74,7 @@ def add_verbs(things: Any) -> None:
         (name, about, run(module)) for name, (module, about) in PROGRAMS.items()
     ]
     for name, about, local in (*verbs, ("bench", "run one of the repository's benchmarks", bench)):
-        one = things.add_parser(name, help=f"{about} (repository)", add_help=False, prefix_chars="\0")
+        said = f"{about} (of the repository)"
+        one = things.add_parser(name, help=said, description=said, add_help=False, prefix_chars="\0")
         one.add_argument("rest", nargs=argparse.REMAINDER)
         one.set_defaults(local=local)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metasepia.shell import add_verb, cell, show, table
@@ -77,13 +78,13 @@ def lines(found: dict[str, Any], url: str) -> list[str]:
     return said
 
 
-def sparks(values: list[float | None]) -> str:
+def sparks(values: Sequence[float | int | None]) -> str:
     """A bar of eighths for each number, from 0 to the greatest."""
     most = max((one for one in values if one is not None), default=0.0) or 1.0
     return "".join(" " if one is None else BARS[round(one / most * (len(BARS) - 1))] for one in values)
 
 
-def _last(values: list[float | None]) -> float | None:
+def _last(values: Sequence[float | int | None]) -> float | int | None:
     return next((one for one in reversed(values) if one is not None), None)
 
 

@@ -91,13 +91,17 @@ def texts_of(given: Any) -> list[Any]:
 def _item(one: Any, where: str) -> Any:
     if isinstance(one, str | Mapping):
         return one if isinstance(one, str) else dict(one)
-    if one is None or (isinstance(one, float) and math.isnan(one)) or type(one).__name__ in ("NAType", "NaTType"):
-        raise BadInput(where, f"there is no text ({one!r}); leave such rows out (frame.dropna(subset=[...]))")
+    _check_there(one, where)
     listed: Callable[[], Any] | None = getattr(one, "tolist", None)
     one = one if listed is None else listed()
     if isinstance(one, list | tuple) and one and all(type(number) in (int, float) for number in one):
         return {"vector": list(one)}
     raise BadInput(where, f"{one!r:.60} is neither a text nor a vector nor an object")
+
+
+def _check_there(one: Any, where: str) -> None:
+    if one is None or (isinstance(one, float) and math.isnan(one)) or type(one).__name__ in ("NAType", "NaTType"):
+        raise BadInput(where, f"there is no text ({one!r}); leave such rows out (frame.dropna(subset=[...]))")
 
 
 def _listed(given: Any, name: str) -> Iterable[Any]:
@@ -190,9 +194,12 @@ def _column_items(
     found: list[Any] = []
     for place, value in enumerate(values):
         where = f"{column}[{index[place] if index else place}]"
-        item = _item(value, where)
-        if vectors != isinstance(item, dict):
-            wanted = "vectors" if vectors else "texts" if param == "text" else "labels as texts: str(...) makes them so"
+        _check_there(value, where)
+        if not vectors and not isinstance(value, str):
+            wanted = "texts" if param == "text" else "labels as texts: frame[column].astype(str) makes them so"
             raise BadInput(where, f"{value!r:.60}: the column must hold {wanted}")
+        item = _item(value, where)
+        if vectors and not (isinstance(item, dict) and "vector" in item):
+            raise BadInput(where, f"{value!r:.60}: the column must hold vectors")
         found.append(item)
     return found
