@@ -47,10 +47,13 @@ def connect(
 ) -> dict[str, float]:
     """Joins or starts Ray and returns the resources of the cluster. `environment`: more variables for its workers.
 
-    Ray 2.60 turns token authentication on by itself for a new local cluster: the mode is always the settings'. Raises
+    Ray 2.60 turns token authentication on by itself for a new local cluster: its mode is always the settings'. Raises
     as `check_cluster` does.
     """
-    os.environ["RAY_AUTH_MODE"] = settings.auth_mode
+    if settings.address == "local" or settings.auth_mode != "disabled":
+        os.environ["RAY_AUTH_MODE"] = settings.auth_mode
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", settings.auth_mode)  # a job of a cluster knows that cluster's mode
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {
         "namespace": "metasepia",

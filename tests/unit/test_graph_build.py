@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from ray.serve import scripts
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
@@ -36,21 +38,18 @@ def test_importing_the_builder_reads_no_settings_and_loads_no_torch():
     assert done.stdout.split() == ["False", "Application"]
 
 
-def test_what_serve_build_prints_is_what_the_committed_example_deploys():
-    env = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
-    words = [str(Path(sys.executable).with_name("serve")), "build", "serve.graph:app"]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    printed = yaml.safe_load(done.stdout)["applications"][0]["deployments"]
+def test_what_serve_build_prints_is_what_the_committed_example_deploys(tmp_path: Path):
+    done = CliRunner().invoke(scripts.cli, ["build", "serve.graph:app", "-o", str(tmp_path / "built.yaml")])
+    assert done.exit_code == 0, done.output
+    printed = yaml.safe_load((tmp_path / "built.yaml").read_text())["applications"][0]["deployments"]
     example = yaml.safe_load(CONFIG.read_text())
     ServeDeploySchema.model_validate(example)
     deployments = built(example["applications"][0]["args"])
     assert [one["name"] for one in printed] == list(deployments)
     for one in printed:
         made = deployments[one["name"]]
-        assert (made.max_ongoing_requests, made.num_replicas) == (
-            one["max_ongoing_requests"],
-            one.get("num_replicas", 1),
-        )
+        assert made.max_ongoing_requests == one["max_ongoing_requests"]
+        assert made.num_replicas == one.get("num_replicas", 1)
         assert made.ray_actor_options["num_cpus"] == one["ray_actor_options"]["num_cpus"]
     comment = CONFIG.read_text().partition("proxy_location")[0]
     assert all(name in comment for name in deployments)
