@@ -33,7 +33,7 @@ from serve.principal import Principal, asking
 if TYPE_CHECKING:
     from serve.operations import Operation
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 EXCHANGE_TIMEOUT_S = 2.0
 GIVES_BACK = (429, 503)

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from metasepia import errors
 from serve import request_log
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

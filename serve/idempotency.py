@@ -58,7 +58,7 @@ _OF_ONE_ANSWER = ("content-length", "date", "server", "connection", "transfer-en
 """Headers that are made anew for each answer."""
 _BOUNDARY = re.compile(r"""boundary=(?:"([^"]+)"|([^\s;]+))""", re.IGNORECASE)
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Replays(Protocol):

@@ -22,7 +22,7 @@ from serve.failures import unwrap
 from serve.parts import answered
 from serve.tenants import PerTenant
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 TIMEOUT_S = 2.0

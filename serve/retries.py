@@ -16,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from metasepia.errors import Unavailable
 from serve import failures
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

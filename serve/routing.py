@@ -41,7 +41,7 @@ from serve.shelf import Shelf
 from serve.task_stage import TaskStage, region_of
 from serve.tenants import PerTenant
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 SERVED_STAGES = ("centroid", "task", "classifier", "prompt")
 MAX_DESCRIBED = 32

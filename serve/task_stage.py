@@ -19,7 +19,7 @@ from serve.failures import unwrap
 from serve.parts import Catalogue, TextEncoder
 from serve.shelf import Shelf
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
