@@ -167,8 +167,7 @@ def _explain(context: Context) -> None:
     """Details for a status that no gateway has set."""
     told = list(context.trailing_metadata() or ())
     found = _OWN.get(context.code())
-    other_graph = any(key == "application" for key, _ in context.invocation_metadata())  # there is none of that name
-    if found is None or other_graph or any(key == grpc_status.DETAILS for key, _ in told):
+    if found is None or any(key == grpc_status.DETAILS for key, _ in told):
         return
     code, reason, status, retry_after_s, text = found
     text += "; try again soon"
