@@ -123,7 +123,7 @@ _PARAMETERS: dict[str, Json] = {
     "RequestId": {
         "name": request_ids.HEADER,
         "in": "header",
-        "description": "Comes back with the answer, and stands in logs and traces. Another is made in place of none, of one "
+        "description": "Comes back with the answer, and stands in logs and traces. Another is made in place of none, "
         f"of several words, or of more than {request_ids.MAX_CHARS} characters.",
         "schema": {"type": "string"},
     },
