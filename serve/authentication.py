@@ -76,7 +76,8 @@ class Access:
         async with self._turn:
             report, since = self.keyring.report(), self.keyring.revision
             try:
-                changes = await asyncio.wait_for(self.part.exchange_keys(report, since), EXCHANGE_TIMEOUT_S)
+                async with asyncio.timeout(EXCHANGE_TIMEOUT_S):  # wait_for would swallow a cancellation now and then
+                    changes = await self.part.exchange_keys(report, since)
             except TimeoutError:
                 raise Unavailable("the registry of keys", 1.0) from None
             self.keyring.take(changes)

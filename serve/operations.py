@@ -52,7 +52,7 @@ def operations(door: Door) -> tuple[Operation, ...]:
         Operation("CreateHiddenStates", "POST", "/v1/hidden_states", door.hidden_states.post, "infer"),
         Operation("ListObservedTasks", "GET", "/v1/hidden_states/tasks", door.tasks.list, "infer"),
         Operation("GetObservedTask", "GET", "/v1/hidden_states/tasks/{task}", door.tasks.get, "infer"),
-        Operation("DeleteObservedTask", "DELETE", "/v1/hidden_states/tasks/{task}", door.tasks.delete, "admin"),
+        Operation("DeleteObservedTask", "DELETE", "/v1/hidden_states/tasks/{task}", door.tasks.delete, "contexts"),
         Operation("AddExpert", "POST", "/v1/experts", door.experts.add, "experts:write"),
         Operation("ListExperts", "GET", "/v1/experts", door.experts.list, "infer"),
         Operation("GetExpert", "GET", "/v1/experts/{name}", door.experts.get, "infer"),
