@@ -101,6 +101,16 @@ def test_serve_reads_its_configuration_and_finds_the_graph(overlay: str) -> None
 
 
 @pytest.mark.parametrize("overlay", SERVED)
+def test_the_configuration_is_that_of_the_repository_but_for_its_settings(overlay: str) -> None:
+    ours, theirs = k8s.serve_config(overlay), yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    for config in (ours, theirs):
+        del config["http_options"]["host"]
+        for name in ("args", "runtime_env"):  # the environment is the pods'
+            config["applications"][0].pop(name, None)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("overlay", SERVED)
 def test_ports_of_the_doors_are_one_number_everywhere(overlay: str) -> None:
     config, settings = k8s.serve_config(overlay), k8s.settings(overlay)
     worker = k8s.pod(overlay, "worker").ports
