@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from metasepia.shell import add_verb, cell, show, table
+from metasepia.shell import add_verb, cell, failed, seconds, show, table
 
 if TYPE_CHECKING:
     import metasepia.client.results
@@ -33,8 +33,6 @@ def status(client: "metasepia.client.Client", options: argparse.Namespace) -> No
             try:
                 said = "\n".join(lines(client.status(), client.url))
             except Exception as error:
-                from metasepia.shell import failed
-
                 ending = failed(error)
                 if ending is None:
                     raise
@@ -115,5 +113,5 @@ def add_verbs(things: Any, shared: argparse.ArgumentParser) -> None:
     """The verbs `metasepia status` and `metasepia models`."""
     one = add_verb(things, "status", status, "how the server does", shared)
     one.add_argument("--watch", action="store_true", help="look again and again, until Ctrl-C")
-    one.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (%(default)g)")
+    one.add_argument("--every", type=seconds, default=2.0, metavar="S", help="seconds between two looks (%(default)g)")
     add_verb(things, "models", models, "everything that a request can name as its model", shared)

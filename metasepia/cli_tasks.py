@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metasepia import cli_sheets
 from metasepia.shell import (
     MISUSE,
     REFUSED,
@@ -12,7 +13,6 @@ from metasepia.shell import (
     add_noun,
     add_verb,
     given,
-    json_lines,
     show,
     show_fields,
     show_list,
@@ -36,7 +36,8 @@ def show_task(client: "metasepia.client.Client", options: argparse.Namespace) ->
 def add_task(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
     asked: Any = given(options, "name", "method", "seed", "expert")
     asked |= {"long_texts": "leave_out"} if options.leave_out_long else {}
-    _end(client, options, client.create_task(examples=json_lines(options.examples), **asked))
+    examples = cli_sheets.examples(options.examples, options.text, options.label)
+    _end(client, options, client.create_task(examples=examples, **asked))
 
 
 def ask_task(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
@@ -114,7 +115,9 @@ def add_verbs(things: Any, shared: argparse.ArgumentParser) -> None:
     add_verb(verbs, "list", list_tasks, "all of them", shared).add_argument("--kind", choices=kinds)
     add_verb(verbs, "show", show_task, "one, or how far it is", shared).add_argument("id")
     add = add_verb(verbs, "add", add_task, "embed a data set", shared)
-    add.add_argument("examples", type=Path, help='JSON lines of {"text": ..., "label": ...}')
+    add.add_argument("examples", type=Path, help="JSONL, CSV or Parquet with columns of texts and labels")
+    add.add_argument("--text", default="text", metavar="COLUMN", help="of the texts (%(default)s)")
+    add.add_argument("--label", default="label", metavar="COLUMN", help="of the labels (%(default)s)")
     add.add_argument("--expert", metavar="NAME", help="requests like these texts are for it")
     add.add_argument("--leave-out-long", action="store_true", help="texts longer than the surrogate's window")
     ask = add_verb(verbs, "ask", ask_task, "embed a prompt on a model, or a context, by what it answers", shared)

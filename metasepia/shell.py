@@ -180,9 +180,14 @@ def show_list(options: argparse.Namespace, found: Sequence[dict[str, Any]], colu
 
 
 def seconds(text: str) -> float:
-    if not 0 < float(text) <= 86_400:
-        raise ValueError(text)  # argparse says the rest
-    return float(text)
+    """Of an option. Raises argparse's error."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.001 to 86400")
+    return found
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from metasepia.client import large, tables
-from metasepia.client.calls import ARROW, Answer, Ask, Steps, encoded, request
+from metasepia.client.calls import ARROW, Answer, Ask, Steps, request
 from metasepia.client.errors import BadInput, Failure, NotOurs, PartlyDone, StreamBroken, refused
 from metasepia.client.results import Classification, Entity, Explanation, Usage, added
 from metasepia.client.trying import envelope_of
@@ -75,11 +75,11 @@ def classify(inputs: Any, *, text: str | None = None, **options: Any) -> Steps[A
     body |= {"explain": options.get("explain") or None, "abstain_below": options.get("abstain_below")}
     if not taken.items:
         raise BadInput("inputs", "there are none")
-    head = encoded({name: value for name, value in body.items() if value is not None})
-    cut = large.Cut(head, "inputs", taken.items, options.get("batch_size"))
+    cut = _cut(body, taken.items, options.get("batch_size"))
 
     def part(begin: int, end: int) -> Steps[tuple[list[dict[str, Any]], _Classified]]:
-        answer: Answer = yield Ask(request("Classify", content=cut.body(begin, end)))
+        content = cut.body(begin, end)
+        answer: Answer = yield Ask(request("Classify", content=content, content_type=cut.content_type))
         found = _Classified.of(answer.json())
         if len(found.results) != end - begin:
             raise NotOurs(answer.url, f"{len(found.results)} results for {end - begin} inputs")
@@ -91,6 +91,22 @@ def classify(inputs: Any, *, text: str | None = None, **options: Any) -> Steps[A
     if failures:
         raise PartlyDone(whole, failures, len(taken.items))
     return whole
+
+
+def _cut(body: dict[str, Any], items: list[Any], num_items: int | None) -> large.Cut:
+    """Vectors of one width as Arrow, a fifth of their JSON; anything else as JSON."""
+    examples: list[dict[str, Any]] = body.get("examples") or []
+    contents = [*items, *examples]
+    plain = all(
+        isinstance(one, dict) and one.keys() <= {"vector", "label"} and len(one.get("vector") or ()) for one in contents
+    )
+    if not plain or len({len(one["vector"]) for one in contents}) > 1 or body.get("unlabelled"):
+        return large.JsonCut(body, "inputs", items, num_items)
+    if not all(isinstance(one["label"], str) for one in examples):
+        return large.JsonCut(body, "inputs", items, num_items)
+    labelled = [(one["vector"], one["label"]) for one in examples]
+    rest = {name: value for name, value in body.items() if name != "examples"}
+    return large.VectorCut(rest, "inputs", [one["vector"] for one in items], num_items, labelled)
 
 
 def _classification(num_items: int, finished: Sequence[tuple[int, int, Any]]) -> Classification:
@@ -160,10 +176,8 @@ def embed(
     `inputs` may be a table with `text` naming the column. Raises BadInput, Refused, PartlyDone.
     """
     items = _texts(inputs, text)
-    head = encoded(
-        {"model": model, "encoding_format": "base64"} | ({} if dimensions is None else {"dimensions": dimensions})
-    )
-    cut = large.Cut(head, "input", items, batch_size)
+    body = {"model": model, "encoding_format": "base64", "dimensions": dimensions}
+    cut = large.JsonCut(body, "input", items, batch_size)
 
     def part(begin: int, end: int) -> Steps[tuple["np.ndarray", dict[str, Any]]]:
         answer: Answer = yield Ask(request("CreateEmbeddings", content=cut.body(begin, end)))
@@ -257,8 +271,7 @@ def hidden_states(
     asked: dict[str, Any] = {"model": model, "layers": list(layers), "pooling": pooling}
     if task is not None:
         asked |= {"task": task, "observe": observe}
-    head = encoded(asked)
-    cut = large.Cut(head, "input", items, batch_size)
+    cut = large.JsonCut(asked, "input", items, batch_size)
 
     def part(begin: int, end: int) -> Steps[tuple["pa.Table", dict[str, Any], dict[str, Any]]]:
         content = cut.body(begin, end)

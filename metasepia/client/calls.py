@@ -114,6 +114,7 @@ def request(
     *,
     params: Mapping[str, Any] = _NOTHING,
     content: bytes | None = None,
+    content_type: str = "application/json",
     accept: str | None = None,
     **names: str,
 ) -> Request:
@@ -132,7 +133,7 @@ def request(
         content = encoded({key: value for key, value in body.items() if value is not None})
     headers = {"accept": accept or "application/json"}
     if content is not None:
-        headers["content-type"] = "application/json"
+        headers["content-type"] = content_type
     given = {key: str(value) for key, value in params.items() if value is not None}
     once = call in ONCE
     return Request(method=method, path=path, params=given, headers=headers, content=content, once=once)

@@ -5,50 +5,113 @@ refuses for its size is halved until it goes through. What is finished is never 
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from metasepia.client.calls import SKIPPED, Steps, Together, encoded
-from metasepia.client.errors import Failure, Invalid, MetasepiaError, Refused, moved
+from metasepia.client.calls import ARROW, SKIPPED, Steps, Together, encoded
+from metasepia.client.errors import BadInput, Failure, Invalid, MetasepiaError, Refused, moved
 
 T = TypeVar("T")
 
 NUM_ITEMS = 512
 NUM_BYTES = 2 << 20
-"""Of JSON in one request; a server reads 8 MiB where its settings do not say otherwise."""
+"""Of items in one request; a server reads 8 MiB where its settings do not say otherwise."""
 _LIMITS = re.compile(r"\bmax_(inputs|explained|states_mib|json_states_mib)\b")
 """Settings of the server that bound one request's inputs, as its refusals name them."""
 
 
-class Cut:
-    """Items as JSON, and the places where they are cut. A request's body is `head` and some of them as its `field`."""
+class Cut(ABC):
+    """Items, and the places where they are cut into requests."""
 
-    def __init__(self, head: bytes, field: str, items: Sequence[Any], num_items: int | None) -> None:
-        """`num_items` None: NUM_ITEMS a request. Raises BadInput for an item that is not JSON."""
-        self.field, self._head = field, head
-        self._encoded = [encoded(one) for one in items]
+    content_type: str
+
+    def __init__(self, field: str, sizes: Sequence[int], head_bytes: int, num_items: int | None) -> None:
+        """`sizes`: of each item in a body's bytes; `head_bytes`: of what every body has beside its items.
+
+        `num_items` None: NUM_ITEMS a request.
+        """
+        self.field, self._sizes, self._head_bytes = field, sizes, head_bytes
         self.bounds: list[tuple[int, int]] = []
         begin, num_bytes = 0, 0
-        for place, one in enumerate(self._encoded):
-            if place > begin and (place - begin >= (num_items or NUM_ITEMS) or num_bytes + len(one) > NUM_BYTES):
+        for place, size in enumerate(sizes):
+            if place > begin and (place - begin >= (num_items or NUM_ITEMS) or num_bytes + size > NUM_BYTES):
                 self.bounds.append((begin, place))
                 begin, num_bytes = place, 0
-            num_bytes += len(one)
-        if self._encoded:
-            self.bounds.append((begin, len(self._encoded)))
+            num_bytes += size
+        if sizes:
+            self.bounds.append((begin, len(sizes)))
 
+    @abstractmethod
     def body(self, begin: int, end: int) -> bytes:
-        items = b",".join(self._encoded[begin:end])
-        return self._head[:-1] + (b"" if self._head == b"{}" else b",") + f'"{self.field}":['.encode() + items + b"]}"
+        """Of the request for items begin to end - 1."""
 
     def is_too_much(self, begin: int, end: int, error: MetasepiaError) -> bool:
         """Whether the server would serve fewer of these items at a time."""
         if not isinstance(error, Invalid) or end - begin < 2:
             return False
         if error.status == 413:  # nothing is won where the examples alone are too long
-            return sum(map(len, self._encoded[begin:end])) > len(self._head)
+            return sum(self._sizes[begin:end]) > self._head_bytes
         return error.status == 400 and _LIMITS.search(error.message) is not None
+
+
+class JsonCut(Cut):
+    """A body is an object, with a list of some items beside its other fields."""
+
+    content_type = "application/json"
+
+    def __init__(self, tree: Mapping[str, Any], field: str, items: Sequence[Any], num_items: int | None) -> None:
+        """Fields that are None are left out. Raises BadInput for an item that is not JSON."""
+        self._head = encoded({name: value for name, value in tree.items() if value is not None})
+        self._encoded = [encoded(one) for one in items]
+        super().__init__(field, [len(one) + 1 for one in self._encoded], len(self._head), num_items)
+
+    def body(self, begin: int, end: int) -> bytes:
+        items = b",".join(self._encoded[begin:end])
+        return self._head[:-1] + (b"" if self._head == b"{}" else b",") + f'"{self.field}":['.encode() + items + b"]}"
+
+
+class VectorCut(Cut):
+    """A body is an Arrow stream: a row for each labelled vector, then one without a label for each of some items."""
+
+    content_type = ARROW
+
+    def __init__(
+        self,
+        tree: Mapping[str, Any],
+        field: str,
+        items: Sequence[Sequence[float]],
+        num_items: int | None,
+        examples: Sequence[tuple[Sequence[float], str]],
+    ) -> None:
+        """All vectors of one width. Raises BadInput for a number that is not finite."""
+        import numpy as np
+
+        self._items, self._vectors = items, [vector for vector, _ in examples]
+        for name, vectors in (("examples", self._vectors), (field, items)):
+            finite = np.isfinite(np.array(vectors, np.float32)).all(axis=-1)
+            if not finite.all():
+                raise BadInput(f"{name}[{int(finite.argmin())}]", "a number of the vector is not finite")
+        self._labels = [label for _, label in examples]
+        self._options = encoded({name: value for name, value in tree.items() if value is not None})
+        size = 4 * len(items[0])
+        super().__init__(field, [size] * len(items), len(self._options) + size * len(examples), num_items)
+
+    def body(self, begin: int, end: int) -> bytes:
+        import numpy as np
+        import pyarrow as pa
+
+        rows = np.array([*self._vectors, *self._items[begin:end]], np.float32)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+        labels = pa.array([*self._labels, *[None] * (end - begin)], pa.string())
+        batch = pa.record_batch({"vector": vectors, "label": labels}).replace_schema_metadata(
+            {b"metasepia": self._options}
+        )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return sink.getvalue().to_pybytes()
 
 
 def together(
