@@ -9,13 +9,14 @@ a request is not sampled, `traceparent()` is None and nothing is made of it anyw
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.meter_settings import Telemetry, TraceSettings
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import Link, Span, Tracer
 
 Value = str | bool | int | float
@@ -179,7 +180,6 @@ def _make(settings: TraceSettings) -> "TracerProvider | None":
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
     from actors.recording import replica
 
@@ -192,12 +192,39 @@ def _make(settings: TraceSettings) -> "TracerProvider | None":
         lines = open(settings.file, "a", buffering=1)  # noqa: SIM115  as long as the process lives
         exporters.append(ConsoleSpanExporter(out=lines, formatter=lambda one: one.to_json(indent=None) + "\n"))
     provider = TracerProvider(
-        sampler=ParentBasedTraceIdRatio(settings.sample_ratio),
+        sampler=_sampler(settings.sample_ratio),
         resource=Resource.create({"service.name": "metasepia", "service.instance.id": replica()}),
     )
     for exporter in exporters:
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_FLUSH_MS))
     return provider
+
+
+def _sampler(ratio: float) -> "Sampler":
+    """By the client's word, or by chance; a batch where one of its requests is traced."""
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBasedTraceIdRatio, Sampler, SamplingResult
+
+    class Sampled(Sampler):
+        def __init__(self) -> None:
+            self._requests = ParentBasedTraceIdRatio(ratio)
+
+        def should_sample(
+            self,
+            parent_context: Any,
+            trace_id: int,
+            name: str,
+            kind: Any = None,
+            attributes: Any = None,
+            links: Any = None,
+            trace_state: Any = None,
+        ) -> SamplingResult:
+            by = ALWAYS_ON if links else self._requests
+            return by.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+
+        def get_description(self) -> str:
+            return f"requests: {self._requests.get_description()}; batches: by their links"
+
+    return Sampled()
 
 
 @contextlib.contextmanager

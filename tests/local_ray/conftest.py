@@ -81,7 +81,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     noise = np.random.default_rng(0)
     put_expert(home, BACKBONE, "ones", np.ones)
     put_expert(home, BACKBONE, "noisy", lambda length: noise.uniform(0.2, 1.8, length))
-    graph = Served(home, METASEPIA_CENTROIDS__SAVE_EVERY_S="0.5", METASEPIA_CENTROIDS__REFERENCE_COUNT="6")
+    told = {  # of the requests that bring a traceparent
+        "METASEPIA_TRACES__FILE": str(home / "spans.jsonl"),
+        "METASEPIA_TRACES__SAMPLE_RATIO": "0",
+        "METASEPIA_LOGS__FILE": str(home / "log.jsonl"),
+        "METASEPIA_RAY__METRICS_EVERY_S": "1",
+    }
+    graph = Served(home, METASEPIA_CENTROIDS__SAVE_EVERY_S="0.5", METASEPIA_CENTROIDS__REFERENCE_COUNT="6", **told)
     yield graph
     graph.stop()
 

@@ -137,6 +137,14 @@ class _Slow:
         return np.ones((len(prepared), 2), np.float32)
 
 
+def test_a_batch_is_traced_where_one_of_its_requests_is_whatever_the_ratio(tmp_path: Path):
+    with traced(tmp_path / "spans", sample_ratio=0.0):
+        made = tracing.batch("encoder", [None, CLIENT], 1.0, 2.0)
+    assert made is not None
+    batch, own = read(tmp_path / "spans")
+    assert (own.trace_id, own.links) == (TRACE, ((batch.trace_id, batch.span_id),))
+
+
 def test_queries_of_two_requests_are_one_batch_of_the_pool(tmp_path: Path):
     pool = ReasoningPool(ReasoningSettings(modules=("default",)))
     vectors = np.eye(4, 8, dtype=np.float32)
