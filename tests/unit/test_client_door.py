@@ -20,6 +20,7 @@ from metasepia.client.calls import CALLS, ONCE, Ask, Request
 from metasepia.client.client import Calls
 from serve.operations import operations
 from tests.doors import Bench
+from tests.keys import KeyedBench
 from tests.listening import listening
 from tests.unit.test_gateway_experts import an_expert
 from tests.unit.test_prompts import write_byte_tokenizer
@@ -355,6 +356,53 @@ def test_a_call_sent_twice_under_one_key_is_answered_once(bench: Bench):
             await mine.chat("something else", model="tiny")
 
     talk(bench, say)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_made_used_told_apart_by_its_scopes_and_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bench = KeyedBench(tmp_path)
+    boss = bench.key("ops", "admin")
+    transport = httpx.ASGITransport(app=bench.app)
+
+    async def say() -> None:
+        with pytest.raises(errors.Unauthenticated, match="asks for a key"):
+            await AsyncClient("http://door", transport=transport).models()
+        with pytest.raises(errors.Unauthenticated):
+            await AsyncClient("http://door", "msk_nonsense", transport=transport).models()
+        async with AsyncClient("http://door", boss, transport=transport) as admin:
+            made = await admin.create_key(tenant="anna", scopes=["infer"], label="for a test")
+            assert made.key is not None and made.key not in repr(made)
+            monkeypatch.setenv("METASEPIA_KEY", made.key)
+            anna = AsyncClient("http://door", transport=transport)
+            assert "tiny" in [one.id for one in await anna.models()]
+            with pytest.raises(errors.Forbidden, match="scope") as forbidden:
+                await anna.create_context(EXAMPLES)
+            assert (forbidden.value.status, forbidden.value.code) == (403, "insufficient_scope")
+            with pytest.raises(errors.Forbidden):
+                await anna.keys()
+            assert {one.tenant for one in await anna.usage()} <= {"anna"}
+            assert (await admin.key(made.id)).status == "active" and len(await admin.keys()) == 2
+            assert (await admin.revoke_key(made.id)).deleted
+            with pytest.raises(errors.Unauthenticated):
+                await anna.models()
+
+    asyncio.run(say())
+
+
+def test_a_quota_that_is_spent_is_not_waited_for_beyond_the_deadline(tmp_path: Path):
+    bench = KeyedBench(tmp_path)
+    key = bench.key("anna", "infer", requests_per_minute=1)
+
+    async def say() -> None:
+        async with AsyncClient("http://door", key, transport=httpx.ASGITransport(app=bench.app), timeout_s=0.5) as anna:
+            await anna.models()
+            with pytest.raises(errors.QuotaExceeded) as spent:
+                await anna.models()
+            assert spent.value.retry_after_s is not None and 0.5 < spent.value.retry_after_s <= 60
+
+    asyncio.run(say())
 
 
 # -- by threads --------------------------------------------------------------------------------------------------------

@@ -321,6 +321,37 @@ def test_many_threads_share_one_client():
         assert said == {i: str(i) for i in range(16)}
 
 
+def test_connections_are_kept_and_used_again():
+    accepted: list[object] = []
+    with Endpoint(behave=lambda n, body: completion("hi")) as endpoint:
+        accept = endpoint._server.get_request
+
+        def count() -> Any:
+            accepted.append(None)
+            return accept()
+
+        endpoint._server.get_request = count
+        with Client(endpoint.url, **FAST) as client:
+            for _ in range(5):
+                client.chat("x", model="m")
+    assert len(accepted) == 1
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    with Endpoint(behave=lambda n, body: labels(body)) as endpoint, Client(endpoint.url, **FAST) as client:
+        client.classify(["x"] * 9, model="ctx-1", batch_size=2)
+        assert capfd.readouterr() == ("", "")
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        client.classify(["x"] * 9, model="ctx-1", batch_size=2)
+        out, error = capfd.readouterr()
+        assert out == "" and "classifying" in error
+        client.classify(["x"] * 9, model="ctx-1", batch_size=2, progress=False)
+        assert capfd.readouterr() == ("", "")
+
+
 def test_the_key_goes_along_is_never_shown_and_must_be_one():
     with Endpoint(behave=lambda n, body: completion("hi")) as endpoint:
         with Client(endpoint.url, "msk_secret") as client:
