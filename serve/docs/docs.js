@@ -148,7 +148,17 @@ function show(root) {
   };
   byId("filter").addEventListener("input", filter);
   filter();
-  if (location.hash) { const wanted = byId(location.hash.slice(1)); if (wanted) { wanted.open = true; wanted.scrollIntoView(); } }
+  openNamed();
+  addEventListener("hashchange", openNamed);
+}
+
+/** The call that the address names. */
+function openNamed() {
+  const wanted = location.hash && byId(location.hash.slice(1));
+  if (wanted) {
+    wanted.open = true;
+    wanted.scrollIntoView();
+  }
 }
 
 fetch("/openapi.json").then((answer) => answer.json()).then(show).catch((error) => {
