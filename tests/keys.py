@@ -1,12 +1,15 @@
 """A door that asks for keys, over a real registry for everything that tenants make."""
 
-from collections.abc import Mapping
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
 from actors.keys import NearKeys
+from actors.messages import EncoderInfo
 from cluster.door_settings import HttpSettings, KeySettings
 from cluster.settings import MixingSettings
 from metasepia.access.keys import NewKey, Scope, mint
@@ -40,15 +43,23 @@ class Clock:
         self.steady_s += seconds
 
 
+class WideEncoder(WordEncoder):
+    """Has room for contexts too."""
+
+    async def info(self) -> EncoderInfo:
+        return dataclasses.replace(await super().info(), window=256)
+
+
 class KeyedBench(Bench):
     """With every part real that keeps what tenants make; the models are fakes."""
 
     def __init__(self, tmp_path: Path, settings: KeySettings = REQUIRED, clock: Clock | None = None) -> None:
         super().__init__(write_byte_tokenizer(tmp_path), HTTP)
+        self._runner = asyncio.Runner()
         root = tmp_path / "registry"
-        self.real, self.backbone, self.encoder = RealCatalogue(root), TopicModel(tmp_path), WordEncoder()
+        self.real, self.backbone, self.encoder = RealCatalogue(root), TopicModel(tmp_path), WideEncoder()
         self.reasoning.blobs = self.real.registry.get
-        index_path(INDEX.digest, root).parent.mkdir()
+        index_path(INDEX.digest, root).parent.mkdir(exist_ok=True)
         index_path(INDEX.digest, root).write_text(INDEX.to_json())
         clocks: dict[str, Any] = {} if clock is None else {"wall": clock.wall, "monotonic": clock.monotonic}
         self.store = KeyStore(self.real.registry.root, self.real.registry.epoch, **clocks)
@@ -62,6 +73,22 @@ class KeyedBench(Bench):
 
         self.task_part = TaskEmbeddingPart(SETTINGS, self.real, self.encoder, load, [self.backbone])
         self._open(HTTP, (), self.part, self.real, NearSearches(self.part), ("centroid",), self.task_part, SETTINGS)
+
+    def run(self, talk: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+        """In one event loop, as a server's: what a request leaves running goes on with the next."""
+
+        async def main() -> Any:
+            transport = httpx.ASGITransport(app=self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+                return await talk(client)
+
+        return self._runner.run(main())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.close()
 
     def key(self, tenant: str, *scopes: Scope, lifetime_s: float | None = None, **limits: int) -> str:
         """The whole key, as its owner has it."""

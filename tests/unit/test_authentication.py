@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,10 +29,10 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, clock: Clock) -> KeyedBench:
-    made = KeyedBench(tmp_path, clock=clock)
-    made.says("x")
-    return made
+def bench(tmp_path: Path, clock: Clock) -> Iterator[KeyedBench]:
+    with KeyedBench(tmp_path, clock=clock) as made:
+        made.says("x")
+        yield made
 
 
 def refusal(response: httpx.Response) -> tuple[int, str]:
@@ -71,9 +72,9 @@ def test_health_and_version_are_open_and_nothing_else_is(bench: KeyedBench) -> N
 
 
 def test_open_metrics_opens_metrics_and_status_alone(tmp_path: Path) -> None:
-    made = KeyedBench(tmp_path, KeySettings(required=True, open_metrics=True))
-    assert made.ask("GET", "/metrics").status_code == made.ask("GET", "/v1/status").status_code == 200
-    assert made.ask("GET", "/v1/models").status_code == made.ask("GET", "/v1/keys").status_code == 401
+    with KeyedBench(tmp_path, KeySettings(required=True, open_metrics=True)) as made:
+        assert made.ask("GET", "/metrics").status_code == made.ask("GET", "/v1/status").status_code == 200
+        assert made.ask("GET", "/v1/models").status_code == made.ask("GET", "/v1/keys").status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,8 @@ def test_a_revocation_elsewhere_is_in_force_within_a_second_without_a_request(tm
         assert (await ask(client, "GET", "/v1/models", key)).status_code == 401
         assert len(made.access.keyring) == 2
 
-    made.run(talk)
+    with made:
+        made.run(talk)
 
 
 def test_an_unknown_key_asks_the_registry_nothing(bench: KeyedBench, monkeypatch: pytest.MonkeyPatch) -> None:
