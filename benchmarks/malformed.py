@@ -394,6 +394,13 @@ async def _http(url: str, num: int, seed: int, tally: Tally) -> None:
         await asyncio.gather(*(sender.case(client, one) for one in cases))
 
 
+def sent(url: str, num: int, seed: int) -> Tally:
+    """What became of those of `num` that go over HTTP."""
+    tally = Tally()
+    asyncio.run(_http(url, num, seed, tally))
+    return tally
+
+
 def _memory_mib(running: Graph) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, process in running.processes().items():
@@ -404,14 +411,13 @@ def _memory_mib(running: Graph) -> dict[str, float]:
 
 def measured(num: int, seed: int) -> tuple[list[report.Row], list[str]]:
     """The rows, and what went wrong in words."""
-    tally, warm = Tally(), Tally()
     with graph.running() as running:
         settings = running.settings
-        asyncio.run(_http(running.url, num // 10, seed + 1, warm))
+        sent(running.url, num // 10, seed + 1)
         malformed_grpc.send(settings.grpc_host, settings.grpc.port, num // 50, seed + 1)
         time.sleep(3)
         before, begin = _memory_mib(running), time.monotonic()
-        asyncio.run(_http(running.url, num, seed, tally))
+        tally = sent(running.url, num, seed)
         grpc = malformed_grpc.send(settings.grpc_host, settings.grpc.port, num - tally.num, seed)
         slowest_s, ended = asyncio.run(Sender(running.url, tally).idle())
         took_s = time.monotonic() - begin

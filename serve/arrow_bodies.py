@@ -49,6 +49,7 @@ def parse(body: bytes, shape: Shape, limits: ArrowLimits) -> dict[str, Any]:
     except (UnicodeDecodeError, OverflowError, MemoryError):
         raise InvalidRequest("body", "not an Arrow stream: its columns do not hold what they say") from None
     made = _fields(names, rows, shape)
+    bodies.check_values(made)
     for name in made:
         if name in options:
             raise InvalidRequest(name, "is given by the rows; leave it out of the schema's metadata")

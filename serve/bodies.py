@@ -63,7 +63,7 @@ def parse(body: bytes, max_depth: int) -> dict[str, Any]:
         raise InvalidRequest("body", "it holds an integer of too many digits") from None
     if not isinstance(tree, dict):
         raise InvalidRequest("body", f"must be a JSON object, not {_kind(tree)}")
-    _check_values(tree, "")
+    check_values(tree)
     return tree
 
 
@@ -76,7 +76,8 @@ def _check_depth(body: bytes, max_depth: int) -> None:
             raise InvalidRequest("body", f"nests deeper than {max_depth} levels")
 
 
-def _check_values(value: Any, where: str) -> None:
+def check_values(value: Any, where: str = "") -> None:
+    """Raises InvalidRequest, naming the place, for numbers that are not finite and for halves of surrogate pairs."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidRequest(where, f"{value} is not a number that JSON or this server knows")
@@ -88,11 +89,11 @@ def _check_values(value: Any, where: str) -> None:
             return  # a vector, perhaps one of thousands
         for index, item in enumerate(value):
             if not isinstance(item, int):
-                _check_values(item, f"{where}[{index}]")
+                check_values(item, f"{where}[{index}]")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_values(key, where or "body")
-            _check_values(item, f"{where}.{key}" if where else key)
+            check_values(key, where or "body")
+            check_values(item, f"{where}.{key}" if where else key)
 
 
 def _kind(value: object) -> str:

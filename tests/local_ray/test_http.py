@@ -19,13 +19,14 @@ import openai
 import pyarrow as pa
 import pytest
 
+from benchmarks import malformed
 from cluster.settings import CentroidSettings
 from jobs import export_expert
 from metasepia.centroids import OnlineCentroids
 from metasepia.experts.peft_files import CONFIG, WEIGHTS
 from metasepia.experts.vectors import ExpertVectors
 from tests.requests import BACKBONE, BAD_BODIES, CHAT, CLASSIFY, ENCODER, QUESTION, STORY
-from tests.serving import REVIEWS, ROOT, Served
+from tests.serving import EXAMPLES, REVIEWS, ROOT, Served
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -428,9 +429,40 @@ def test_beyond_the_queue_clients_are_told_when_to_come_back(served: Served):
     assert _becomes(served, num_live=0, num_waiting=0)
 
 
-def test_the_request_id_of_the_client_comes_back(served: Served):
+def test_the_request_id_of_the_client_comes_back_once_and_another_is_made_where_there_is_none(served: Served):
     response = httpx.get(f"{served.url}/version", headers={"x-request-id": "abc-123"})
-    assert response.headers["x-request-id"] == "abc-123"
+    assert response.headers.get_list("x-request-id") == ["abc-123"]
+    assert served.get("/nowhere").headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nhost: x\r\nlong: " + b"a" * 200_000, 431, "head_too_large"),
+        (b"GET /version HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n", 400, "malformed_request"),
+    ],
+    ids=["head bomb", "no HTTP"],
+)
+def test_the_proxy_itself_bounds_what_it_reads_and_refuses_in_the_envelope(
+    served: Served, sent: bytes, status: int, code: str
+):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        connection.sendall(sent)
+        head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status) and json.loads(body)["error"]["code"] == code
+
+
+def test_the_document_names_what_is_served_and_its_page_is_there(served: Served):
+    told = served.get("/openapi.json").json()
+    assert told["paths"]["/v1/classify"]["post"]["operationId"] == "Classify"
+    assert served.get("/docs").headers["content-type"].startswith("text/html")
+
+
+@pytest.mark.soak
+def test_malformed_requests_are_answered_in_words(served: Served):
+    tally = malformed.sent(served.url, 2000, 0)
+    assert tally.num > 1500 and tally.wrong == []
+    assert served.get("/health").status_code == 200
 
 
 def test_metrics_are_prometheus_text_and_count_what_was_asked(served: Served):
@@ -455,6 +487,9 @@ def test_after_all_this_every_part_still_answers(served: Served):
 
 
 def test_a_gateway_that_is_killed_comes_back_and_until_then_clients_get_the_envelope(served: Served):
+    key = {"idempotency-key": "before-and-after-its-death"}
+    before = served.post("/v1/contexts", {"examples": EXAMPLES}, headers=key)
+    assert before.status_code == 200, before.text
     gateways = [one for one in served.living() if "ServeReplica:metasepia:gateway" in " ".join(one.cmdline())]
     assert len(gateways) == 1
     gateways[0].kill()
@@ -467,6 +502,10 @@ def test_a_gateway_that_is_killed_comes_back_and_until_then_clients_get_the_enve
             assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
             assert int(response.headers["retry-after"]) >= 1
         time.sleep(0.2)
+    after = served.post("/v1/contexts", {"examples": EXAMPLES}, headers=key)
+    assert (after.json(), after.headers["idempotent-replayed"]) == (before.json(), "true")
+    other = served.post("/v1/contexts", {"examples": EXAMPLES[:-1]}, headers=key)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
 def _search(served: Served, **fields: Any) -> dict[str, Any]:

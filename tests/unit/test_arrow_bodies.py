@@ -148,6 +148,12 @@ def test_columns_that_are_not_taken_are_refused_by_name(columns: dict[str, Any],
     assert error.param == param and says in error.message, error
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none_is_refused_by_its_place(number: float):
+    error = _refused(_stream({"vector": pa.array([[1.0, 2.0], [3.0, number]]), "label": ["x", None]}))
+    assert error.param == "inputs[0].vector[1]"
+
+
 def test_a_column_twice_and_options_twice_are_refused():
     table = pa.Table.from_arrays([TEXT, TEXT], names=["text", "text"])
     sink = io.BytesIO()
