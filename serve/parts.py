@@ -21,7 +21,7 @@ from serve.retries import Retries, persistently
 from serve.shipped import ModuleCard
 
 T = TypeVar("T")
-M = TypeVar("M", Row, Texts | Media, Classify, Build, Explain)
+M = TypeVar("M", bound=Row | Texts | Media | Classify | Build | Explain)
 Weights = Mapping[str, float | list[float]]
 """Of a mixture by expert; a list has a weight for each factored layer."""
 

@@ -90,7 +90,7 @@ class Status:
         self._telling: asyncio.Task[Json] | None = None
         self._checking: asyncio.Task[Report] | None = None
         self._counted: Mapping[str, Json] = {}
-        self._series: dict[str, deque[float]] = {name: deque(maxlen=NUM_STEPS) for name in SERIES}
+        self._series: dict[str, deque[float | None]] = {name: deque(maxlen=NUM_STEPS) for name in SERIES}
         self._sampling: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -199,5 +199,5 @@ def _percentiles(ascending: list[float]) -> dict[str, float | None]:
     return {f"p{q}_ms": round(1000 * ascending[min(last, len(ascending) * q // 100)], 2) for q in (50, 99)}
 
 
-def _newest(series: deque[float]) -> float:
-    return series[-1] if series else 0.0
+def _newest(series: deque[float | None]) -> float:
+    return (series[-1] or 0.0) if series else 0.0

@@ -124,7 +124,7 @@ def agent() -> Iterator[int]:
             self.end_headers()
             self.wfile.write(page(1, ("w1", 9)).encode())
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Agent)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -86,6 +86,7 @@ def test_a_forward_is_run_only_where_the_last_one_is_old(monkeypatch: pytest.Mon
 
     async def main() -> list[int]:
         one, checked = made(part, clock), []
+        told: dict[str, Any] = {}
         for _ in range(40):
             told = await one.json()
             await asyncio.sleep(0)

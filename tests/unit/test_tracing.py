@@ -173,10 +173,9 @@ def test_queries_of_two_requests_are_one_batch_of_the_pool(tmp_path: Path):
 
 def test_a_row_is_followed_through_its_queue_its_prompt_and_its_batches(tmp_path: Path):
     decoder = CountingDecoder(seconds_per_token=0.01)
-    watcher = RowMeters(
-        BackboneSettings(id="tiny", source="none"), lambda: scheduler.load(), lambda: scheduler.adapters()
-    )
+    watcher = RowMeters(BackboneSettings(id="tiny", source="none"))
     scheduler = Scheduler(decoder.run, LIMITS, PREPARED, watcher=watcher, clock=lambda: decoder.now)
+    watcher.follow(scheduler)
     with traced(tmp_path / "spans"):
         for name, header, tokens in (("a", CLIENT, 4), ("b", OTHER_CLIENT, 6), ("c", None, 6)):
             asked = row(name, max_tokens=tokens)
@@ -208,7 +207,7 @@ def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
             self.send_header("content-length", "0")
             self.end_headers()
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=server.serve_forever, daemon=True).start()
