@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.actor import ActorClass
 
-from actors import logs, meters
+from actors import logs
 from actors.messages import News
 from actors.processes import Identity, Joined, Pulse, process_state
 from actors.row_meters import RowMeters
@@ -25,7 +25,7 @@ from metasepia.decoding.steps import StepPlan, StepResult
 from metasepia.digests import short
 from metasepia.errors import CorruptArtefact, MetasepiaError
 from metasepia.models.prepared import PreparedBackbone
-from metasepia.rows import Adapter, Row
+from metasepia.rows import Row
 
 if TYPE_CHECKING:
     import torch
@@ -298,11 +298,11 @@ class BackboneShard:
             base = [ExpertVectors.identity(self._prepared.digest, factors, form) for form in (False, True)]
             always = frozenset(one.digest for one in base)
         leases = Leases(self._settings.max_expert_bytes, always=always)
-        self._meters = RowMeters(self._settings, self.load, self._adapters)
+        watcher = RowMeters(self._settings)
         self._scheduler = Scheduler(
-            self._run_on_all, limits, self._prepared, leases=leases, move=self._move, watcher=self._meters
+            self._run_on_all, limits, self._prepared, leases=leases, move=self._move, watcher=watcher
         )
-        meters.SAMPLING.follow(self._meters.tell)
+        watcher.follow(self._scheduler)
         threading.Thread(target=self._schedule_forever, args=(self._scheduler,), daemon=True, name="scheduler").start()
 
     def _schedule_forever(self, scheduler: "Scheduler") -> None:
@@ -336,10 +336,6 @@ class BackboneShard:
     def load(self) -> "Load":
         assert self._scheduler is not None
         return self._scheduler.load()
-
-    def _adapters(self) -> "dict[Adapter, tuple[int, int]]":
-        assert self._scheduler is not None
-        return self._scheduler.adapters()
 
     @ray.method(concurrency_group="door")
     def refuse_expert(self, digest: str, error: MetasepiaError) -> None:

@@ -1,27 +1,22 @@
 """What a backbone's scheduler tells of its rows and steps, as metrics and spans. Lives where the scheduler does."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from actors import meters, tracing
 from cluster.settings import BackboneSettings
-from metasepia.decoding.inflight import Load
+from metasepia.decoding.scheduling import Scheduler
 from metasepia.decoding.watching import RowStory, StepStory
 from metasepia.digests import short
 from metasepia.rows import Adapter
 
 
 class RowMeters:
-    """Watches one scheduler. `tell` is asked again and again, the rest is told from the scheduler's thread."""
+    """Watches one scheduler. `tell` is called again and again, the rest from the scheduler's thread."""
 
-    def __init__(
-        self,
-        settings: BackboneSettings,
-        load: Callable[[], Load],
-        adapters: Callable[[], dict[Adapter, tuple[int, int]]],
-    ) -> None:
-        """`adapters`: rows that run and that wait, by adapter."""
-        self._settings, self._load, self._adapters = settings, load, adapters
+    def __init__(self, settings: BackboneSettings) -> None:
+        self._settings = settings
+        self._scheduler: Scheduler | None = None
         self._id = settings.id
         self._counted: dict[str, int] = {}
         self._batch: tuple[tuple[str | None, ...], float, float] | None = None
@@ -30,6 +25,11 @@ class RowMeters:
         """By row, the spans of the batches that it was in."""
         self._left: dict[str, RowStory] = {}
         """Traced rows that ended in this step, which is told after them."""
+
+    def follow(self, scheduler: Scheduler) -> None:
+        """The scheduler that tells us, for what it holds."""
+        self._scheduler = scheduler
+        meters.SAMPLING.follow(self.tell)
 
     def stepped(self, step: StepStory) -> None:
         id_ = self._id
@@ -86,7 +86,8 @@ class RowMeters:
 
     def tell(self) -> None:
         """Gauges of what the scheduler holds, and how far its counters went since the last time."""
-        load, id_ = self._load(), self._id
+        assert self._scheduler is not None
+        load, id_ = self._scheduler.load(), self._id
         meters.QUEUED.set(load.num_waiting, backbone=id_)
         meters.RUNNING_ROWS.set(load.num_live + load.num_reading, backbone=id_)
         meters.QUEUED_TOKENS.set(load.num_waiting_tokens, backbone=id_)
@@ -101,11 +102,11 @@ class RowMeters:
         meters.PUT_BACK.inc(self._since("put_back", load.put_back), backbone=id_)
         meters.EXPERTS_MOVED.inc(self._since("in", load.experts_learnt), backbone=id_, way="in")
         meters.EXPERTS_MOVED.inc(self._since("out", load.experts_forgotten), backbone=id_, way="out")
-        self._tell_adapters()
+        self._tell_adapters(self._scheduler.adapters())
 
-    def _tell_adapters(self) -> None:
+    def _tell_adapters(self, adapters: Mapping[Adapter, tuple[int, int]]) -> None:
         found: dict[tuple[str, str], int] = {}
-        for adapter, (running, waiting) in self._adapters().items():
+        for adapter, (running, waiting) in adapters.items():
             name = short(adapter[0][0]) if len(adapter) == 1 else "mixture"
             for state, count in (("running", running), ("waiting", waiting)):
                 if count:
