@@ -12,11 +12,10 @@ once (a test holds this). Where the queue is full, the newest request of the ten
 """
 
 import asyncio
+import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,11 +24,14 @@ from cluster.door_settings import AdmissionSettings
 from cluster.settings import Settings
 from metasepia.errors import MetasepiaError, Overloaded, Unavailable
 from serve.deadlines import Deadline
+from serve.lanes import Lane, Width
 from serve.principal import current
 
-MEMORY_S = 20.0
-"""How far back the drain rate looks: what is older than this weighs less than 1/e."""
+logger = logging.getLogger("ray.serve")
+
 MAX_RETRY_S = 60.0
+LOOK_S = 5.0
+"""Between two looks at how many replicas a part has, while requests wait."""
 POOL = "reasoning pool"
 CHARS_A_TOKEN = 4
 """About, in English: the gateway does not tokenise for encoders."""
@@ -37,16 +39,6 @@ ENCODER_BATCHES = 8
 """Forwards of an encoder that are under way at once: tokenised, run, and on their way back."""
 FILE_TOKENS = 256
 """What an image or a sound costs its encoder, about."""
-LEVELS_KEPT = 1024
-"""Counters of tenants who have nothing here; beyond it those go that the others have passed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Width:
-    """What one lane lets through at once. A request that is wider goes alone."""
-
-    tokens: int = 32_768
-    rows: int = 64
 
 
 class Admission:
@@ -57,10 +49,16 @@ class Admission:
         settings: AdmissionSettings,
         widths: Mapping[str, Width] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        replicas: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
-        """`widths` by the part's name; a part without one has the default's."""
-        self._settings, self._clock = settings, clock
-        self._lanes = {name: _Lane(name, width, clock) for name, width in (widths or {}).items()}
+        """`widths` of one replica by the part's name; a part without one has the default's. `replicas` tells how many a
+        part has; it is called in a thread, while requests wait. None: one each.
+        """
+        self._settings, self._clock, self._replicas = settings, clock, replicas
+        self._widths = dict(widths or {})
+        self._looked_s = -math.inf
+        self._looking: asyncio.Task[None] | None = None
+        self._lanes = {name: Lane(name, width, clock) for name, width in (widths or {}).items()}
         self._max_bytes = int(settings.max_queued_mib * 2**20)
         self._tokens = self._bytes = self._requests = 0
         """That wait."""
@@ -85,15 +83,29 @@ class Admission:
         """
         return Place(self, self._lane(part), max(1, tokens), rows, num_bytes, deadline)
 
+    def _look(self) -> None:
+        now = self._clock()
+        if self._replicas is not None and now - self._looked_s >= LOOK_S:
+            self._looked_s, self._looking = now, asyncio.create_task(self._widen(self._replicas))
+
+    async def _widen(self, replicas: Callable[[], Mapping[str, int]]) -> None:
+        try:
+            counted = await asyncio.to_thread(replicas)
+        except Exception as error:  # Serve's controller is away: what is wide stays so
+            logger.warning("replicas are not counted: %s", error)
+            return
+        for part, width in self._widths.items():
+            self.widen(part, width.times(max(1, counted.get(part, 1))))
+
     def widen(self, part: str, width: Width) -> None:
         """For a part that has more replicas now, or fewer."""
         lane = self._lane(part)
         lane.width = width
         self._let_in(lane)
 
-    def _lane(self, part: str) -> "_Lane":
+    def _lane(self, part: str) -> Lane:
         if (lane := self._lanes.get(part)) is None:  # parts are named by the settings: there are few
-            lane = self._lanes[part] = _Lane(part, Width(), self._clock)
+            lane = self._lanes[part] = Lane(part, Width(), self._clock)
         return lane
 
     def waiting_tokens(self, part: str) -> float:
@@ -135,6 +147,7 @@ class Admission:
         if self._draining:
             self._refused["draining"] += 1
             raise Unavailable("the server, which is ending,", 2.0)
+        self._look()
         name = current().tenant
         wait_s = lane.wait_s(name, place.tokens)
         left_s = place.deadline.unix_s - time.time()
@@ -164,7 +177,7 @@ class Admission:
                 self._let_in(lane)  # those behind it may be narrower
             raise
 
-    def _make_room(self, lane: "_Lane", name: str, place: "Place") -> None:
+    def _make_room(self, lane: Lane, name: str, place: "Place") -> None:
         """Refuses the newest request of whoever holds most of the queue, or, where that is `name` itself, this one."""
         mine = sum(one.waiting[name].tokens for one in self._lanes.values() if name in one.waiting)
         held: dict[str, int] = {}
@@ -181,17 +194,17 @@ class Admission:
         )
         self._refuse(widest, widest.waiting[greediest].queue[-1], "evicted", self._full(widest))
 
-    def _full(self, lane: "_Lane") -> Overloaded:
+    def _full(self, lane: Lane) -> Overloaded:
         per_s = lane.rate.per_s()
         return Overloaded(f"the queue of {lane.name}", _retry_s(lane.queued_tokens / per_s if per_s else 1.0))
 
-    def _refuse(self, lane: "_Lane", place: "Place", reason: str, error: MetasepiaError) -> None:
+    def _refuse(self, lane: Lane, place: "Place", reason: str, error: MetasepiaError) -> None:
         self._refused[reason] += 1
         self._take_out(lane, place)
         if place.turn is not None and not place.turn.done():
             place.turn.set_exception(error)
 
-    def _take_out(self, lane: "_Lane", place: "Place") -> None:
+    def _take_out(self, lane: Lane, place: "Place") -> None:
         lane.leave(place)
         self._count(place, -1)
 
@@ -200,7 +213,7 @@ class Admission:
         self._bytes += sign * place.num_bytes
         self._requests += sign
 
-    def _let_in(self, lane: "_Lane") -> None:
+    def _let_in(self, lane: Lane) -> None:
         while lane.waiting:
             tenant = min(lane.waiting.values(), key=lambda one: (one.level, one.tokens))
             place = tenant.queue[0]
@@ -223,7 +236,7 @@ class Place:
     __slots__ = ("_admission", "began_s", "deadline", "lane", "num_bytes", "rows", "tenant", "tokens", "turn", "used")
 
     def __init__(
-        self, admission: Admission, lane: "_Lane", tokens: int, rows: int, num_bytes: int, deadline: Deadline
+        self, admission: Admission, lane: Lane, tokens: int, rows: int, num_bytes: int, deadline: Deadline
     ) -> None:
         self._admission, self.lane, self.deadline = admission, lane, deadline
         self.tokens, self.rows, self.num_bytes = tokens, rows, num_bytes
@@ -254,146 +267,6 @@ class Place:
         if kind is None:
             self.lane.observe_service(self)
         self._admission._end(self)
-
-
-@dataclass(eq=False)
-class _Tenant:
-    """Those of one tenant who wait in one lane, in order of arrival."""
-
-    name: str
-    level: float
-    """Its virtual counter: tokens that it was given, from a common zero."""
-    queue: "deque[Place]"
-    tokens: int = 0
-
-
-class _Lane:
-    """One part's queue, and what of it runs."""
-
-    def __init__(self, name: str, width: Width, clock: Callable[[], float]) -> None:
-        self.name, self.width, self._clock = name, width, clock
-        self.tokens = self.rows = self.num_running = self.queued_tokens = 0
-        self.waiting: dict[str, _Tenant] = {}
-        self.rate, self.service_s = _Rate(clock), 0.0
-        self._levels: dict[str, float] = {}
-        self._floor = 0.0
-        """The level of who was let in last: where those begin who come when nobody waits."""
-
-    def has_room(self, place: Place) -> bool:
-        return self.num_running == 0 or (
-            self.tokens + place.tokens <= self.width.tokens and self.rows + place.rows <= self.width.rows
-        )
-
-    def join(self, name: str, place: Place) -> _Tenant:
-        tenant = self.waiting.get(name)
-        if tenant is None:
-            tenant = _Tenant(name, self.level(name), deque())
-            self.rate.saturated(True)
-            self.waiting[name] = tenant
-        tenant.queue.append(place)
-        tenant.tokens += place.tokens
-        self.queued_tokens += place.tokens
-        return tenant
-
-    def level(self, name: str) -> float:
-        """A tenant's counter, lifted to that of those who wait: what it did not ask for is not owed to it."""
-        lowest = min((one.level for one in self.waiting.values()), default=self._floor)
-        return max(self._levels.get(name, 0.0), lowest)
-
-    def leave(self, place: Place) -> None:
-        tenant = self.waiting[place.tenant]
-        tenant.queue.remove(place)  # the first or the last, nearly always
-        tenant.tokens -= place.tokens
-        self.queued_tokens -= place.tokens
-        if not tenant.queue:
-            del self.waiting[place.tenant]
-            self._levels[place.tenant] = tenant.level
-            self.rate.saturated(bool(self.waiting))
-
-    def begin(self, place: Place, level: float) -> None:
-        place.began_s = self._clock()
-        self.tokens += place.tokens
-        self.rows += place.rows
-        self.num_running += 1
-        self._floor = max(self._floor, level)
-        self._charge(place.tenant, level + place.tokens)
-
-    def end(self, place: Place) -> None:
-        self.tokens -= place.tokens
-        self.rows -= place.rows
-        self.num_running -= 1
-        self.rate.done(place.tokens, self.num_running)
-        if place.used is not None:
-            tenant = self.waiting.get(place.tenant)
-            level = tenant.level if tenant is not None else self._levels.get(place.tenant, 0.0)
-            self._charge(place.tenant, level - (place.tokens - place.used))
-        place.began_s = None
-
-    def _charge(self, name: str, level: float) -> None:
-        if name in self.waiting:
-            self.waiting[name].level = level
-        self._levels[name] = level
-        if len(self._levels) > LEVELS_KEPT:
-            self._levels = {who: at for who, at in self._levels.items() if at > self._floor or who in self.waiting}
-
-    def observe_service(self, place: Place) -> None:
-        if place.began_s is not None:
-            seconds = self._clock() - place.began_s
-            self.service_s = seconds if self.service_s == 0 else 0.9 * self.service_s + 0.1 * seconds
-
-    def wait_s(self, name: str, tokens: int) -> float | None:
-        """Until the turn of a request of `name` that comes now; None while the rate is unknown.
-
-        Before it go its tenant's earlier ones, and of each other tenant what brings that one to the same level.
-        """
-        per_s = self.rate.per_s()
-        if per_s is None:
-            return None
-        mine = self.waiting.get(name)
-        until = (mine.level + mine.tokens) if mine else self.level(name)
-        ahead = sum(
-            min(one.tokens, max(0.0, until - one.level)) for one in self.waiting.values() if one.name != name
-        )  # fmt: skip
-        over = max(0, self.tokens + tokens - self.width.tokens)
-        return (ahead + (mine.tokens if mine else 0) + min(over, self.tokens)) / per_s
-
-
-class _Rate:
-    """Tokens that end a second while others wait, of late: how fast a queue drains."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._saturated = False
-        self._since_s = clock()
-        self._tokens = self._seconds = 0.0
-        self._unseen: int | None = None
-        """Requests that must end before the rate is believed: as many as ran when it first was measured."""
-
-    def saturated(self, now: bool) -> None:
-        self._go_on()
-        self._saturated = now
-
-    def done(self, tokens: int, num_running: int) -> None:
-        if not self._saturated:
-            return
-        self._go_on()
-        self._tokens += tokens
-        self._unseen = num_running if self._unseen is None else max(0, self._unseen - 1)
-
-    def per_s(self) -> float | None:
-        """None until as many requests as run at once have ended while others waited."""
-        self._go_on()
-        if self._unseen != 0 or self._seconds <= 0:
-            return None
-        return max(self._tokens / self._seconds, 1e-3)
-
-    def _go_on(self) -> None:
-        now = self._clock()
-        if self._saturated and now > self._since_s:
-            kept = math.exp(-(now - self._since_s) / MEMORY_S)
-            self._tokens *= kept
-            self._seconds = self._seconds * kept + (now - self._since_s)
-        self._since_s = now
 
 
 def widths(settings: Settings) -> dict[str, Width]:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaState
 from starlette.types import ASGIApp
 
 from actors import logs
@@ -57,7 +59,7 @@ class Gateway(GrpcDoor, GrpcHealth):
             settings.centroids,
             ServedTasks(tasks),
             settings.tasks,
-            Admission(settings.admission, widths(settings)),
+            Admission(settings.admission, widths(settings), replicas=_running),
             Access(settings.keys, registry),
         )
 
@@ -75,3 +77,14 @@ class Gateway(GrpcDoor, GrpcHealth):
         app = create_app(self._door, self._registry)
         self._calls = Calls(app, operations(self._door))
         return app
+
+
+def _running() -> dict[str, int]:
+    """How many replicas of each backbone and encoder serve, by its id. Asks Serve's controller."""
+    found: dict[str, int] = {}
+    for application in serve.status().applications.values():
+        for name, one in application.deployments.items():
+            kind, _, id_ = name.partition("-")
+            if kind in ("backbone", "encoder"):
+                found[id_] = one.replica_states.get(ReplicaState.RUNNING, 0)
+    return found

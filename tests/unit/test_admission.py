@@ -10,8 +10,9 @@ import pytest
 
 from cluster.door_settings import AdmissionSettings
 from metasepia.errors import DeadlineExceeded, Overloaded, Unavailable
-from serve.admission import Admission, Width, estimate
+from serve.admission import Admission, estimate
 from serve.deadlines import Deadline
+from serve.lanes import Width
 from serve.principal import Principal, asking
 
 NARROW = {"part": Width(tokens=100, rows=10)}
@@ -274,6 +275,28 @@ def test_draining_refuses_who_waits_and_who_comes_and_lets_the_others_end() -> N
                 await refused
         await part.end_one()
         await runs
+
+    run(talk)
+
+
+def test_a_lane_is_as_wide_as_its_part_has_replicas() -> None:
+    counted = {"part": 1}
+
+    async def talk() -> None:
+        clock = Clock()
+        part = Part(Admission(AdmissionSettings(), NARROW, clock, replicas=lambda: counted))
+        tasks = [part.start("a", 50) for _ in range(7)]
+        await settled()
+        assert len(part.running) == 2
+        counted["part"] = 3
+        clock.now += 60
+        tasks.append(part.start("a", 50))  # who waits looks
+        async with asyncio.timeout(5):
+            while len(part.running) < 6:
+                await asyncio.sleep(0.001)
+        assert len(part.running) == 6
+        for task in tasks:
+            task.cancel()
 
     run(talk)
 
