@@ -541,6 +541,36 @@ class ModelList(_Answer):
     data: list[Model]
 
 
+class JobProgress(_Answer):
+    done: int
+    total: int
+
+
+class Job(_Answer):
+    id: str
+    object: Literal["job"]
+    kind: Literal["ray", "search", "task"]
+    name: str
+    status: Literal["queued", "running", "succeeded", "failed", "stopped"]
+    created_unix_s: float
+    started_unix_s: float | None
+    ended_unix_s: float | None
+    progress: JobProgress | None
+    message: str | None
+
+
+class RayTold(_Answer):
+    available: bool
+    reason: str | None
+
+
+class JobList(_Answer):
+    object: Literal["list"]
+    data: list[Job]
+    has_more: bool
+    ray: RayTold = Field(description="Whether Ray's dashboard told of its jobs.")
+
+
 class Key(_Answer):
     id: str
     object: Literal["key"]

@@ -222,6 +222,16 @@ CONTRACTS: Mapping[str, Contract] = {
         answer=answers.NearestTaskList,
         query=(_number("k", 10, 1, 1000, "How many at most."), _KIND),
     ),
+    "ListJobs": Contract(
+        tag="Jobs",
+        says="Long works of the caller: Ray jobs, searches, tasks that ask models; the newest first.",
+        answer=answers.JobList,
+        query=(
+            Query("kind", {"type": "string", "enum": ["ray", "search", "task"]}, "Only these."),
+            Query("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 100}, "At most so many."),
+        ),
+    ),
+    "GetJob": Contract(tag="Jobs", says="How one stands.", answer=answers.Job),
     "ListModels": Contract(
         tag="Models",
         says="Everything that can be named: backbones, encoders, experts, mixtures, contexts.",

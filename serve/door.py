@@ -29,6 +29,7 @@ from serve.experts import Experts
 from serve.gathering import CONTENT_TYPE, Gatherer
 from serve.health import Health, probe_backbone
 from serve.hidden_states import HiddenStatesRoute, form_of
+from serve.job_routes import JobRoutes, submitted_jobs
 from serve.key_routes import KeyRoutes
 from serve.metrics import Metrics
 from serve.mixtures import Mixtures
@@ -102,6 +103,7 @@ class Door:
         self.experts = Experts(http, fits, catalogue)
         self.mixtures = Mixtures(http, self.names.backbones, catalogue)
         self.searching = Searching(http, self.names.backbones, self.prompts, searches, tasks)
+        self.jobs = JobRoutes(http, searches, catalogue, submitted_jobs)
         self.metrics = Metrics()
         self.hidden_states = HiddenStatesRoute(
             http, self.names, self.prompts, self._routing, observer, self.metrics.add_tokens, admission

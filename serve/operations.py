@@ -77,6 +77,8 @@ def operations(door: Door) -> tuple[Operation, ...]:
         Operation("GetTask", "GET", "/v1/tasks/{id}", door.task_embeddings.get, "contexts"),
         Operation("DeleteTask", "DELETE", "/v1/tasks/{id}", door.task_embeddings.delete, "contexts"),
         Operation("FindNearestTasks", "GET", "/v1/tasks/{id}/nearest", door.task_embeddings.nearest, "contexts"),
+        Operation("ListJobs", "GET", "/v1/jobs", door.jobs.list, "infer"),
+        Operation("GetJob", "GET", "/v1/jobs/{id}", door.jobs.get, "infer"),
         Operation("ListModels", "GET", "/v1/models", door.models, "infer"),
         Operation("GetModel", "GET", "/v1/models/{model:path}", door.model, "infer"),
         Operation("CreateKey", "POST", "/v1/keys", door.keys.create, "admin", replayed=False),
