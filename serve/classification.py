@@ -3,6 +3,7 @@
 The examples come with the request, or are a named context's.
 """
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from cluster.door_settings import HttpSettings
 from metasepia.errors import InvalidRequest
 from metasepia.reasoning.named import Content
 from serve.context_vectors import ContextVectors
-from serve.contexts import Contexts, positions
+from serve.contexts import Contexts, Stored, positions
 from serve.deadlines import Deadline
 from serve.inputs import read_inputs, read_labelled
 from serve.parts import Reasoning
@@ -75,7 +76,22 @@ class Classification:
     async def _by_context(
         self, request: ClassifyRequest, model: str, request_digest: str, deadline: Deadline
     ) -> dict[str, Any]:
-        stored = await self._contexts.find(model)
+        stored, again = await self._contexts.find_soon(model)
+        try:
+            return await self._queried(request, stored, again, request_digest, deadline)
+        finally:
+            if again is not None:
+                again.cancel()
+
+    async def _queried(
+        self,
+        request: ClassifyRequest,
+        stored: Stored,
+        again: "asyncio.Task[Stored] | None",
+        request_digest: str,
+        deadline: Deadline,
+    ) -> dict[str, Any]:
+        """`again` finds the context anew, if it does."""
         card = stored.card
         inputs = read_inputs(request.inputs, "inputs", self._http)
         shown = None
@@ -87,6 +103,8 @@ class Classification:
         module, digest = card["module"]["digest"], stored.artefact.digest
         async with await self._contexts.place(stored, inputs, deadline):
             found = await self._contexts.embed_queries(stored, inputs, deadline, request_digest)
+            if again is not None:
+                await again
             receipt = dataclasses.replace(found.receipt, seed=card["seed"])
             return await self._answer(
                 request, stored.id, module, digest, found.values, found.num_tokens, receipt, shown, deadline

@@ -1,13 +1,12 @@
 """What a context's inputs become: given vectors as they are, `stream` through an encoder or a backbone, `vanilla` and
 `loo` through a backbone's prompts."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from actors.messages import Receipt
+from actors.messages import EncoderInfo, Receipt
 from metasepia.digests import short
 from metasepia.errors import InvalidRequest, NotSupported, Outdated, UnknownName
 from metasepia.reasoning.named import (
@@ -181,13 +180,15 @@ class ContextVectors:
 
     async def _kinds(self) -> dict[str, InputKind]:
         """What each encoder reads; backbones read texts."""
-        infos = await asyncio.gather(*(one.info() for one in self._names.encoders.values()))
-        return {id_: info.modality for id_, info in zip(self._names.encoders, infos, strict=True)}
+        return {id_: info.modality for id_, info in (await self._infos()).items()}
+
+    async def _infos(self) -> dict[str, EncoderInfo]:
+        """One after another: each is asked once and known from then on."""
+        return {id_: await one.info() for id_, one in self._names.encoders.items()}
 
     async def _digests(self) -> dict[str, str]:
         """Digests of everything that embeds, by name."""
-        infos = await asyncio.gather(*(one.info() for one in self._names.encoders.values()))
-        served = {id_: info.digest for id_, info in zip(self._names.encoders, infos, strict=True)}
+        served = {id_: info.digest for id_, info in (await self._infos()).items()}
         return served | {one.id: one.prepared.digest for one in self._names.backbones.values()}
 
 

@@ -40,6 +40,8 @@ from serve.shipped import ModuleCard
 
 NUM_PROMPTED = 64
 """Contexts of the protocols vanilla and loo whose examples are kept at hand: their queries are read after them."""
+NUM_FOUND = 256
+"""Contexts whose cards are kept at hand, the longest unused leave first."""
 NUM_KNOWN = 5
 """Contexts that an error about an unknown one names."""
 
@@ -68,6 +70,7 @@ class Contexts:
         self._http, self._names, self._vectors = http, names, vectors
         self._reasoning, self._catalogue = reasoning, catalogue
         self._prompted: OrderedDict[str, NamedContext] = OrderedDict()
+        self._found: OrderedDict[tuple[str, str], Stored] = OrderedDict()
 
     # -- making --------------------------------------------------------------------------------------------------------
 
@@ -197,6 +200,23 @@ class Contexts:
         if usable:
             await self._check_usable(stored)
         return stored
+
+    async def find_soon(self, id_: str) -> "tuple[Stored, asyncio.Task[Stored] | None]":
+        """`find` for a context that may be used again: one that was found before comes at once, with the task that
+        finds it anew. What it is never changes; whether it still is there is asked while its queries are embedded, and
+        the task is to be awaited before anything is answered.
+        """
+        key = (current().tenant, id_)
+        known = self._found.get(key)
+        if known is None:
+            known = self._found[key] = await self.find(id_)
+            if len(self._found) > NUM_FOUND:
+                self._found.popitem(last=False)
+            return known, None
+        self._found.move_to_end(key)
+        again = asyncio.create_task(self.find(id_))
+        again.add_done_callback(lambda task: task.cancelled() or task.exception())  # also where nobody awaits it
+        return known, again
 
     async def blob(self, stored: Stored) -> EmbeddedContext:
         blob = await self._catalogue.get(stored.artefact.digest)
