@@ -8,8 +8,8 @@ a request is not sampled, `traceparent()` is None and nothing is made of it anyw
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from cluster.meter_settings import Telemetry, TraceSettings
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Link, Span, Tracer
 
 Value = str | bool | int | float
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_LINKS = 128
 """Of one span, the newest: OpenTelemetry keeps no more."""
@@ -75,6 +77,20 @@ def span(name: str, **attributes: Value) -> Opened:
     if (tracer := _tracer()) is None or traceparent() is None:
         return NOTHING
     return _opened(tracer, name, None, attributes)
+
+
+def spanned(name: str) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
+    """Each call of a coroutine function is a `span` of this name."""
+
+    def wrap(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        @functools.wraps(function)
+        async def called(*args: P.args, **kwargs: P.kwargs) -> T:
+            with span(name):
+                return await function(*args, **kwargs)
+
+        return called
+
+    return wrap
 
 
 def request_span(name: str, traceparent: str | None, **attributes: Value) -> Opened:
@@ -231,8 +247,15 @@ def _sampler(ratio: float) -> "Sampler":
 def _opened(
     tracer: "Tracer", name: str, context: "Context | None", attributes: Mapping[str, Value]
 ) -> Iterator[Spanning]:
-    with tracer.start_as_current_span(name, context, attributes=dict(attributes)) as opened:
-        yield Spanning(opened)
+    """An error is told by its class alone: its text may hold what a client sent."""
+    told = {"record_exception": False, "set_status_on_exception": False}
+    with tracer.start_as_current_span(name, context, attributes=dict(attributes), **told) as opened:
+        spanning = Spanning(opened)
+        try:
+            yield spanning
+        except Exception as error:
+            spanning.failed(type(error).__name__)
+            raise
 
 
 def _recorded(

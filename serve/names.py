@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors import tracing
 from metasepia.errors import CorruptArtefact, DeletedName, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX as CONTEXT
 from metasepia.registry.entries import Artefact, Kind
@@ -58,6 +59,7 @@ class Names:
         self._experts = PerTenant(lambda owner: Shelf(catalogue, "expert", owner, self._adapter_entry))
         self._mixtures = PerTenant(lambda owner: Shelf(catalogue, "mixture", owner, self._adapter_entry))
 
+    @tracing.spanned("resolve")
     async def resolve(self, model: str) -> Chosen:
         """The backbone and adapter of a model name that generates text.
 

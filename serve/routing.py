@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from actors import meters
+from actors import meters, tracing
 from cluster.settings import DispatchMargins
 from metasepia.centroids import ROUTED, CentroidKey, KnownMean
 from metasepia.dispatch.centroid import CentroidTable, Dispatched, TaskCentroid
@@ -156,6 +156,7 @@ class Routing:
         table = await self._known(self._own.mine(), self.stages)
         return any(table.has(stage) for stage in self.stages)
 
+    @tracing.spanned("route")
     async def route(
         self, token_ids: tuple[int, ...], stages: Sequence[str] | None, deadline: Deadline, text: str | None = None
     ) -> Routed:

@@ -51,7 +51,11 @@ def test_a_request_goes_on_in_its_clients_trace_and_its_rows_carry_it(bench: Ben
     with traced(tmp_path / "spans"):
         response = bench.post("/v1/chat/completions", body, traceparent=CLIENT)
         bench.post("/v1/chat/completions", {**body, "model": "nobody"}, traceparent=OTHER_CLIENT)
-    one, refused = (span for span in read(tmp_path / "spans") if span.name.startswith("POST"))
+    spans = read(tmp_path / "spans")
+    one, refused = (span for span in spans if span.name.startswith("POST"))
+    resolves = [span for span in spans if span.name == "resolve"]
+    assert [(span.trace_id, span.failed) for span in resolves] == [(TRACE, False), (OTHER_TRACE, True)]
+    assert "nobody" not in (tmp_path / "spans").read_text()  # errors are told by their class
     assert (one.name, one.trace_id, one.parent_id) == ("POST /v1/chat/completions", TRACE, CLIENT.split("-")[2])
     assert one.attributes["status"] == 200 and one.attributes["answer_tokens"] == 1
     assert response.headers["traceresponse"] == f"00-{TRACE}-{one.span_id}-01"
