@@ -81,7 +81,7 @@ def test_a_slope_that_is_there_is_found_and_noise_around_a_level_is_none() -> No
     draw = np.random.default_rng(0)
     x = np.linspace(0, 20_000, 400)
     walk = 0.5 * np.sin(x / 300) + draw.normal(0, 1, 400)
-    grows = Slope.of(x, (500 + 0.004 * x + walk).tolist())
+    grows = Slope.of(x.tolist(), (500 + 0.004 * x + walk).tolist())
     assert abs(grows.per_1000 - 4) < grows.half_width < 1 and not grows.is_flat
-    assert Slope.of(x, (500 + walk).tolist()).is_flat
-    assert Slope.of(x, (500 - 0.004 * x + walk).tolist()).is_flat  # memory that is given back is no leak
+    assert Slope.of(x.tolist(), (500 + walk).tolist()).is_flat
+    assert Slope.of(x.tolist(), (500 - 0.004 * x + walk).tolist()).is_flat  # memory that is given back is no leak
