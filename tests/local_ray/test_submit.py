@@ -17,10 +17,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.upper import Upper, serving
 from serve import processes
 from tests.serving import ROOT, free_port
 from tests.unit import test_batch
-from tests.upper import Upper, serving
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
 

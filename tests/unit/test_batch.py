@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.upper import Refusal, Upper, serving
 from jobs import batch
 from jobs.batching.reading import Source
 from jobs.batching.spec import BatchSpec
 from jobs.batching.tasks import CutOff, HiddenStates
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
-from tests.upper import Refusal, Upper, serving
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.sweep_fits import Fits, plan_of
+from benchmarks.upper import Upper, serving
 from jobs import batch
 from metasepia.embedding.space import Space, TaskEmbedding
 from metasepia.embedding.store import EmbeddingStore
@@ -21,7 +22,6 @@ from metasepia.sweeps.run import run_pack
 from metasepia.sweeps.store import SweepStore
 from tests import s3
 from tests.unit import test_batch
-from tests.upper import Upper, serving
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,5 +1,6 @@
-"""A server that answers as the graph does, at once and always the same: embeddings and completions of a text are made
-of its characters. `python -m tests.upper` is not needed: it lives in a thread of the test."""
+"""A server that answers as the graph does, at once and always the same: what it says of a text is made of its
+characters. For tests and for the bound of what asks it.
+"""
 
 import base64
 import hashlib
