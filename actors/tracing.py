@@ -248,8 +248,9 @@ def _opened(
     tracer: "Tracer", name: str, context: "Context | None", attributes: Mapping[str, Value]
 ) -> Iterator[Spanning]:
     """An error is told by its class alone: its text may hold what a client sent."""
-    told = {"record_exception": False, "set_status_on_exception": False}
-    with tracer.start_as_current_span(name, context, attributes=dict(attributes), **told) as opened:
+    with tracer.start_as_current_span(
+        name, context, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
+    ) as opened:
         spanning = Spanning(opened)
         try:
             yield spanning
