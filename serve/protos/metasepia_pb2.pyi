@@ -1705,6 +1705,72 @@ class UsageOfDay(_message.Message):
     total_tokens: int
     def __init__(self, object: _Optional[str] = ..., day: _Optional[str] = ..., key: _Optional[str] = ..., tenant: _Optional[str] = ..., requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ...) -> None: ...
 
+class ListJobsRequest(_message.Message):
+    __slots__ = ("kind", "limit")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    limit: int
+    def __init__(self, kind: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class JobList(_message.Message):
+    __slots__ = ("object", "data", "has_more", "ray")
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    RAY_FIELD_NUMBER: _ClassVar[int]
+    object: str
+    data: _containers.RepeatedCompositeFieldContainer[Job]
+    has_more: bool
+    ray: JobsOfRay
+    def __init__(self, object: _Optional[str] = ..., data: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., has_more: _Optional[bool] = ..., ray: _Optional[_Union[JobsOfRay, _Mapping]] = ...) -> None: ...
+
+class JobsOfRay(_message.Message):
+    __slots__ = ("available", "reason")
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    available: bool
+    reason: str
+    def __init__(self, available: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class GetJobRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class Job(_message.Message):
+    __slots__ = ("id", "object", "kind", "name", "status", "created_unix_s", "started_unix_s", "ended_unix_s", "progress", "message")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    STARTED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    ENDED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    object: str
+    kind: str
+    name: str
+    status: str
+    created_unix_s: float
+    started_unix_s: float
+    ended_unix_s: float
+    progress: JobProgress
+    message: str
+    def __init__(self, id: _Optional[str] = ..., object: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., status: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., started_unix_s: _Optional[float] = ..., ended_unix_s: _Optional[float] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class JobProgress(_message.Message):
+    __slots__ = ("done", "total")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -1781,7 +1847,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("object", "version", "ready", "gateway", "unix_s", "uptime_s", "checked_ago_s", "parts", "backbones", "encoders", "reasoning", "admission", "task_embedding", "running", "rates", "latency", "history")
+    __slots__ = ("object", "version", "ready", "gateway", "unix_s", "uptime_s", "checked_ago_s", "parts", "backbones", "encoders", "reasoning", "admission", "task_embedding", "running", "rates", "latency", "history", "all_replicas")
     class RatesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -1813,6 +1879,7 @@ class Status(_message.Message):
     RATES_FIELD_NUMBER: _ClassVar[int]
     LATENCY_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
+    ALL_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     object: str
     version: str
     ready: bool
@@ -1830,7 +1897,8 @@ class Status(_message.Message):
     rates: _containers.ScalarMap[str, float]
     latency: _containers.MessageMap[str, Latency]
     history: StatusHistory
-    def __init__(self, object: _Optional[str] = ..., version: _Optional[str] = ..., ready: _Optional[bool] = ..., gateway: _Optional[str] = ..., unix_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., checked_ago_s: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[StatusOfPart, _Mapping]]] = ..., backbones: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., encoders: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., reasoning: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., admission: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., task_embedding: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., running: _Optional[int] = ..., rates: _Optional[_Mapping[str, float]] = ..., latency: _Optional[_Mapping[str, Latency]] = ..., history: _Optional[_Union[StatusHistory, _Mapping]] = ...) -> None: ...
+    all_replicas: _struct_pb2.Struct
+    def __init__(self, object: _Optional[str] = ..., version: _Optional[str] = ..., ready: _Optional[bool] = ..., gateway: _Optional[str] = ..., unix_s: _Optional[float] = ..., uptime_s: _Optional[float] = ..., checked_ago_s: _Optional[float] = ..., parts: _Optional[_Iterable[_Union[StatusOfPart, _Mapping]]] = ..., backbones: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., encoders: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., reasoning: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., admission: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., task_embedding: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., running: _Optional[int] = ..., rates: _Optional[_Mapping[str, float]] = ..., latency: _Optional[_Mapping[str, Latency]] = ..., history: _Optional[_Union[StatusHistory, _Mapping]] = ..., all_replicas: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class StatusOfPart(_message.Message):
     __slots__ = ("name", "ready", "reason", "replicas")

@@ -274,6 +274,16 @@ class MetasepiaStub:
                 request_serializer=serve_dot_protos_dot_metasepia__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=serve_dot_protos_dot_metasepia__pb2.UsageList.FromString,
                 _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/metasepia.v1.Metasepia/ListJobs',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.JobList.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/metasepia.v1.Metasepia/GetJob',
+                request_serializer=serve_dot_protos_dot_metasepia__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=serve_dot_protos_dot_metasepia__pb2.Job.FromString,
+                _registered_method=True)
         self.GetHealth = channel.unary_unary(
                 '/metasepia.v1.Metasepia/GetHealth',
                 request_serializer=serve_dot_protos_dot_metasepia__pb2.GetHealthRequest.SerializeToString,
@@ -592,6 +602,18 @@ class MetasepiaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListJobs(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetHealth(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -858,6 +880,16 @@ def add_MetasepiaServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetUsageRequest.FromString,
                     response_serializer=serve_dot_protos_dot_metasepia__pb2.UsageList.SerializeToString,
+            ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.ListJobsRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.JobList.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=serve_dot_protos_dot_metasepia__pb2.GetJobRequest.FromString,
+                    response_serializer=serve_dot_protos_dot_metasepia__pb2.Job.SerializeToString,
             ),
             'GetHealth': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHealth,
@@ -2176,6 +2208,60 @@ class Metasepia:
             '/metasepia.v1.Metasepia/GetUsage',
             serve_dot_protos_dot_metasepia__pb2.GetUsageRequest.SerializeToString,
             serve_dot_protos_dot_metasepia__pb2.UsageList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/ListJobs',
+            serve_dot_protos_dot_metasepia__pb2.ListJobsRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.JobList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/metasepia.v1.Metasepia/GetJob',
+            serve_dot_protos_dot_metasepia__pb2.GetJobRequest.SerializeToString,
+            serve_dot_protos_dot_metasepia__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
