@@ -33,8 +33,7 @@ def set_up(settings: LogSettings) -> None:
     """As `begin`, whatever the environment says."""
     if any(isinstance(one, _Handler) for one in logging.getLogger(LOGGERS[0]).handlers):
         return
-    where: logging.Handler
-    where = logging.handlers.WatchedFileHandler(settings.file) if settings.file else logging.StreamHandler()
+    where, refused = _where(settings.file)
     where.setFormatter(_Json() if settings.format == "json" else _Text())
     handler = _Handler(where)
     for name in LOGGERS:
@@ -42,6 +41,18 @@ def set_up(settings: LogSettings) -> None:
         logger.addHandler(handler)
         logger.setLevel(settings.level.upper())
         logger.propagate = False  # Ray and Serve have handlers of their own on the root
+    if refused is not None:
+        logging.getLogger(__name__).error("log lines go to standard error: %s", refused)
+
+
+def _where(file: str) -> tuple[logging.Handler, OSError | None]:
+    """The file, where it can be written; a log is no reason for a part not to start."""
+    if file:
+        try:
+            return logging.handlers.WatchedFileHandler(file), None
+        except OSError as error:
+            return logging.StreamHandler(), error
+    return logging.StreamHandler(), None
 
 
 class _Handler(logging.Handler):

@@ -8,6 +8,7 @@ a request is not sampled, `traceparent()` is None and nothing is made of it anyw
 
 import contextlib
 import functools
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import Link, Span, Tracer
+
+logger = logging.getLogger(__name__)
 
 Value = str | bool | int | float
 P = ParamSpec("P")
@@ -205,8 +208,14 @@ def _make(settings: TraceSettings) -> "TracerProvider | None":
 
         exporters.append(OTLPSpanExporter(endpoint=settings.endpoint, timeout=_EXPORT_S))
     if settings.file:
-        lines = open(settings.file, "a", buffering=1)  # noqa: SIM115  as long as the process lives
-        exporters.append(ConsoleSpanExporter(out=lines, formatter=lambda one: one.to_json(indent=None) + "\n"))
+        try:
+            lines = open(settings.file, "a", buffering=1)  # noqa: SIM115  as long as the process lives
+        except OSError as error:  # traces are no reason for a part not to start
+            logger.error("no spans are written: %s", error)
+        else:
+            exporters.append(ConsoleSpanExporter(out=lines, formatter=lambda one: one.to_json(indent=None) + "\n"))
+    if not exporters:
+        return None
     provider = TracerProvider(
         sampler=_sampler(settings.sample_ratio),
         resource=Resource.create({"service.name": "metasepia", "service.instance.id": replica()}),

@@ -109,6 +109,17 @@ def test_text_is_for_people(set_up: Callable[..., None], monkeypatch: pytest.Mon
     assert line.endswith("WARNING metasepia.gang: gang tiny: replacing it rows=3")
 
 
+def test_a_file_that_cannot_be_written_sends_the_lines_to_standard_error(
+    set_up: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    stderr = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    set_up(file="/nowhere/at/all.log")
+    logging.getLogger("metasepia.gang").error("still heard")
+    told = [json.loads(line)["message"] for line in stderr.getvalue().splitlines()]
+    assert "/nowhere/at/all.log" in told[0] and told[1] == "still heard"
+
+
 def test_nothing_is_set_up_outside_of_a_graph():
     logs.begin()
     assert not any(isinstance(one, logs._Handler) for one in logging.getLogger("serve").handlers)

@@ -245,6 +245,13 @@ def test_a_collector_that_is_away_costs_no_request(bench: Bench):
         tracing.configure(TraceSettings())
 
 
+def test_a_file_that_cannot_be_written_is_told_and_costs_no_request(bench: Bench, caplog: pytest.LogCaptureFixture):
+    with traced(Path("/nowhere/at/all.spans")):
+        bench.says("x")
+        assert bench.chat().status_code == 200 and tracing.traceparent() is None
+    assert "/nowhere/at/all.spans" in caplog.text
+
+
 def test_workers_are_told_by_their_environment():
     told = Telemetry(traces=TraceSettings(file="/tmp/spans", sample_ratio=0.5), logs=LogSettings(format="text"))
     assert Telemetry.of(told.environment) == told
