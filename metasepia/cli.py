@@ -30,7 +30,7 @@ from metasepia import (
     cli_status,
     cli_tasks,
 )
-from metasepia.shell import ENDINGS, INTERRUPTED, Failed, failed, seconds
+from metasepia.shell import ENDINGS, INTERRUPTED, Failed, failed, for_people, seconds
 
 if TYPE_CHECKING:
     import metasepia.client.results
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _told(ending: Failed) -> int:
-    print(f"metasepia: {ending.message}", file=sys.stderr)
+    print(for_people(f"metasepia: {ending.message}", is_error=True), file=sys.stderr)
     return ending.status
 
 

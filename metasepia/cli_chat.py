@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metasepia.shell import INTERRUPTED, MISUSE, REFUSED, Failed, add_verb, failed, given, show, text_of
+from metasepia.shell import INTERRUPTED, MISUSE, REFUSED, Failed, add_verb, failed, for_people, given, show, text_of
 
 if TYPE_CHECKING:
     import metasepia.client.results
@@ -26,7 +26,7 @@ def chat(client: "metasepia.client.Client", options: argparse.Namespace) -> None
     history.append({"role": "user", "content": _said(options.message)})
     if options.json or options.no_stream:
         found = client.chat(history, model=model, **_sampling(options))
-        show(options, found.raw, lambda: print(found.text))
+        show(options, found.raw, lambda: print(for_people(found.text)))
     else:
         _stream(client.stream_chat(history, model=model, **_sampling(options)))
 
@@ -35,7 +35,7 @@ def complete(client: "metasepia.client.Client", options: argparse.Namespace) -> 
     model, prompt = model_of(client, options), _said(options.prompt)
     if options.json or options.no_stream:
         found = client.complete(prompt, model=model, **_sampling(options))
-        show(options, found.raw, lambda: print(found.text))
+        show(options, found.raw, lambda: print(for_people(found.text)))
     else:
         _stream(client.stream_complete(prompt, model=model, **_sampling(options)))
 
@@ -98,7 +98,7 @@ def _reply(
         return _stream(stream)
     except KeyboardInterrupt:
         stream.close()
-        print("\n(interrupted)", file=sys.stderr)
+        print("(interrupted)", file=sys.stderr)
         return stream.text
     except Exception as error:
         ending = failed(error)
@@ -111,10 +111,13 @@ def _reply(
 def _stream(stream: Any) -> str:
     """Prints the pieces as they come; the whole text."""
     with stream as pieces:
-        for piece in pieces:
-            if piece.index == 0:
-                print(piece.text, end="", flush=True)
-        print()
+        try:
+            for piece in pieces:
+                if piece.index == 0:
+                    print(for_people(piece.text), end="", flush=True)
+        finally:
+            if stream.text:
+                print()
     return stream.text
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported here: help and misuse answer at once.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ ENDINGS = {
     INTERRUPTED: "interrupted",
 }
 """What each exit status says."""
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Failed(Exception):
@@ -157,7 +160,7 @@ def show_fields(options: argparse.Namespace, shown: dict[str, Any]) -> None:
         for key, value in shown.items():
             if value not in (None, {}, []):
                 text = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
-                print(f"{key:{wide}}  {text}")
+                print(for_people(f"{key:{wide}}  {text}"))
 
     show(options, shown, words)
 
@@ -165,13 +168,21 @@ def show_fields(options: argparse.Namespace, shown: dict[str, Any]) -> None:
 def cell(value: Any, column: str) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return str(value)[:12] if column == "digest" else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def for_people(text: str, *, is_error: bool = False) -> str:
+    """As it may be written to a terminal: control characters, which could rewrite the screen, made visible."""
+    is_terminal = (sys.stderr if is_error else sys.stdout).isatty()
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if is_terminal else text
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(for_people("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))
 
 
 def show_list(options: argparse.Namespace, found: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:

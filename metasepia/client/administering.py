@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-from urllib.parse import quote
 
-from metasepia.client.calls import Answer, Ask, Steps, ask, everything, raw, request
+from metasepia.client.calls import Answer, Ask, Steps, ask, ask_list, everything, raw, request
 from metasepia.client.errors import NotOurs
-from metasepia.client.results import Deletion, Health, Job, Key, Model, UsageOfDay
+from metasepia.client.results import Deletion, Health, Job, Key, Model, UsageOfDay, Version
 
 
 def models() -> Steps[list[Model]]:
     """Everything that a request can name as its model."""
-    found = yield from ask(request("ListModels"))
-    return [Model.of(one) for one in found["data"]]
+    return [Model.of(one) for one in (yield from ask_list(request("ListModels")))]
 
 
 def model(id: str) -> Steps[Model]:
@@ -27,8 +25,7 @@ def health() -> Steps[Health]:
 
 def version() -> Steps[str]:
     """Of the server."""
-    found: dict[str, Any] = yield from ask(request("GetVersion"))
-    return str(found["version"])
+    return Version.of((yield from ask(request("GetVersion")))).version
 
 
 def status() -> Steps[dict[str, Any]]:
@@ -75,18 +72,18 @@ def revoke_key(id: str) -> Steps[Deletion]:
 def usage(*, tenant: str | None = None, first: str | None = None, last: str | None = None) -> Steps[list[UsageOfDay]]:
     """What keys have used, by day from `first` to `last` (2026-01-31): of this key's tenant, or for `admin` of all."""
     params = {"tenant": tenant, "from": first, "to": last, "limit": 10_000}
-    found = yield from ask(request("GetUsage", params=params))
-    return [UsageOfDay.of(one) for one in found["data"]]
+    return [UsageOfDay.of(one) for one in (yield from ask_list(request("GetUsage", params=params)))]
 
 
-def jobs() -> Steps[list[Job]]:
-    """Ray jobs of the server's cluster that this key's tenant submitted."""
-    return [Job.of(one) for one in (yield from everything(raw("GET", "/v1/jobs", None, None)))]
+def jobs(*, kind: Literal["ray", "search", "task"] | None = None) -> Steps[list[Job]]:
+    """What this key's tenant has under way, the newest first: Ray jobs, searches, task embeddings; at most 200."""
+    asked = request("ListJobs", params={"limit": 200, "kind": kind})
+    return [Job.of(one) for one in (yield from ask_list(asked))]
 
 
 def job(id: str) -> Steps[Job]:
     """One of them, and how far it is."""
-    return Job.of((yield from ask(raw("GET", f"/v1/jobs/{quote(id, safe='')}", None, None))))
+    return Job.of((yield from ask(request("GetJob", id=id))))
 
 
 def metrics() -> Steps[str]:

@@ -77,13 +77,15 @@ def classify(inputs: Any, *, text: str | None = None, **options: Any) -> Steps[A
         raise BadInput("inputs", "there are none")
     cut = _cut(body, taken.items, options.get("batch_size"))
 
-    def part(begin: int, end: int) -> Steps[tuple[list[dict[str, Any]], _Classified]]:
+    def part(begin: int, end: int) -> Steps[_Classified]:
         content = cut.body(begin, end)
         answer: Answer = yield Ask(request("Classify", content=content, content_type=cut.content_type))
         found = _Classified.of(answer.json())
         if len(found.results) != end - begin:
             raise NotOurs(answer.url, f"{len(found.results)} results for {end - begin} inputs")
-        return found.results, found
+        if any(one.probabilities.keys() != found.results[0].probabilities.keys() for one in found.results):
+            raise NotOurs(answer.url, "results of different labels")
+        return found
 
     finished, failures = yield from large.together(cut, part, options.get("progress"), "classifying")
     found = _classification(len(taken.items), finished)
@@ -109,18 +111,17 @@ def _cut(body: dict[str, Any], items: list[Any], num_items: int | None) -> large
     return large.VectorCut(rest, "inputs", [one["vector"] for one in items], num_items, labelled)
 
 
-def _classification(num_items: int, finished: Sequence[tuple[int, int, Any]]) -> Classification:
-    classes: tuple[str, ...] = tuple(finished[0][2][0][0]["probabilities"])
+def _classification(num_items: int, finished: "Sequence[tuple[int, int, _Classified]]") -> Classification:
+    classes = tuple(finished[0][2].results[0].probabilities)
     labels: list[str | None] = [None] * num_items
     probabilities = [[math.nan] * len(classes) for _ in range(num_items)]
     explanations: list[Explanation | None] = [None] * num_items
-    for begin, _, (results, _) in finished:
-        for place, result in enumerate(results, begin):
-            labels[place] = result["label"]
-            probabilities[place] = [float(result["probabilities"][name]) for name in classes]
-            if "explain" in result:
-                explanations[place] = Explanation(**result["explain"])
-    answers = [one[2][1] for one in finished]
+    for begin, _, answer in finished:
+        for place, result in enumerate(answer.results, begin):
+            labels[place] = result.label
+            probabilities[place] = [result.probabilities.get(name, math.nan) for name in classes]
+            explanations[place] = result.explain
+    answers = [one[2] for one in finished]
     return Classification(
         labels=labels,
         classes=classes,
@@ -133,9 +134,16 @@ def _classification(num_items: int, finished: Sequence[tuple[int, int, Any]]) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Result(Entity):
+    label: str | None
+    probabilities: dict[str, float]
+    explain: Explanation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Classified(Entity):
     model: str
-    results: list[dict[str, Any]]
+    results: list[_Result]
     usage: Usage
     receipt: dict[str, Any]
 
@@ -238,12 +246,15 @@ class HiddenStates:
     """One a request."""
 
     def to_numpy(self) -> "np.ndarray":
-        """Pooled states, float32 [inputs, layers, hidden]. Raises BadInput for the pooling `none`."""
+        """Pooled states, float32 [inputs, layers, hidden], of those inputs that are in the table.
+
+        Raises BadInput for the pooling `none`.
+        """
         if self.pooling == "none":
             raise BadInput("pooling", "every token has its states: read .table")
         states = self.table.column("state").combine_chunks()
         flat = states.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(self.num_inputs, len(self.layers), -1)
+        return flat.reshape(-1, len(self.layers), states.type.list_size)
 
     def to_pandas(self) -> Any:
         """The table as a pandas frame."""

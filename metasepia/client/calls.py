@@ -60,6 +60,8 @@ CALLS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "GetTask": ("GET", "/v1/tasks/{id}"),
         "DeleteTask": ("DELETE", "/v1/tasks/{id}"),
         "FindNearestTasks": ("GET", "/v1/tasks/{id}/nearest"),
+        "ListJobs": ("GET", "/v1/jobs"),
+        "GetJob": ("GET", "/v1/jobs/{id}"),
         "ListModels": ("GET", "/v1/models"),
         "GetModel": ("GET", "/v1/models/{model:path}"),
         "CreateKey": ("POST", "/v1/keys"),
@@ -140,7 +142,9 @@ def request(
 
 
 def raw(method: str, path: str, body: Any, params: Mapping[str, Any] | None) -> Request:
-    """A request of any route."""
+    """A request of any route. Raises BadInput for a path that is none."""
+    if not path.startswith("/"):
+        raise BadInput("path", f"{path!r} must begin with /")
     given = {key: str(value) for key, value in (params or {}).items() if value is not None}
     headers = {"accept": "application/json"} | ({} if body is None else {"content-type": "application/json"})
     content = None if body is None else encoded(body)
@@ -230,6 +234,15 @@ def ask(request: Request) -> Steps[Any]:
     """The answer's JSON."""
     answer = yield Ask(request)
     return answer.json()
+
+
+def ask_list(request: Request) -> Steps[list[Any]]:
+    """The `data` of a list that has no pages. Raises NotOurs."""
+    answer: Answer = yield Ask(request)
+    found = answer.json()
+    if not isinstance(found, dict) or not isinstance(found.get("data"), list):
+        raise NotOurs(answer.url, answer.shown)
+    return found["data"]
 
 
 def everything(request: Request) -> Steps[list[dict[str, Any]]]:

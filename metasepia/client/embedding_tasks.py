@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from metasepia.client import tables
-from metasepia.client.calls import Answer, Ask, Pause, Steps, ask, everything, request
+from metasepia.client.calls import Answer, Ask, Pause, Steps, ask, ask_list, everything, request
 from metasepia.client.registering import POLL_S
 from metasepia.client.results import Comparison, Deletion, NearTask, ObservedTask, Probes, Task
 
@@ -63,8 +63,8 @@ def tasks(*, kind: Kind | None = None, vector: bool = False) -> Steps[list[Task]
 
 def nearest_tasks(id: str, *, k: int = 10, kind: Kind | None = None) -> Steps[list[NearTask]]:
     """The `k` tasks most like it, the nearest first."""
-    found = yield from ask(request("FindNearestTasks", params={"k": k, "kind": kind}, id=id))
-    return [NearTask.of(one) for one in found["data"]]
+    asked = request("FindNearestTasks", params={"k": k, "kind": kind}, id=id)
+    return [NearTask.of(one) for one in (yield from ask_list(asked))]
 
 
 def compare_tasks(tasks: Sequence[str | Mapping[str, Any]]) -> Steps[Comparison]:
@@ -97,8 +97,7 @@ def _with(vector: bool) -> dict[str, str]:
 
 def observed_tasks() -> Steps[list[ObservedTask]]:
     """Tasks that hidden states were observed for."""
-    found = yield from ask(request("ListObservedTasks"))
-    return [ObservedTask.of(one) for one in found["data"]]
+    return [ObservedTask.of(one) for one in (yield from ask_list(request("ListObservedTasks")))]
 
 
 def observed_task(task: str) -> Steps[ObservedTask]:

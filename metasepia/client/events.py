@@ -20,6 +20,7 @@ from metasepia.client.trying import Options, envelope_of
 
 _STATUS_OF_CODE = {"deadline_exceeded": 504, "unavailable": 503, "overloaded": 429, "quota_exceeded": 429}
 """What an error that comes as an event would have been answered with."""
+MAX_CHOICES = 1024
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Received:
             text = str((choice["delta"].get("content") if "delta" in choice else choice["text"]) or "")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise NotOurs(self._url, f"a choice that is no completion's: {str(choice)[:120]!r}") from None
+        if not 0 <= index < MAX_CHOICES:
+            raise NotOurs(self._url, f"a choice numbered {index}")
         self._texts.setdefault(index, []).append(text)
         finish = choice.get("finish_reason")
         if finish is not None:

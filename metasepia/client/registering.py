@@ -8,12 +8,13 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from metasepia.client import tables
 from metasepia.client.answering import Protocol
-from metasepia.client.calls import Answer, Ask, Pause, Request, Steps, ask, encoded, everything, request
+from metasepia.client.calls import Answer, Ask, Pause, Request, Steps, ask, ask_list, encoded, everything, request
 from metasepia.client.errors import BadInput
 from metasepia.client.results import ContextInfo, Deletion, Expert, Mixture, Search
 
 POLL_S = 1.0
 """Between two looks at a job."""
+EXAMPLES_AT_ONCE = 10_000
 FILE, CARD = "expert.safetensors", "card.json"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -67,9 +68,10 @@ def context_examples(id: str) -> Steps[list[dict[str, Any]]]:
     """Its examples in its own order: `example` (the number that explanations name), `label`, and `text` of texts."""
     found: list[dict[str, Any]] = []
     while True:
-        page = yield from ask(request("ListContextExamples", params={"begin": len(found), "limit": 10_000}, id=id))
-        found += page["data"]
-        if not page.get("has_more") or not page["data"]:
+        asked = request("ListContextExamples", params={"begin": len(found), "limit": EXAMPLES_AT_ONCE}, id=id)
+        page = yield from ask_list(asked)
+        found += page
+        if len(page) < EXAMPLES_AT_ONCE:
             return found
 
 
@@ -242,8 +244,7 @@ def searches() -> Steps[list[Search]]:
 
 def search_trace(id: str) -> Steps[list[dict[str, Any]]]:
     """An entry for each generation."""
-    found = yield from ask(request("GetSearchTrace", id=id))
-    return list(found["data"])
+    return (yield from ask_list(request("GetSearchTrace", id=id)))
 
 
 def search_picture(id: str) -> Steps[bytes]:

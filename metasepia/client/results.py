@@ -354,10 +354,27 @@ class UsageOfDay(Entity):
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Entity):
-    """A Ray job of the server's cluster."""
+    """Something that the server, or its cluster, works at."""
 
     id: str
+    kind: str
+    """`ray`, `search` or `task`."""
+    name: str
     status: str
+    """`queued`, `running`, `succeeded`, `failed` or `stopped`."""
+    created_unix_s: float
+    started_unix_s: float | None = None
+    ended_unix_s: float | None = None
+    progress: dict[str, Any] | None = None
+    """`done` of `total`."""
+    message: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version(Entity):
+    """Of the server."""
+
+    version: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,8 +385,8 @@ class Health(Entity):
     parts: Any = None
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, kw_only=True)
+class Explanation(Entity):
     """What one classification rests on."""
 
     influence: list[dict[str, Any]]

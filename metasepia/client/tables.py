@@ -13,7 +13,6 @@ from typing import Any
 from metasepia.client.errors import BadInput
 from metasepia.client.results import Classification
 
-_KINDS = ("text", "vector", "image", "audio")
 Put = Callable[[Classification, str], Any]
 
 
@@ -131,8 +130,6 @@ def _with_columns(frame: Any, found: Classification, prefix: str) -> Any:
     import pandas
 
     columns = {name: pandas.Series(values, index=frame.index) for name, values in found.columns(prefix).items()}
-    if len(frame) == 0:
-        return frame.copy()
     return pandas.concat([frame, pandas.DataFrame(columns, index=frame.index)], axis=1)
 
 

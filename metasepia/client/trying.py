@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from metasepia.client.calls import Answer, Ask, Pause, Request, Send, Steps
 from metasepia.client.errors import BadInput, Envelope, NoAnswer, NotConnected, NotOurs, OutOfTime, Refused, refused
 
-IDEMPOTENCY_KEY = "idempotency-key"
 _PROXIES = (502, 503, 504)
 """Whose plain words may come from something in front of the server."""
 
@@ -66,7 +65,7 @@ def tried(
             raise OutOfTime(url, options.timeout_s)
         error: Refused | NoAnswer
         try:
-            timed = request.with_headers(x_request_timeout_seconds=f"{left:.3f}")
+            timed = request.with_headers(x_request_timeout_seconds=f"{max(left, 0.001):.3f}")
             answer: Answer = yield Send(timed, left)
         except NoAnswer as problem:
             error = problem
@@ -80,7 +79,8 @@ def tried(
             raise error
         asked = error.retry_after_s if isinstance(error, Refused) else None
         backoff = min(8.0, options.backoff_s * 2**num_failed) * (0.5 + draw())
-        wait = backoff if asked is None else asked + draw() * min(1.0, 0.25 * asked)  # not all clients at one moment
+        spread = 0.0 if asked is None else asked + draw() * min(1.0, 0.25 * asked)  # not all clients at one moment
+        wait = max(backoff, spread)
         num_failed += not _is_under_way(error)  # that is no failure: an earlier try of this call is being answered
         if num_failed > options.retries or wait >= end - clock():
             raise error

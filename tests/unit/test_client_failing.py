@@ -137,7 +137,13 @@ def test_nobody_there_and_another_programs_port_are_told_apart_with_the_way_out(
 
 @pytest.mark.parametrize(
     "answer",
-    [Http(200, "<html>hello</html>"), Http(200, "[]"), Http(200, "null"), Http(200, {"id": 7}), Http(200, b"\xff\xfe")],
+    [
+        Http(200, "<html>hello</html>"),
+        Http(200, "[]"),
+        Http(200, "null"),
+        Http(200, {"id": 7, "data": [{"embedding": 1}], "model": "m", "results": [{"label": 3}], "usage": {}}),
+        Http(200, b"\xff\xfe"),
+    ],
     ids=["html", "a list", "null", "wrong types", "bytes"],
 )
 def test_garbage_is_called_so_and_not_asked_for_again(answer: Http):
@@ -147,11 +153,13 @@ def test_garbage_is_called_so_and_not_asked_for_again(answer: Http):
             lambda: client.embed(["x"], model="m"),
             lambda: client.hidden_states(["x"], model="m"),
             lambda: client.classify(["x"], model="ctx-1"),
+            lambda: client.compare_tasks(["x"]),
+            lambda: client.create_mixture({"a": 1.0}, backbone="m"),
             lambda: list(client.stream_chat("x", model="m")),
         ):
             with pytest.raises(NotOurs):
                 call()
-        assert len(endpoint.requests) == 5
+        assert len(endpoint.requests) == 7
 
 
 def test_fewer_answers_than_inputs_are_no_answer():
