@@ -31,6 +31,13 @@ CHECKS: list[CheckFunction] = [
     response_schema_conformance,
 ]
 
+QUICK = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large),
+)
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -125,7 +132,7 @@ def test_what_a_tool_makes_of_the_document_is_answered_as_it_says(api: Any, name
     operation = api.find_operation_by_id(name)
 
     @given(case=st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in GenerationMode)))
-    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(QUICK, max_examples=4)
     def ask(case: Any) -> None:
         answer = case.call()
         assert answer.status_code < 500 or answer.status_code in TYPED, answer.text
@@ -150,7 +157,7 @@ PATHS = ["/v1/classify", "/v1/contexts", "/v1/chat/completions", "/v1/completion
 
 
 @given(path=st.sampled_from(PATHS), body=st.dictionaries(FIELDS, JSON, max_size=5) | JSON)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(QUICK, max_examples=150)
 def test_whatever_json_says_it_is_answered_in_words(bench: Bench, path: str, body: Any):
     answer = _ask(bench, "POST", path, content=json.dumps(body).encode())
     assert answer.status_code in (200, 202, 400, 404, 409, 410, 413, 429), answer.text
@@ -161,7 +168,7 @@ def test_whatever_json_says_it_is_answered_in_words(bench: Bench, path: str, bod
 @given(path=st.sampled_from(PATHS), body=st.binary(max_size=200), kind=st.sampled_from(
     ["application/json", "text/plain", "multipart/form-data; boundary=x", "application/vnd.apache.arrow.stream", "\xff"]
 ))  # fmt: skip
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(QUICK, max_examples=100)
 def test_whatever_bytes_say_they_are_refused_in_words(bench: Bench, path: str, body: bytes, kind: str):
     answer = _ask(bench, "POST", path, content=body, headers=[(b"content-type", kind.encode("latin-1"))])
     assert answer.status_code == 400, answer.text
