@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def classify(client: "metasepia.client.Client", options: argparse.Namespace) -> None:
     if (options.examples is None) == (options.context is None):
         raise Failed("give --examples FILE or --context ctx-..., and not both", MISUSE)
+    if options.json and options.out is not None:
+        raise Failed("--json prints and --out writes; give one of them (--to jsonl writes JSON lines)", MISUSE)
     if str(options.input) == "-" and sys.stdin.isatty():
         print("texts to classify, one a line; end with Ctrl-D", file=sys.stderr)
     kind = None if options.json else cli_sheets.kind_of(options.out, options.to)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metasepia import cli_sheets
-from metasepia.shell import REFUSED, Failed, add_verb, given, show, whole_file
+from metasepia.shell import MISUSE, REFUSED, Failed, add_verb, given, show, whole_file
 
 if TYPE_CHECKING:
     import metasepia.client.results
@@ -51,6 +51,8 @@ def states(client: "metasepia.client.Client", options: argparse.Namespace) -> No
 
 
 def _kind(options: argparse.Namespace) -> str:
+    if options.json and options.out is not None:
+        raise Failed("--json prints and --out writes; give one of them", MISUSE)
     if options.json:
         return "json"
     if options.out is not None and options.out.suffix.lower() == ".npy":

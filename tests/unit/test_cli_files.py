@@ -106,6 +106,7 @@ def test_lines_of_text_and_json_come_from_standard_input(say: Callable[..., Said
     assert json.loads(out)["nested"] == {"x": [1]} and json.loads(out)["label"] == "short"
     answer = json.loads(say(*by, "--json", stdin="b\n")[1])
     assert answer["results"][0]["label"] == "short" and answer["receipts"]
+    assert say(*by, "--json", "--out", "x.csv", stdin="b\n")[0] == 2
 
 
 def test_a_context_made_of_a_file_classifies_and_goes_away(say: Callable[..., Said]):
