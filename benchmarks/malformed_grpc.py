@@ -119,7 +119,9 @@ async def _metadata(draw: random.Random, channel: grpc.aio.Channel, host: str, p
         "traceparent",
         "content-type",
     )
-    metadata = [(draw.choice((*names, "accept", "content-length", "x" * 200)), text) for _ in range(draw.randint(1, 4))]
+    metadata: list[tuple[str, str | bytes]] = [
+        (draw.choice((*names, "accept", "content-length", "x" * 200)), text) for _ in range(draw.randint(1, 4))
+    ]
     metadata += [("some-bin", draw.randbytes(50))] * draw.randint(0, 3)
     asked = pb.GetModelRequest(model="no-such-model").SerializeToString()
     await _call(tally, "metadata", channel, SERVICE.methods_by_name["GetModel"], asked, metadata=metadata)

@@ -126,7 +126,7 @@ class Call:
         if method in ("GET", "DELETE"):
             query = urllib.parse.urlencode(tree).encode()
         else:
-            body = as_json(tree | self.extra)
+            body = as_json({**tree, **self.extra})
             headers += [("content-type", JSON), ("content-length", str(len(body)))]
         return Request(method=method, path=path, query=query, headers=headers, body=body, peer=context.peer())
 
@@ -286,7 +286,10 @@ def _refused(
 
 async def _pieces(chunks: AsyncIterator[bytes], headers: Mapping[str, str]) -> AsyncIterator[Message]:
     """A body as messages of bounded size; one at least, since the first tells what it is."""
-    about = {"content_type": headers.get("content-type", ""), "etag": headers.get("etag", "").strip('"')}
+    about: dict[str, Any] = {
+        "content_type": headers.get("content-type", ""),
+        "etag": headers.get("etag", "").strip('"'),
+    }
     async for chunk in chunks:
         for begin in range(0, len(chunk), CONTENT_BYTES):
             yield pb.Content(**about, data=chunk[begin : begin + CONTENT_BYTES])

@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from serve.door import Door
 
 Response = health_pb2.HealthCheckResponse
+ListResponse: Any = getattr(health_pb2, "HealthListResponse")  # noqa: B009 (newer than its types)
 
 SERVICES = ("", pb.DESCRIPTOR.services_by_name["Metasepia"].full_name)
 """The whole server, and its one service."""
@@ -39,11 +40,9 @@ class GrpcHealth:
             return Response()
         return Response(status=await self._status())
 
-    async def List(
-        self, asked: bytes | health_pb2.HealthListRequest, grpc_context: RayServegRPCContext
-    ) -> health_pb2.HealthListResponse:
+    async def List(self, asked: bytes | Message, grpc_context: RayServegRPCContext) -> Message:
         status = await self._status()
-        return health_pb2.HealthListResponse(statuses={name: Response(status=status) for name in SERVICES})
+        return ListResponse(statuses={name: Response(status=status) for name in SERVICES})
 
     async def Watch(
         self, asked: bytes | health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext

@@ -70,7 +70,7 @@ def tree_of(message: Message) -> Any:
 
 def _value(field: FieldDescriptor, value: Any) -> Any:
     if _is_map(field):
-        inner = field.message_type.fields_by_name["value"]
+        inner = _in_map(field)
         return {key: _single(inner, value[key]) for key in sorted(value)}  # maps have no order of their own
     if field.is_repeated:
         return list(value) if field.message_type is None else [tree_of(one) for one in value]
@@ -133,7 +133,7 @@ def _fill(message: Message, tree: Any, strict: bool) -> None:
 
 def _set(message: Message, field: FieldDescriptor, value: Any, strict: bool) -> None:
     if _is_map(field):
-        found, inner = getattr(message, field.name), field.message_type.fields_by_name["value"]
+        found, inner = getattr(message, field.name), _in_map(field)
         for key, one in value.items():
             if inner.message_type is None:
                 found[key] = one
@@ -195,3 +195,8 @@ def _fill_free(message: Any, tree: Any) -> None:
 
 def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
+def _in_map(field: FieldDescriptor) -> FieldDescriptor:
+    assert field.message_type is not None  # a map is a list of messages
+    return field.message_type.fields_by_name["value"]

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 from ray.serve._private import default_impl
 from ray.serve._private.proxy_request_response import gRPCStreamingType
@@ -82,10 +81,10 @@ def add_services(_servicer: object, server: Server) -> None:
         server.service_handler_factory = serves
 
 
-def _empty(method: MethodDescriptor) -> grpc.RpcMethodHandler:
-    if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(None)
-    made = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+def _empty(method: Any) -> grpc.RpcMethodHandler:
+    """Of a method's descriptor: whether requests and answers stream, and that bytes stay bytes."""
+    made: Any = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+    made = grpc.stream_unary_rpc_method_handler if method.client_streaming else made
     return made(None)
 
 
@@ -124,7 +123,7 @@ class Context:
 
     def __init__(self, context: Any) -> None:
         self._context = context
-        given = list(context.invocation_metadata() or ())
+        given: list[tuple[str, str]] = list(context.invocation_metadata() or ())
         told = dict(given)
         left_s: float | None = context.time_remaining()
         if left_s is not None and left_s < _seconds(told.get(HEADER)):
@@ -165,7 +164,7 @@ async def _leave(answers: AsyncGenerator[bytes]) -> None:
 
 def _explain(context: Context) -> None:
     """Details for a status that no gateway has set."""
-    told = list(context.trailing_metadata() or ())
+    told: list[tuple[str, Any]] = list(context.trailing_metadata() or ())
     found = _OWN.get(context.code())
     if found is None or any(key == grpc_status.DETAILS for key, _ in told):
         return

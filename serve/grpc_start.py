@@ -32,6 +32,6 @@ def check_listening(host: str, port: int) -> None:
     if is_public(host):
         return
     for one in psutil.net_connections("tcp"):
-        if one.status == psutil.CONN_LISTEN and one.laddr.port == port and is_public(one.laddr.ip):
-            problem = f"{host}, and Serve's proxy listens on {one.laddr.ip}: start Ray's head with {HOST}={host}"
-            raise InvalidSettings("grpc.host", one.laddr.ip, f"{problem}, or set grpc.enabled = false")
+        if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr[1] == port and is_public(one.laddr[0]):
+            problem = f"{host}, and Serve's proxy listens on {one.laddr[0]}: start Ray's head with {HOST}={host}"
+            raise InvalidSettings("grpc.host", one.laddr[0], f"{problem}, or set grpc.enabled = false")

@@ -107,6 +107,7 @@ def details_of(error: grpc.RpcError) -> dict[str, Any]:
     """google.rpc details of an error, by the names of their messages; its status says what the error says."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     raw = dict(error.trailing_metadata() or ())[grpc_status.DETAILS]
+    assert isinstance(raw, bytes)
     status = status_pb2.Status.FromString(raw)
     assert (status.code, status.message) == (error.code().value[0], error.details())
     found: dict[str, Any] = {}

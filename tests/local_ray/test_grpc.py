@@ -90,7 +90,7 @@ def test_an_expert_goes_up_in_pieces_answers_and_comes_back_in_pieces(stub: Any)
 
 
 def test_a_stock_health_client_sees_the_graph_and_its_service(channel: grpc.Channel):
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     serving = health_pb2.HealthCheckResponse.SERVING
     for service in ("", SERVICE):
         assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status == serving
@@ -103,15 +103,15 @@ def test_a_client_that_has_only_reflection_lists_describes_and_calls(served: Ser
     database = ProtoReflectionDescriptorDatabase(channel)
     assert {SERVICE, "grpc.health.v1.Health"} <= set(database.get_services())
     method = DescriptorPool(database).FindServiceByName(SERVICE).FindMethodByName("Classify")
-    asked = message_factory.GetMessageClass(method.input_type)()
+    asked: Any = message_factory.GetMessageClass(method.input_type)()
     for one in CLASSIFY["examples"]:
         asked.examples.add(text=one["text"], label=one["label"])
     for one in TEXTS:
         asked.inputs.add(text=one["text"])
     answer = message_factory.GetMessageClass(method.output_type)
-    call = channel.unary_unary(
+    call: Any = channel.unary_unary(
         f"/{SERVICE}/Classify",
-        request_serializer=lambda one: one.SerializeToString(),
+        request_serializer=type(asked).SerializeToString,
         response_deserializer=answer.FromString,
     )
     http = served.post("/v1/classify", CLASSIFY).json()["results"]
@@ -121,7 +121,7 @@ def test_a_client_that_has_only_reflection_lists_describes_and_calls(served: Ser
 
 def test_the_port_is_open_to_this_machine_only(served: Served):
     listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    found = [one.laddr.ip for one in listening if one.laddr.port == served.grpc_port]
+    found = [one.laddr[0] for one in listening if one.laddr and one.laddr[1] == served.grpc_port]
     assert [one.removeprefix("::ffff:") for one in found] == ["127.0.0.1"]
 
 

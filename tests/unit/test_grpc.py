@@ -22,6 +22,7 @@ from tests.unit.test_gateway_searches import MATHS, a_bench
 from tests.unit.test_prompts import write_byte_tokenizer
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 7}
+LIST = getattr(health_pb2, "HealthListRequest")()  # noqa: B009 (newer than its types)
 NAN = pb.Vector(values=[float("nan")])
 
 
@@ -53,7 +54,7 @@ def _chat(**fields: Any) -> pb.ChatCompletionRequest:
 def test_an_error_has_the_tables_status_and_says_field_reason_and_request(door: GrpcBench, name: str):
     error, details = _refused(door, name, _chat(temperature=3.0), x_request_id="mine-1")
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "temperature" in error.details()
+    assert "temperature" in (error.details() or "")
     info = details["ErrorInfo"]
     assert (info.reason, info.domain, info.metadata["param"]) == ("INVALID_VALUE", "metasepia", "temperature")
     assert info.metadata["http_status"] == "400"
@@ -61,7 +62,7 @@ def test_an_error_has_the_tables_status_and_says_field_reason_and_request(door: 
     assert details["RequestInfo"].request_id == "mine-1"
     assert dict(error.trailing_metadata())["x-request-id"] == "mine-1"
     error, _ = _refused(door, name, _chat(model="nobody"))
-    assert error.code() == grpc.StatusCode.NOT_FOUND and "known: tiny" in error.details()
+    assert error.code() == grpc.StatusCode.NOT_FOUND and "known: tiny" in (error.details() or "")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_deadline_that_passes_is_deadline_exceeded_and_no_retry(bench: Bench, 
 
 def test_a_long_error_fits_the_trailing_metadata(door: GrpcBench):
     error, details = _refused(door, "CreateChatCompletion", _chat(model="é" * 90_000))
-    assert error.code() == grpc.StatusCode.NOT_FOUND and error.details().startswith("no model named 'é")
+    assert error.code() == grpc.StatusCode.NOT_FOUND and (error.details() or "").startswith("no model named 'é")
     error, details = _refused(door, "GetExpert", pb.GetExpertRequest(name="z" * 90_000))
     assert error.code() == grpc.StatusCode.NOT_FOUND and details["ErrorInfo"].reason == "MODEL_NOT_FOUND"
 
@@ -118,7 +119,7 @@ def test_bytes_that_are_no_message_are_refused_in_words(door: GrpcBench):
     async def talk(channel: grpc.aio.Channel) -> None:
         for path, kind in (("Classify", channel.unary_unary), ("StreamCompletion", channel.unary_stream)):
             for garbage in (b"\xff" * 40, b"\x0a\x05ab", b"\x0a\x02\xff\xfe", b"\x00" * 1000):
-                call = kind(f"/metasepia.v1.Metasepia/{path}")(garbage, timeout=10)
+                call: Any = kind(f"/metasepia.v1.Metasepia/{path}")(garbage, timeout=10)
                 with pytest.raises(grpc.aio.AioRpcError, match=r"these bytes are no metasepia\.v1") as raised:
                     _ = [one async for one in call] if hasattr(call, "__aiter__") else await call
                 assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -131,7 +132,7 @@ def test_what_the_proxy_says_by_itself_is_typed_too(door: GrpcBench):
     for name in ("CreateChatCompletion", "StreamChatCompletion"):
         error, details = _refused(door, name, _chat())
         assert (error.code(), details["RetryInfo"].retry_delay.seconds) == (grpc.StatusCode.UNAVAILABLE, 2)
-        assert "actor" not in error.details()
+        assert "actor" not in (error.details() or "")
 
 
 def test_an_unknown_method_is_unimplemented(door: GrpcBench):
@@ -280,13 +281,13 @@ def test_health_is_checked_listed_and_watched(bench: Bench, door: GrpcBench, mon
         return health_pb2.HealthCheckRequest(service=service)
 
     async def talk(channel: grpc.aio.Channel) -> None:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         assert (await stub.Check(asked())).status == good
         assert (await stub.Check(asked("metasepia.v1.Metasepia"))).status == good
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub.Check(asked("other"))
         assert raised.value.code() == grpc.StatusCode.NOT_FOUND
-        assert {one.status for one in (await stub.List(health_pb2.HealthListRequest())).statuses.values()} == {good}
+        assert {one.status for one in (await stub.List(LIST)).statuses.values()} == {good}
         watch, lost = stub.Watch(asked()), stub.Watch(asked("other"))
         assert (await watch.read()).status == good
         assert (await lost.read()).status == unknown
@@ -301,6 +302,6 @@ def test_health_is_checked_listed_and_watched(bench: Bench, door: GrpcBench, mon
         assert await _until(lambda: door.proxy.gateway._watchers == 1)
         bench.door.drain.begun = True
         assert (await watch.read()).status == ill
-        assert await watch.read() is grpc.aio.EOF
+        assert not await watch.read()  # the end
 
     door.run(talk)
