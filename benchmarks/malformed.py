@@ -7,7 +7,7 @@ Of `--num` requests: three tenths JSON of wild shapes and values at every path, 
 OpenAPI document (valid and not), a fifth raw bytes on sockets (cut bodies, lying lengths, chunked nonsense, smuggling,
 pipelines, upgrades, no HTTP at all), a tenth Arrow streams with bytes changed, a fifth over gRPC (`malformed_grpc`).
 Then 1,000 connections that say nothing, heads that come byte by byte, and heads without an end, while others ask.
-A first tenth of each warms the graph; memory is each process's own (USS), from then to the end.
+A first tenth of each warms the graph; memory is each process's own (USS), from then to the middle and the end.
 """
 
 import asyncio
@@ -88,6 +88,10 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
+
+    def take(self, other: "Tally") -> None:
+        self.num, self.outcomes = self.num + other.num, self.outcomes + other.outcomes
+        self.wrong, self.slowest_s = self.wrong + other.wrong, max(self.slowest_s, other.slowest_s)
 
     def add(self, kind: str, outcome: str, seconds: float, wrong: str = "") -> None:
         self.num += 1
@@ -420,8 +424,16 @@ def measured(num: int, seed: int) -> tuple[list[report.Row], list[str]]:
         malformed_grpc.send(settings.grpc_host, settings.grpc.port, num // 50, seed + 1)
         time.sleep(3)
         before, begin = _memory_mib(running), time.monotonic()
-        tally = sent(running.url, num, seed)
-        grpc = malformed_grpc.send(settings.grpc_host, settings.grpc.port, num - tally.num, seed)
+        tally, grpc, middle = Tally(), malformed_grpc.Tally(), before
+        for half in range(2):
+            middle = _memory_mib(running) if half else before
+            tally.take(sent(running.url, num // 2, seed + 2 + half))
+            more = malformed_grpc.send(settings.grpc_host, settings.grpc.port, num // 10, seed + 2 + half)
+            grpc.num, grpc.outcomes, grpc.wrong = (
+                grpc.num + more.num,
+                grpc.outcomes + more.outcomes,
+                grpc.wrong + more.wrong,
+            )
         slowest_s, ended = asyncio.run(Sender(running.url, tally).idle())
         took_s = time.monotonic() - begin
         healthy = httpx.get(f"{running.url}/health", timeout=60).status_code == 200
@@ -441,6 +453,7 @@ def measured(num: int, seed: int) -> tuple[list[report.Row], list[str]]:
                       f"their deadline is {DEADLINE_S} s"),
         report.figure("idle", f"slowest of 20 good requests beside {NUM_IDLE} silent connections and {NUM_SLOW} slow "
                       "heads", 1000 * slowest_s, "ms", f"{ended} of the silent were ended by the server"),
+        report.figure("memory_second_half", "growth of all processes' own memory over the second half", sum(after[name] - middle[name] for name in middle if name in after), "MiB"),
         report.figure("memory", "growth of all processes' own memory", sum(grew.values()), "MiB",
                       f"{sum(before.values()):.0f} before; most: {most} {grew[most]:+.1f}; gone: {gone or 'none'}",
                       extra={"grew_mib": {name: round(mib, 2) for name, mib in sorted(grew.items())}}),

@@ -236,7 +236,7 @@ CONTRACTS: Mapping[str, Contract] = {
         tag="Models",
         says="Everything that can be named: backbones, encoders, experts, mixtures, contexts.",
         answer=answers.ModelList,
-    ),  # fmt: skip
+    ),
     "GetModel": Contract(tag="Models", says="One of them.", answer=answers.Model),
     "CreateKey": Contract(
         tag="Keys", says="Makes a key. No other answer has its secret.", body=KeyRequest, answer=answers.KeyMade
