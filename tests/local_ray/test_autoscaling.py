@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def test_a_gang_scales_from_one_to_two_to_one_and_no_row_fails(
 
 def _replicas() -> int:
     """Of the deployment, running and not about to leave."""
-    states = serve.status().applications["scaled"].deployments["backbone-tiny"].replica_states
+    states: Any = serve.status().applications["scaled"].deployments["backbone-tiny"].replica_states
     return states.get("RUNNING", 0)
 
 
@@ -105,6 +105,6 @@ async def _until(reached: Callable[[], bool], seen: list[int], tasks: list[async
         await asyncio.sleep(0.2)
 
 
-async def _each(chunks: Any) -> Any:
+async def _each(chunks: Any) -> AsyncGenerator[Any]:
     async for chunk in chunks:
         yield chunk

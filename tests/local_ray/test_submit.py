@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.upper import Upper, serving
-from serve import processes
+from serve import middleware, processes
 from tests.serving import ROOT, free_port
 from tests.unit import test_batch
 
@@ -46,12 +46,15 @@ class Head:
 
 @pytest.fixture(params=["disabled", "token"])
 def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Head]:
+    """By Ray's authentication; `deploy`: none, and every process finds this code, as in an image."""
     mark, port, dashboard = uuid.uuid4().hex, free_port(), free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "METASEPIA_"))}
-    env |= {processes.MARK: mark, "RAY_AUTH_MODE": request.param, "RAY_USAGE_STATS_ENABLED": "0"}
+    env |= {processes.MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"}
+    if request.param == "deploy":
+        env |= middleware.ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     if request.param == "token":
-        env["RAY_AUTH_TOKEN"] = uuid.uuid4().hex * 2
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
     words = ["start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
     words += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
     log = (tmp_path / "head.log").open("w")

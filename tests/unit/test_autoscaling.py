@@ -53,7 +53,7 @@ def test_equal_bounds_fix_the_number_and_others_make_a_configuration_that_serve_
     ]
     assert isinstance(made, AutoscalingConfig)
     assert (made.min_replicas, made.max_replicas, made.upscale_delay_s) == (1, 4, 2.0)
-    policy = cloudpickle.loads(made.policy.get_serialized_policy_def())(**made.policy.policy_kwargs)
+    policy = cloudpickle.loads(made.policy.get_serialized_policy_def() or b"")(**made.policy.policy_kwargs)
     assert wanted(policy, 1, [1001]) == 3
 
 

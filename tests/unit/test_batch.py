@@ -140,7 +140,7 @@ def test_a_key_that_is_refused_ends_the_batch_at_once(tmp_path: Path, capsys: py
     assert "msk_secret" not in said.err + said.out
 
 
-def command(url: str, source: Path, out: Path) -> list[str]:
+def command(url: str, source: Path | str, out: Path | str) -> list[str]:
     words = ["--input", str(source), "--output", str(out), "--task", "embed", "--model", "m", "--url", url, "--quiet"]
     return [sys.executable, "-m", "jobs.batch", *words, "--rows-a-part", "8", "--rows-a-request", "4"]
 
@@ -153,6 +153,7 @@ def test_after_sigkill_and_sigterm_the_same_command_gives_the_bytes_of_an_undist
     victim: list[subprocess.Popen[bytes]] = []
     kill_at = [(7, signal.SIGKILL), (22, signal.SIGTERM), (10**9, signal.SIGKILL)]
     seen: list[str] = []
+    status = -1
     for count, number in kill_at:
 
         def strike(server: Upper, path: str, body: dict[str, Any], count: int = count, number: int = number) -> None:
