@@ -453,7 +453,8 @@ def measured(num: int, seed: int) -> tuple[list[report.Row], list[str]]:
                       f"their deadline is {DEADLINE_S} s"),
         report.figure("idle", f"slowest of 20 good requests beside {NUM_IDLE} silent connections and {NUM_SLOW} slow "
                       "heads", 1000 * slowest_s, "ms", f"{ended} of the silent were ended by the server"),
-        report.figure("memory_second_half", "growth of all processes' own memory over the second half", sum(after[name] - middle[name] for name in middle if name in after), "MiB"),
+        report.figure("memory_second_half", "growth of all processes' own memory over the second half",
+                      sum(after[name] - middle[name] for name in middle if name in after), "MiB"),
         report.figure("memory", "growth of all processes' own memory", sum(grew.values()), "MiB",
                       f"{sum(before.values()):.0f} before; most: {most} {grew[most]:+.1f}; gone: {gone or 'none'}",
                       extra={"grew_mib": {name: round(mib, 2) for name, mib in sorted(grew.items())}}),

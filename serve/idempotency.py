@@ -142,8 +142,10 @@ class Idempotent:
         digest = _Digest(scope)
         most = int(max(self._http.max_body_mib, self._http.max_upload_mib) * 2**20) + OUT_OF_HAND_BYTES
         async with Deadline.of(Headers(scope=scope), self._http.request_timeout_s).limit("reading the body"):
-            while not digest.is_whole and digest.num_bytes <= most:
+            while not (digest.is_whole or digest.is_cut) and digest.num_bytes <= most:
                 digest.add(await receive())
+        if digest.is_cut:
+            return  # nobody waits for an answer any more
         if digest.value() != kept.digest:
             raise IdempotencyConflict(key)
         meters.REPLAYS.inc(outcome="replayed")

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,35 @@ def test_an_answer_that_asks_to_be_tried_again_is_not_kept(bench: Bench, status:
     assert _chat(bench, "a").status_code == status
     bench.backbone.error = None
     assert _chat(bench, "a").status_code == 200
+
+
+def test_a_client_that_leaves_while_it_asks_again_ends_the_request(bench: Bench):
+    body = json.dumps(CHAT).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
+        "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http", "server": ("door", 80),
+        "headers": [(b"idempotency-key", b"a"), (b"content-type", b"application/json")],
+    }  # fmt: skip
+
+    async def ask(*messages: dict[str, Any]) -> list[dict[str, Any]]:
+        left, sent = list(messages), []
+
+        async def receive() -> Any:
+            return left.pop(0) if left else {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await asyncio.wait_for(bench.app(dict(scope), receive, send), 5)
+        return sent
+
+    async def both() -> None:
+        assert (await ask({"type": "http.request", "body": body}))[0]["status"] == 200
+        assert await ask({"type": "http.request", "body": body[:5], "more_body": True}) == []
+        replayed = await ask({"type": "http.request", "body": body})
+        assert (b"idempotent-replayed", b"true") in replayed[0]["headers"]
+
+    asyncio.run(both())
 
 
 def test_a_refusal_of_the_request_itself_is_kept(bench: Bench):
