@@ -80,7 +80,7 @@ class Measured:
                 reason = _reason(status, facts.get("reason"))
                 self._metrics.end(route, status, reason, duration_s)
                 told: dict[str, Any] = {"method": scope["method"], "route": route, "status": status, "reason": reason}
-                told |= {"door": "grpc" if scope["scheme"] == "grpc" else "http"}
+                told |= {"door": "grpc" if scope.get("scheme") == "grpc" else "http"}
                 told |= {"duration_ms": round(1000 * duration_s, 2), **facts}
                 request_log.write(told, quiet=quiet)
                 span.rename(f"{scope['method']} {route}")
