@@ -91,7 +91,7 @@ def cluster_versions(address: str, timeout_s: float = 5.0) -> RayVersions:
     """
     from ray._common.usage.usage_lib import get_cluster_metadata
     from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
         found = canonicalize_bootstrap_address(address)
