@@ -137,6 +137,7 @@ def test_what_goes_along_is_code_and_not_much():
     assert 1 < submit._upload_mib() < submit.MAX_UPLOAD_MIB
 
 
+@pytest.mark.filterwarnings("ignore:.*jobs.batch.*found in sys.modules")
 def test_the_end_of_a_job_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["--results", str(tmp_path), "--id", "x", "batch", "--", "--input", "/nowhere"]
     assert submitted.main([*words, "--output", "o", "--task", "embed", "--model", "m"]) == 2
