@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8265"
 GRACE_S = 30
 """From SIGTERM to SIGKILL; Ray's own default is 3."""
+PATIENCE_S = 300.0
+"""How long a job is followed while nobody tells of it: its cluster's head may be restarting."""
 STOPPED, LEFT = 3, 130
 MAX_UPLOAD_MIB = 64.0
 EXCLUDES = ["/*", "!/metasepia", "!/cluster", "!/actors", "!/jobs", "!/serve", "!/benchmarks", "__pycache__"]
@@ -129,6 +131,7 @@ async def _follow(client: "JobSubmissionClient", id_: str) -> int:
     from rich.console import Console
 
     console, said = Console(soft_wrap=True), 0
+    away_s: float | None = None
     while True:
         skip = said
         try:
@@ -139,7 +142,13 @@ async def _follow(client: "JobSubmissionClient", id_: str) -> int:
                     console.print(new, end="", markup=False, highlight=console.is_terminal)
         except Exception as error:  # the head is restarting, or a proxy between cut us off
             console.print(f"[dim]{type(error).__name__} while following; trying again[/]")
-        info = await asyncio.to_thread(_find, client, id_)
+        try:
+            info = await asyncio.to_thread(_find, client, id_)
+            away_s = None
+        except InvalidSettings:
+            info, away_s = None, away_s or time.monotonic()
+            if time.monotonic() - away_s > PATIENCE_S:
+                raise
         if info is not None and info.status.is_terminal():
             return _end(id_, info)
         await asyncio.sleep(1.0)
@@ -173,11 +182,12 @@ def _end(id_: str, info: "JobInfo") -> int:
 def _client(address: str) -> "JobSubmissionClient":
     """Raises InvalidSettings, in words, where no dashboard answers."""
     # Here and not above: help and misuse need no Ray.
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         allowed = f"that of a Ray dashboard which answers (ray.dashboard = true, RAY_AUTH_TOKEN) ({_line(error)})"
         raise InvalidSettings("address", address, allowed) from None
 
