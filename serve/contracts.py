@@ -1,6 +1,7 @@
 """What each operation takes and answers, beside the table of operations: the OpenAPI document is made from both.
 
-Bodies are the very models that check requests; answers are those of `serve.answers`, to which tests hold real ones.
+Bodies are the very models that check requests; answers are those of `serve.answers` and
+`serve.answers_kept`, to which tests hold real ones.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from metasepia.embedding.space import KINDS
-from serve import answers
+from serve import answers, answers_kept
 from serve.key_routes import KeyRequest
 from serve.schemas import (
     ChatRequest,
@@ -145,17 +146,17 @@ CONTRACTS: Mapping[str, Contract] = {
     "AddExpert": Contract(
         tag="Experts",
         says="Registers an expert: z vectors (safetensors) or a PEFT LoRA with its config. The name must be free.",
-        answer=answers.Expert,
+        answer=answers_kept.Expert,
         uploads=True,
     ),
     "ListExperts": Contract(
-        tag="Experts", says="A page in order of name.", answer=answers.ExpertList, query=(_LIMIT, _AFTER)
+        tag="Experts", says="A page in order of name.", answer=answers_kept.ExpertList, query=(_LIMIT, _AFTER)
     ),
     "GetExpert": Contract(
-        tag="Experts", says="One expert, by name or digest, with its card.", answer=answers.ExpertWithCard
+        tag="Experts", says="One expert, by name or digest, with its card.", answer=answers_kept.ExpertWithCard
     ),
     "ReplaceExpert": Contract(
-        tag="Experts", says="The name stands for this expert from now on.", answer=answers.Expert, uploads=True
+        tag="Experts", says="The name stands for this expert from now on.", answer=answers_kept.Expert, uploads=True
     ),
     "DeleteExpert": Contract(
         tag="Experts", says="Takes the name away; a second time the same answer.", answer=answers.Deleted
@@ -165,25 +166,25 @@ CONTRACTS: Mapping[str, Contract] = {
         tag="Mixtures",
         says="Registers weights on experts: a model of its own.",
         body=MixtureRequest,
-        answer=answers.MixtureMade,
+        answer=answers_kept.MixtureMade,
     ),
     "ListMixtures": Contract(
-        tag="Mixtures", says="A page in order of name.", answer=answers.MixtureList, query=(_LIMIT, _AFTER)
+        tag="Mixtures", says="A page in order of name.", answer=answers_kept.MixtureList, query=(_LIMIT, _AFTER)
     ),
     "CreateSearch": Contract(
         tag="Mixtures",
         says="Looks for the mixture that answers a few examples best. A job: its answer is at its location.",
         body=SearchRequest,
-        answer=answers.Search,
+        answer=answers_kept.Search,
         other_status=202,
     ),
-    "ListSearches": Contract(tag="Mixtures", says="All searches.", answer=answers.SearchList),
-    "GetSearch": Contract(tag="Mixtures", says="How one stands.", answer=answers.Search),
-    "GetSearchTrace": Contract(tag="Mixtures", says="Generation by generation.", answer=answers.SearchTrace),
+    "ListSearches": Contract(tag="Mixtures", says="All searches.", answer=answers_kept.SearchList),
+    "GetSearch": Contract(tag="Mixtures", says="How one stands.", answer=answers_kept.Search),
+    "GetSearchTrace": Contract(tag="Mixtures", says="Generation by generation.", answer=answers_kept.SearchTrace),
     "GetSearchPicture": Contract(tag="Mixtures", says="The same as a drawing.", answer="image/svg+xml"),
-    "CancelSearch": Contract(tag="Mixtures", says="Ends it where it stands.", answer=answers.Search),
+    "CancelSearch": Contract(tag="Mixtures", says="Ends it where it stands.", answer=answers_kept.Search),
     "GetMixture": Contract(
-        tag="Mixtures", says="One mixture, by name or digest, with its card.", answer=answers.MixtureWithCard
+        tag="Mixtures", says="One mixture, by name or digest, with its card.", answer=answers_kept.MixtureWithCard
     ),
     "DeleteMixture": Contract(
         tag="Mixtures", says="Takes it away; its experts stay. A second time the same answer.", answer=answers.Deleted
@@ -192,17 +193,19 @@ CONTRACTS: Mapping[str, Contract] = {
         tag="Tasks",
         says="Embeds a data set, a prompt on a model, a context, or the answers of a model of the client's own.",
         body=TaskRequest,
-        answer=answers.TaskMade,
+        answer=answers_kept.TaskMade,
         other_status=202,
     ),
     "ListTasks": Contract(
         tag="Tasks",
         says="A page in order of id.",
-        answer=answers.TaskList,
+        answer=answers_kept.TaskList,
         query=(_LIMIT, _AFTER, _KIND, _INCLUDE),
         arrow_out=True,
     ),
-    "ListProbes": Contract(tag="Tasks", says="The texts that models and prompts are asked.", answer=answers.ProbeList),
+    "ListProbes": Contract(
+        tag="Tasks", says="The texts that models and prompts are asked.", answer=answers_kept.ProbeList
+    ),
     "GetTaskMap": Contract(
         tag="Tasks",
         says="All tasks of one method as a page to look at.",
@@ -210,44 +213,46 @@ CONTRACTS: Mapping[str, Contract] = {
         query=(Query("method", {"type": "string"}, "The settings' where none is named."),),
     ),
     "CompareTasks": Contract(
-        tag="Tasks", says="Cosines of tasks, each with each.", body=CompareRequest, answer=answers.TaskComparison
+        tag="Tasks", says="Cosines of tasks, each with each.", body=CompareRequest, answer=answers_kept.TaskComparison
     ),
-    "GetTask": Contract(tag="Tasks", says="One task.", answer=answers.Task, query=(_INCLUDE,), arrow_out=True),
+    "GetTask": Contract(tag="Tasks", says="One task.", answer=answers_kept.Task, query=(_INCLUDE,), arrow_out=True),
     "DeleteTask": Contract(
         tag="Tasks", says="Ends its job and takes its name away; a second time the same.", answer=answers.Deleted
     ),
     "FindNearestTasks": Contract(
         tag="Tasks",
         says="The most alike of the same space.",
-        answer=answers.NearestTaskList,
+        answer=answers_kept.NearestTaskList,
         query=(_number("k", 10, 1, 1000, "How many at most."), _KIND),
     ),
     "ListJobs": Contract(
         tag="Jobs",
         says="Long works of the caller: Ray jobs, searches, tasks that ask models; the newest first.",
-        answer=answers.JobList,
+        answer=answers_kept.JobList,
         query=(
             Query("kind", {"type": "string", "enum": ["ray", "search", "task"]}, "Only these."),
             Query("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 100}, "At most so many."),
         ),
     ),
-    "GetJob": Contract(tag="Jobs", says="How one stands.", answer=answers.Job),
+    "GetJob": Contract(tag="Jobs", says="How one stands.", answer=answers_kept.Job),
     "ListModels": Contract(
         tag="Models",
         says="Everything that can be named: backbones, encoders, experts, mixtures, contexts.",
-        answer=answers.ModelList,
+        answer=answers_kept.ModelList,
     ),
-    "GetModel": Contract(tag="Models", says="One of them.", answer=answers.Model),
+    "GetModel": Contract(tag="Models", says="One of them.", answer=answers_kept.Model),
     "CreateKey": Contract(
-        tag="Keys", says="Makes a key. No other answer has its secret.", body=KeyRequest, answer=answers.KeyMade
+        tag="Keys", says="Makes a key. No other answer has its secret.", body=KeyRequest, answer=answers_kept.KeyMade
     ),
-    "ListKeys": Contract(tag="Keys", says="A page in order of id.", answer=answers.KeyList, query=(_LIMIT, _AFTER)),
-    "GetKey": Contract(tag="Keys", says="One key, without its secret.", answer=answers.Key),
+    "ListKeys": Contract(
+        tag="Keys", says="A page in order of id.", answer=answers_kept.KeyList, query=(_LIMIT, _AFTER)
+    ),
+    "GetKey": Contract(tag="Keys", says="One key, without its secret.", answer=answers_kept.Key),
     "RevokeKey": Contract(tag="Keys", says="For good; a second time the same answer.", answer=answers.Deleted),
     "GetUsage": Contract(
         tag="Keys",
         says="What keys have used, by day.",
-        answer=answers.UsageList,
+        answer=answers_kept.UsageList,
         query=(
             Query("from", _DAY, "The first day; thirty before the last where none is named."),
             Query("to", _DAY, "The last day; today where none is named."),
@@ -258,11 +263,11 @@ CONTRACTS: Mapping[str, Contract] = {
     "GetHealth": Contract(
         tag="Graph",
         says="A real forward through every part.",
-        answer=answers.Health,
-        unready=answers.NotReady,
+        answer=answers_kept.Health,
+        unready=answers_kept.NotReady,
     ),
     "GetMetrics": Contract(tag="Graph", says="Prometheus' text.", answer="text/plain"),
-    "GetStatus": Contract(tag="Graph", says="The graph at a glance: parts, queues, rates.", answer=answers.Status),
-    "GetVersion": Contract(tag="Graph", says="Of the package.", answer=answers.Version),
+    "GetStatus": Contract(tag="Graph", says="The graph at a glance: parts, queues, rates.", answer=answers_kept.Status),
+    "GetVersion": Contract(tag="Graph", says="Of the package.", answer=answers_kept.Version),
 }
 """By the operation's name."""
