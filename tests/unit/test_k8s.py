@@ -191,3 +191,19 @@ def test_grafana_is_given_every_dashboard(overlay: str) -> None:
     (found,) = (one for one in k8s.of_kind(overlay, "ConfigMap") if "grafana_dashboard" in one["metadata"]["labels"])
     files = {one.name: one.read_text() for one in (ROOT / "dashboards").glob("*.json")}
     assert found["data"] == files and files
+
+
+def test_the_readme_names_what_is_there() -> None:
+    text = (K8S / "README.md").read_text()
+    commands = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    for folder in re.findall(r"-k (k8s/\S+)|cd (k8s/\S+)", commands):
+        assert (ROOT / "".join(folder) / "kustomization.yaml").is_file()
+    for module in re.findall(r"python -m ((?:actors|cluster|jobs|serve)\.\w+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    served = k8s.objects("cpu")
+    for kind, name in re.findall(r"\b(service|rayservice)/([a-z-]+)", commands):
+        assert name.endswith("-head-svc") or (kind, name) in {
+            (one["kind"].lower(), one["metadata"]["name"]) for one in served
+        }
+    (cluster,) = k8s.clusters("secure")
+    assert f"create secret generic {cluster['authOptions']['secretName']}" in commands
