@@ -1,5 +1,6 @@
 """Every request counted, timed, traced and logged, whatever becomes of it; and `GET /metrics` over all nodes."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from serve.status import Recent
 
 LEFT = 499
 """Status of a request whose client left before it was answered."""
+CLIENT_LEFT = "client_left"
 QUIET = frozenset({"/health", "/metrics", "/version", "/v1/status"})
 """Asked again and again by machines: not traced, and logged at `debug` only."""
 
@@ -66,7 +68,7 @@ class Measured:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if span.traceparent is not None:
-                    message["headers"] = [*message["headers"], (b"traceresponse", span.traceparent.encode())]
+                    message["headers"] = [*message.get("headers", ()), (b"traceresponse", span.traceparent.encode())]
             await send(message)
 
         self._begin()
@@ -74,6 +76,9 @@ class Measured:
         with request_log.story(request_ids.current()) as facts, opened as span:
             try:
                 await self._app(scope, receive, watched)
+            except asyncio.CancelledError:  # also of a stream whose status has left
+                facts.setdefault("reason", CLIENT_LEFT)
+                raise
             finally:
                 duration_s = time.perf_counter() - begin
                 route = getattr(scope.get("route"), "path", "unmatched")  # its pattern: clients make no new labels
@@ -94,5 +99,5 @@ def _reason(status: int, noted: str | None) -> str | None:
     if noted is not None:
         return noted
     if status == LEFT:
-        return "client_left"
+        return CLIENT_LEFT
     return None if status < 400 else f"http_{status}"

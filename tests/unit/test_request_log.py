@@ -1,5 +1,7 @@
 """The one line a request, and the lines of everything else."""
 
+import asyncio
+import contextlib
 import io
 import json
 import logging
@@ -11,6 +13,7 @@ import pytest
 
 from actors import logs
 from cluster.meter_settings import LogSettings
+from serve.metrics import Measured, Metrics
 from tests.doors import DIGEST, Bench
 from tests.spans import CLIENT, traced
 from tests.unit.test_prompts import write_byte_tokenizer
@@ -84,6 +87,30 @@ def test_a_stream_is_told_at_its_end_with_all_its_tokens(bench: Bench, lines: Li
     bench.chat(stream=True)
     (line,) = lines()
     assert (line["status"], line["answer_tokens"], line["path"]) == (200, 4, "plain")
+
+
+@pytest.mark.parametrize(("started", "status"), [(True, 200), (False, 499)])
+def test_a_client_that_leaves_is_the_requests_reason_also_in_the_middle_of_a_stream(
+    lines: Lines, started: bool, status: int
+):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if started:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def send(_: Any) -> None: ...
+
+    async def main() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
+        asking = asyncio.create_task(Measured(app, Metrics(), lambda: None)(scope, send, send))  # pyright: ignore
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(main())
+    (line,) = lines()
+    assert (line["status"], line["reason"]) == (status, "client_left")
 
 
 def test_a_line_knows_its_trace(bench: Bench, lines: Lines, tmp_path: Path):
