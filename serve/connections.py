@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from serve import request_ids
 VARIABLE = "HTTP_BOUNDS_OF_METASEPIA"
 """Environment variable of Ray's processes: `Bounds` as JSON."""
 MAX_HEADERS = 128
+OTHER_FILES = 512
+"""Of the proxy's process beside connections: Ray's, gRPC's."""
 LINGER_S = 5.0
 """So long what is still sent after an answer is read and thrown away: a client that writes on sees the answer."""
 STALLED_S = 60.0
@@ -49,9 +52,15 @@ class Bounds:
 
     @classmethod
     def told(cls) -> "Bounds":
-        """By the environment, else the settings' defaults."""
+        """By the environment, else the settings' defaults; never more connections than the process may open files."""
         text = os.environ.get(VARIABLE)
-        return cls(**json.loads(text)) if text else cls()
+        told = cls(**json.loads(text)) if text else cls()
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = told.max_connections + OTHER_FILES
+        if files < wanted:
+            files = min(wanted, most)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+        return dataclasses.replace(told, max_connections=max(1, min(told.max_connections, files - OTHER_FILES)))
 
 
 def environment(http: HttpSettings) -> dict[str, str]:

@@ -188,6 +188,14 @@ def test_who_goes_on_sending_behind_the_answer_is_cut_off(port: int, monkeypatch
     assert time.monotonic() - begin < 3
 
 
+def test_no_more_connections_are_taken_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch):
+    set_: list[tuple[int, int]] = []
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (1024, 2000))
+    monkeypatch.setattr(connections.resource, "setrlimit", lambda _, limits: set_.append(limits))
+    assert Bounds.told().max_connections == 2000 - connections.OTHER_FILES
+    assert set_ == [(2000, 2000)]
+
+
 def test_bounds_reach_the_proxy_by_its_environment(monkeypatch: pytest.MonkeyPatch):
     for name, value in connections.environment(HttpSettings(max_head_kib=9.0, max_connections=77)).items():
         monkeypatch.setenv(name, value)
