@@ -187,6 +187,12 @@ def test_the_image_is_small_pinned_and_not_roots() -> None:
 
 
 @pytest.mark.parametrize("overlay", SERVED)
+def test_prometheus_is_given_every_rule(overlay: str) -> None:
+    (found,) = k8s.of_kind(overlay, "PrometheusRule")
+    assert found["spec"] == yaml.safe_load((ROOT / "alerts" / "metasepia.yaml").read_text())
+
+
+@pytest.mark.parametrize("overlay", SERVED)
 def test_grafana_is_given_every_dashboard(overlay: str) -> None:
     (found,) = (one for one in k8s.of_kind(overlay, "ConfigMap") if "grafana_dashboard" in one["metadata"]["labels"])
     files = {one.name: one.read_text() for one in (ROOT / "dashboards").glob("*.json")}

@@ -17,7 +17,7 @@ MONITOR = {
     "storage": True,
     "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
 }
-"""Prometheus' operator is not what is tested: its object is stored as it is."""
+"""Prometheus' operator is not what is tested: its objects are stored as they are."""
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         definitions = [
             apiserver.definition(kind, json.loads((KUBERAY / f"{kind}.v1.schema.json").read_text())) for kind in kinds
         ]
-        definitions.append(apiserver.custom("monitoring.coreos.com", "ServiceMonitor", "servicemonitors", MONITOR))
+        for kind in ("ServiceMonitor", "PrometheusRule"):
+            definitions.append(apiserver.custom("monitoring.coreos.com", kind, f"{kind.lower()}s", MONITOR))
         running.apply(definitions)
-        running.until_known("rayclusters", "rayservices", "rayjobs", "servicemonitors")
+        running.until_known("rayclusters", "rayservices", "rayjobs", "servicemonitors", "prometheusrules")
         yield running
 
 
