@@ -54,5 +54,6 @@ def test_the_command_tells_how_the_graph_does(served: Served, tmp_path: Path, ca
     line = ["classify", str(tmp_path / "e.jsonl"), "--examples", str(tmp_path / "e.jsonl"), "--prefix", "x_"]
     assert cli.main(["--url", served.url, *line, "--out", str(out)]) == 0
     assert [one.split(",")[2] for one in out.read_text().splitlines()[1:]] == [label for _, label in REVIEWS]
+    assert cli.main(["--url", served.url, "jobs", "list"]) == 0
     assert cli.main(["--url", served.url, "status"]) == 0
     assert f"backbone {BACKBONE}" in capsys.readouterr().out
