@@ -30,6 +30,8 @@ from serve.principal import current
 logger = logging.getLogger("ray.serve")
 
 MAX_RETRY_S = 60.0
+SAFETY = 1.15
+"""Expected times are stretched by this much before they are compared with a deadline."""
 LOOK_S = 5.0
 """Between two looks at how many replicas a part has, while requests wait."""
 POOL = "reasoning pool"
@@ -151,12 +153,9 @@ class Admission:
         name = current().tenant
         wait_s = lane.wait_s(name, place.tokens)
         left_s = place.deadline.unix_s - time.time()
-        if wait_s is not None and wait_s + lane.service_s > left_s:
+        if wait_s is not None and SAFETY * (wait_s + lane.takes_s(place.tokens)) > left_s:
             self._refused["deadline"] += 1
-            raise Overloaded(
-                f"the queue of {lane.name}, for a request of {place.deadline.timeout_s:g} s,",
-                _retry_s(wait_s + lane.service_s - left_s),
-            )
+            raise self._too_late(lane, place)
         while not (
             self._tokens + place.tokens <= width.max_queued_tokens
             and self._bytes + place.num_bytes <= self._max_bytes
@@ -195,8 +194,11 @@ class Admission:
         self._refuse(widest, widest.waiting[greediest].queue[-1], "evicted", self._full(widest))
 
     def _full(self, lane: Lane) -> Overloaded:
-        per_s = lane.rate.per_s()
-        return Overloaded(f"the queue of {lane.name}", _retry_s(lane.queued_tokens / per_s if per_s else 1.0))
+        return Overloaded(f"the queue of {lane.name}", _drained_s(lane))
+
+    def _too_late(self, lane: Lane, place: "Place") -> Overloaded:
+        what = f"the queue of {lane.name}, for a request of {place.deadline.timeout_s:g} s,"
+        return Overloaded(what, _drained_s(lane))
 
     def _refuse(self, lane: Lane, place: "Place", reason: str, error: MetasepiaError) -> None:
         self._refused[reason] += 1
@@ -221,6 +223,12 @@ class Admission:
                 return
             self._take_out(lane, place)
             if place.turn is None or place.turn.done():  # cancelled a moment ago
+                continue
+            if (
+                time.time() + lane.takes_s(place.tokens) > place.deadline.unix_s
+            ):  # it would be cut off: work for nothing
+                self._refused["deadline"] += 1
+                place.turn.set_exception(self._too_late(lane, place))
                 continue
             lane.begin(place, tenant.level)
             place.turn.set_result(None)
@@ -281,8 +289,10 @@ def widths(settings: Settings) -> dict[str, Width]:
     return found
 
 
-def _retry_s(seconds: float) -> float:
-    return min(MAX_RETRY_S, max(1.0, seconds))
+def _drained_s(lane: Lane) -> float:
+    """Until what waits now has been let in, at the measured rate; from 1 to MAX_RETRY_S."""
+    per_s = lane.per_s()
+    return min(MAX_RETRY_S, max(1.0, lane.queued_tokens / per_s)) if per_s else 1.0
 
 
 def estimate(items: Iterable[Any], kind: str = "text") -> tuple[int, int]:

@@ -44,7 +44,9 @@ class Lane:
         self.name, self.width, self._clock = name, width, clock
         self.tokens = self.rows = self.num_running = self.queued_tokens = 0
         self.waiting: dict[str, Tenant] = {}
-        self.rate, self.service_s = Rate(clock), 0.0
+        self.rate = Rate(clock)
+        self._service_s = self._service_tokens = 0.0
+        """Running means of those that ended well: from their turn to their end, and what they cost."""
         self._levels: dict[str, float] = {}
         self._floor = 0.0
         """The level of who was let in last: where those begin who come when nobody waits."""
@@ -109,14 +111,29 @@ class Lane:
     def observe_service(self, place: "Place") -> None:
         if place.began_s is not None:
             seconds = self._clock() - place.began_s
-            self.service_s = seconds if self.service_s == 0 else 0.9 * self.service_s + 0.1 * seconds
+            new = 0.1 if self._service_s else 1.0
+            self._service_s += new * (seconds - self._service_s)
+            self._service_tokens += new * (place.tokens - self._service_tokens)
+
+    def takes_s(self, tokens: int) -> float:
+        """From its turn to its end, about; 0 while nothing is known. Less where it costs less than others."""
+        if not self._service_s:
+            return 0.0
+        return self._service_s * min(1.0, tokens / self._service_tokens)
+
+    def per_s(self) -> float | None:
+        """Tokens a second, as the queue drains; before that was seen, as many as run in the time that each takes."""
+        measured = self.rate.per_s()
+        if measured is None and self._service_s and self.tokens:
+            return self.tokens / self._service_s
+        return measured
 
     def wait_s(self, name: str, tokens: int) -> float | None:
         """Until the turn of a request of `name` that comes now; None while the rate is unknown.
 
         Before it go its tenant's earlier ones, and of each other tenant what brings that one to the same level.
         """
-        per_s = self.rate.per_s()
+        per_s = self.per_s()
         if per_s is None:
             return None
         mine = self.waiting.get(name)
