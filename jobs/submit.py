@@ -5,8 +5,8 @@
         -- --input s3://bucket/in.parquet --output {results}/out.parquet --task embed --model minilm-l6
 
 The job's id is made of its name and arguments. So the same command attaches where that job runs, tells where it has
-finished, and starts it again where it failed, was stopped or died with its driver: jobs go on from their stores. Ctrl-C
-leaves, and the job goes on; --stop ends it, after which it has GRACE_S to write down how far it is.
+finished, and starts it again (as ID-try2) where it failed, was stopped or died with its driver: jobs go on from their
+stores. Ctrl-C leaves, and the job goes on; --stop ends it, after which it has 30 s to write down how far it is.
 
 The repository's code goes along, not its data, and the job runs in a copy that goes with it: give places as whole paths
 or URIs. `{results}` in an argument is the job's folder under --results, where `_job.json` says what it was, when, and
@@ -78,13 +78,13 @@ async def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if arguments.name not in names():
         raise InvalidSettings("name", arguments.name, f"one of {', '.join(names())}")
     digest = specification(arguments.name, given, arguments.results)
-    id_ = arguments.id or id_of(arguments.name, digest)
+    base = arguments.id or id_of(arguments.name, digest)
     client = _client(arguments.address)
-    found = _find(client, id_)
+    attempt, found = _latest(client, base)
     if found is not None and (found.metadata or {}).get(SPECIFICATION) != digest:
         allowed = "an id of its own: a job of another specification has this one (it is in the way, and stays)"
-        raise InvalidSettings("id", id_, allowed)
-    status = None if found is None else str(found.status.value)
+        raise InvalidSettings("id", base, allowed)
+    id_, status = attempt_of(base, attempt), None if found is None else str(found.status.value)
     if arguments.stop:
         return await _stop(client, id_, status)
     if status in _WAITING:
@@ -93,20 +93,40 @@ async def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         print(f"{id_} has succeeded already (--again runs it once more)")
         return 0
     else:
-        if found is not None:
-            client.delete_job(id_)  # its record: Ray takes no id twice
-            print(f"{id_} was {str(status).lower()}; it is started again and goes on from what it stored", flush=True)
-        _submit(client, id_, digest, arguments, given)
+        if status is not None:
+            # Another id: Ray takes none twice, and one that was freed may still have its last supervisor.
+            print(f"{id_} was {status.lower()}; it is started again and goes on from what it stored", flush=True)
+            id_ = attempt_of(base, attempt + 1)
+        _submit(client, base, id_, digest, arguments, given)
     if arguments.no_wait:
         print(id_)
         return 0
     return await _follow(client, id_)
 
 
+def attempt_of(base: str, attempt: int) -> str:
+    """The id of one attempt, counted from 1."""
+    return base if attempt == 1 else f"{base}-try{attempt}"
+
+
+def _latest(client: "JobSubmissionClient", base: str) -> "tuple[int, JobInfo | None]":
+    """The last attempt and what Ray knows of it; the first, and None, where there is none."""
+    attempt, found = 1, _find(client, base)
+    while (later := _find(client, attempt_of(base, attempt + 1)) if found is not None else None) is not None:
+        attempt, found = attempt + 1, later
+    return attempt, found
+
+
 def _submit(
-    client: "JobSubmissionClient", id_: str, digest: str, arguments: argparse.Namespace, given: Sequence[str]
+    client: "JobSubmissionClient",
+    base: str,
+    id_: str,
+    digest: str,
+    arguments: argparse.Namespace,
+    given: Sequence[str],
 ) -> None:
-    folder = None if arguments.results is None else f"{arguments.results.rstrip('/')}/{id_}"
+    """All attempts have one folder of results, named by the first."""
+    folder = None if arguments.results is None else f"{arguments.results.rstrip('/')}/{base}"
     spelt = [word if folder is None else word.replace("{results}", folder) for word in given]
     if folder is None and any("{results}" in word for word in given):
         raise InvalidSettings("results", None, "given, where an argument has {results}")
