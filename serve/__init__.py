@@ -6,5 +6,8 @@
 `deadlines` how long it may take, `parts` how the other deployments are reached. The adaptations: `names` and `routing`
 (which backbone and experts), `completion` with `prompts`, `embedding`, `classification`; `receipts` says what ran.
 Clients make: `contexts`, `experts` (`uploads` reads, `accepting` checks), `mixtures`, by `searching` too; `shelf` is
-the door's copy of what the registry lists.
+the door's copy of what the registry lists. gRPC:
+`protos` has the service, `grpc_door` its methods, which ask the same application (`grpc_exchange`, `grpc_json`,
+`grpc_status`), `grpc_health` the health service; `grpc_proxy` runs in Serve's proxy, as `middleware` does, and
+`grpc_start` starts it.
 """
