@@ -35,9 +35,9 @@ class OnQueued:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number wanted now. A replica that has not told its amount yet counts as an idle one."""
         told, target = context.aggregated_metrics or {}, context.target_num_replicas
-        if not told.get("queued"):
+        if not told.get(QUEUED):
             return target, {}
-        queued = sum(told["queued"].values()) + max(told.get("waiting", {}).values(), default=0.0)
+        queued = sum(told[QUEUED].values()) + max(told.get(WAITING, {}).values(), default=0.0)
         wanted = math.ceil(queued / self.per_replica)
         if wanted < target:
             wanted = min(target, math.ceil(queued / (self.per_replica * self.full)))
