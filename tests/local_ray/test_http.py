@@ -390,7 +390,7 @@ def _becomes(served: Served, timeout_s: float = 5.0, **wanted: float) -> bool:
     give_up = time.monotonic() + timeout_s
     while time.monotonic() < give_up:
         load = served.get("/v1/status").json()["backbones"][BACKBONE]
-        if all(load[what] == value for what, value in wanted.items()):
+        if all(load.get(what) == value for what, value in wanted.items()):
             return True
         time.sleep(0.1)
     return False
