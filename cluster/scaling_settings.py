@@ -22,7 +22,7 @@ class ScalingSettings:
     """How long it must be too much. From 0 to 86400."""
     downscale_delay_s: float = 300.0
     """How long fewer replicas must have been enough, with room to spare. From 0 to 86400."""
-    look_back_s: float = 10.0
+    look_back_s: float = 15.0
     """The amount is the mean over this long; it is read five times in it. From 1 to 3600."""
 
     @property
