@@ -150,9 +150,9 @@ class RegistryWriter:
 
 # Writes wait for the disk, one after another: they must not take the threads that answer reads. Keys wait for neither:
 # a revocation is not to stand behind a large expert.
-RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(concurrency_groups={"writes": 2, "keys": 1, "replays": 1})(
-    RegistryWriter
-)  # pyright: ignore[reportCallIssue]
+RegistryWriterActor: ActorClass[RegistryWriter] = ray.remote(  # pyright: ignore[reportCallIssue]
+    concurrency_groups={"writes": 2, "keys": 1, "replays": 1}
+)(RegistryWriter)
 
 
 @dataclass(frozen=True, kw_only=True)

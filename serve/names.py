@@ -140,7 +140,7 @@ class Names:
     async def fixed(self) -> list[dict[str, Any]]:
         """What GET /v1/models has without the contexts."""
         shelves = self._experts.mine(), self._mixtures.mine()
-        parts, experts, mixtures = await asyncio.gather(self._parts(), *(one.all() for one in shelves))
+        parts, experts, mixtures = await asyncio.gather(self._parts(), shelves[0].all(), shelves[1].all())
         adapted = [one for one in (*experts.values(), *mixtures.values()) if one is not None]
         auto = [one for one in parts if one["id"] == AUTO]
         return [one for one in parts if one["id"] != AUTO] + adapted + auto

@@ -74,6 +74,9 @@ class KeyedBench(Bench):
         self.task_part = TaskEmbeddingPart(SETTINGS, self.real, self.encoder, load, [self.backbone])
         self._open(HTTP, (), self.part, self.real, NearSearches(self.part), ("centroid",), self.task_part, SETTINGS)
 
+        self.ray_jobs: list[dict[str, Any]] = []
+        self.door.jobs._fresh._ask = lambda: self.ray_jobs
+
     def run(self, talk: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
         """In one event loop, as a server's: what a request leaves running goes on with the next."""
 
@@ -93,7 +96,7 @@ class KeyedBench(Bench):
     def key(self, tenant: str, *scopes: Scope, lifetime_s: float | None = None, **limits: int) -> str:
         """The whole key, as its owner has it."""
         id_, text, sha256 = mint()
-        new = NewKey(id=id_, sha256=sha256, tenant=tenant, scopes=scopes, lifetime_s=lifetime_s, **limits)
+        new = NewKey(id=id_, sha256=sha256, tenant=tenant, scopes=scopes, lifetime_s=lifetime_s, **limits)  # pyright: ignore[reportArgumentType]
         self.store.create(new.check())
         return text
 

@@ -154,7 +154,7 @@ def test_a_key_is_in_no_log_line_no_answer_and_in_nothing_that_a_route_sees(
         raise RuntimeError("unexpected")
 
     monkeypatch.setattr(bench.door, "chat", looks)
-    bench.app = create_app(bench.door, bench.replays)
+    bench.app = create_app(bench.door, bench.replays)  # pyright: ignore[reportArgumentType]
     answers = [bench.ask("POST", "/v1/chat/completions", key, CHAT) for _ in range(5)]
     answers.append(bench.ask("GET", "/v1/keys", key))
     assert [one.status_code for one in answers] == [500, 500, 500, 429, 429, 403]
@@ -221,7 +221,7 @@ def test_a_stream_is_charged_as_it_goes(bench: KeyedBench) -> None:
                 left.append(ring.limits(ring.identify(text)).remaining_tokens)
                 yield chunk
 
-        bench.backbone.generate = watched
+        bench.backbone.generate = watched  # pyright: ignore[reportAttributeAccessIssue]
         response = await ask(client, "POST", "/v1/chat/completions", text, {**CHAT, "stream": True})
         assert response.status_code == 200
         left.append(ring.limits(ring.identify(text)).remaining_tokens)

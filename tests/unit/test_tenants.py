@@ -68,7 +68,7 @@ class World:
             "/v1/contexts", f"/v1/contexts/{self.made['context']}", f"/v1/contexts/{self.made['context']}/examples",
             "/v1/experts", "/v1/experts/quokka", "/v1/mixtures", "/v1/mixtures/quokkamix", "/v1/mixtures/search",
             f"/v1/mixtures/search/{self.made['search']}", "/v1/tasks", "/v1/tasks/quokkatask",
-            "/v1/tasks/quokkatask/nearest", "/v1/hidden_states/tasks", "/v1/models",
+            "/v1/tasks/quokkatask/nearest", "/v1/hidden_states/tasks", "/v1/models", "/v1/jobs",
         ]  # fmt: skip
         return {path: self.ask(self.anna, "GET", path).text for path in paths}
 
@@ -125,6 +125,7 @@ def _world(bench: KeyedBench) -> Iterator[World]:
     world.anna, world.bert = (bench.key(one, "infer", "contexts", "experts:write") for one in ("anna", "bert"))
     world.ops = bench.key("ops", "admin")
     bench.run(lambda client: _make(world, client))
+    bench.ray_jobs = [{"id": "quokkajob", "object": "job", "created_unix_s": 1.0, "tenant": "anna"}]
     before = world.seen_by_anna()
     yield world
     after = world.seen_by_anna()  # whatever bert did below
@@ -229,6 +230,11 @@ HIDDEN: dict[str, list[tuple[str, str, Any, str, str]]] = {
     )],
     "DeleteTask": [("DELETE", "/v1/tasks/NAME", None, "quokkatask", "numbattask")],
     "FindNearestTasks": [("GET", "/v1/tasks/NAME/nearest", None, "quokkatask", "numbattask")],
+    "GetJob": [
+        ("GET", "/v1/jobs/NAME", None, "search", "search-0000000000000000"),
+        ("GET", "/v1/jobs/NAME", None, "quokkatask", "numbattask"),
+        ("GET", "/v1/jobs/NAME", None, "quokkajob", "numbatjob"),
+    ],
     "GetModel": [("GET", "/v1/models/NAME", None, one, other) for one, other in (
         ("context", DIGESTS[1]), ("tiny:quokka", "tiny:numbat"), ("tiny:mix@quokkamix", "tiny:mix@numbatmix"),
     )],
@@ -245,6 +251,7 @@ LISTED = {
     "ListProbes": "/v1/tasks/probes",
     "ListModels": "/v1/models",
     "GetUsage": "/v1/usage",
+    "ListJobs": "/v1/jobs",
     "GetHealth": "/health",
     "GetVersion": "/version",
 }
@@ -279,7 +286,7 @@ def test_what_is_another_tenants_is_answered_as_what_nobody_has(
 @pytest.mark.parametrize("name", LISTED)
 def test_lists_have_nothing_of_another_tenant(world: World, name: str) -> None:
     response = nothing_told(world, "GET", LISTED[name])
-    if name in ("ListContexts", "ListObservedTasks", "ListMixtures", "ListSearches", "ListTasks"):
+    if name in ("ListContexts", "ListObservedTasks", "ListJobs", "ListMixtures", "ListSearches", "ListTasks"):
         assert response.json()["data"] == []
     if name in ("ListExperts", "ListModels"):
         assert '"one"' in response.text or "tiny:one" in response.text  # what is shared is everybody's
