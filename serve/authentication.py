@@ -11,6 +11,7 @@ The secret goes no further than this layer: the header that holds it is taken ou
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import math
 from collections.abc import Sequence
@@ -84,7 +85,8 @@ class Access:
 
     async def _keep_up(self) -> None:
         if self._exchanging is None or self._exchanging.done():
-            self._exchanging = asyncio.create_task(self._exchange_for_ever())
+            # In a context of its own: it is no part of the request that happened to come first, nor of its trace.
+            self._exchanging = asyncio.create_task(self._exchange_for_ever(), context=contextvars.Context())
         if self.keyring.revision is None or self.keyring.silence_s > self.settings.max_silence_s:
             await self.exchange()
 
@@ -140,7 +142,7 @@ class Authenticated:
                 raise Unauthenticated("more than one key came with this request")
             key = await self._access.identify(given[0] if given else None)
             principal = Principal(key.tenant, frozenset(key.scopes), key.id)
-            request_log.note(tenant=key.tenant, key=key.id)
+            request_log.note(tenant=key.tenant, key_id=key.id)
             if operation is not None and operation.scope is not None and not principal.may(operation.scope):
                 raise Forbidden(operation.name, operation.scope)
             give_back = keyring.admit(key)

@@ -73,7 +73,6 @@ class KeyedBench(Bench):
 
         self.task_part = TaskEmbeddingPart(SETTINGS, self.real, self.encoder, load, [self.backbone])
         self._open(HTTP, (), self.part, self.real, NearSearches(self.part), ("centroid",), self.task_part, SETTINGS)
-
         self.ray_jobs: list[dict[str, Any]] = []
         self.door.jobs._fresh._ask = lambda: self.ray_jobs
 
@@ -114,7 +113,7 @@ async def ask(
     body: Any = None,
     headers: Mapping[str, str] = {},
 ) -> httpx.Response:
-    """`body` bytes are a multipart expert's file, named by the path's end or `name` of the headers."""
+    """A `body` with a `file` goes as a form."""
     shown = dict(headers) | ({} if key is None else {"authorization": f"Bearer {key}"})
     if isinstance(body, dict) and "file" in body:
         fields = {name: value for name, value in body.items() if name != "file"}
