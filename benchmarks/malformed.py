@@ -168,6 +168,9 @@ class Sender:
         begin = time.monotonic()
         try:
             answer = await client.request(method, path, content=content, headers=headers)
+        except httpx.LocalProtocolError:
+            self._tally.add(kind, "not sent: no client would", 0.0)
+            return
         except httpx.HTTPError as error:
             wrong = f"{method} {path}: {type(error).__name__} {error}"
             self._tally.add(kind, type(error).__name__, time.monotonic() - begin, wrong)
@@ -409,10 +412,11 @@ def sent(url: str, num: int, seed: int) -> Tally:
 
 
 def _memory_mib(running: Graph) -> dict[str, float]:
+    """By process; Ray's own titles change with what a process does, so its class alone names it."""
     found: dict[str, float] = {}
     for name, process in running.processes().items():
         with contextlib.suppress(psutil.Error):
-            found[name] = process.memory_full_info().uss / 2**20
+            found[f"{name.split('.')[0]} {process.pid}"] = process.memory_full_info().uss / 2**20
     return found
 
 

@@ -149,6 +149,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_head, self._head_bytes = True, 0
+        self._forget("linger")  # the connection may be used again
         super().on_message_complete()
 
     def _parsed(self, num_bytes: int) -> None:

@@ -188,6 +188,17 @@ def test_who_goes_on_sending_behind_the_answer_is_cut_off(port: int, monkeypatch
     assert time.monotonic() - begin < 3
 
 
+def test_a_connection_whose_body_came_behind_its_answer_is_used_again(port: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(connections, "LINGER_S", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"abcde")
+        time.sleep(0.5)
+        connection.sendall(GOOD)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_no_more_connections_are_taken_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch):
     set_: list[tuple[int, int]] = []
     monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (1024, 2000))
