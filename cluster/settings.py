@@ -253,7 +253,8 @@ class MixingSettings:
 
     cpus: float = 0.1
     max_searches: int = 16
-    """Few-shot searches that wait or run; beyond it they are refused with 429. One runs at a time. From 1 to 10**4."""
+    """Few-shot searches of a tenant that wait or run; beyond it they are refused with 429. One runs at a time, whoever
+    it is of. From 1 to 10**4."""
 
     def __post_init__(self) -> None:
         between("mixing", "cpus", self.cpus, 0.01, 1000)
@@ -278,8 +279,8 @@ class TaskSettings:
     max_queued: int = 64
     """Tasks whose answers are at hand and that wait; beyond it requests are refused with 429. From 1 to 10**5."""
     max_jobs: int = 256
-    """Tasks that are embedded in the background, models and prompts above all; one is asked at a time, and beyond it
-    they are refused with 429. From 1 to 10**5."""
+    """Tasks of a tenant that are embedded in the background, models and prompts above all; one is asked at a time,
+    whoever it is of, and beyond it they are refused with 429. From 1 to 10**5."""
     max_compared: int = 256
     """Tasks of one comparison. From 2 to 4096."""
     index_mib: float = 256.0
@@ -326,7 +327,8 @@ class DispatchMargins:
 
 @dataclass(frozen=True, kw_only=True)
 class CentroidSettings:
-    """Running centroids of hidden states, by task: where its prompts lie, and whether they move."""
+    """Running centroids of hidden states, by task: where its prompts lie, and whether they move. Each tenant has its own,
+    and each limit is one tenant's."""
 
     max_tasks: int = 64
     """Tasks that are kept; a request that names another is refused. From 1 to 10**4."""
