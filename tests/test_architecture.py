@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("metasepia", "cluster", "actors", "serve", "jobs", "benchmarks", "tests")
-FILES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
+GENERATED = ("_pb2.py", "_pb2_grpc.py")
+FILES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")) if not p.name.endswith(GENERATED)]
 
 
 def loaded_after(code: str) -> set[str]:
