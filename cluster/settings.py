@@ -327,8 +327,8 @@ class DispatchMargins:
 
 @dataclass(frozen=True, kw_only=True)
 class CentroidSettings:
-    """Running centroids of hidden states, by task: where its prompts lie, and whether they move. Each tenant has its own,
-    and each limit is one tenant's."""
+    """Running centroids of hidden states, by task: where its prompts lie, and whether they move. Each tenant has its
+    own, and each limit is one tenant's."""
 
     max_tasks: int = 64
     """Tasks that are kept; a request that names another is refused. From 1 to 10**4."""
