@@ -238,9 +238,8 @@ class KeyStore:
             return
         dead = [one.key for one in self._keys.values() if one.key.status(now) != "active"]
         if not dead:
-            raise InvalidRequest(
-                None, f"{len(self._keys)} keys are in use, and registry.max_keys is no more; revoke some"
-            )
+            why = f"{len(self._keys)} keys are in use, which is registry.max_keys; revoke some first"
+            raise InvalidRequest(None, why)
         oldest = min(dead, key=lambda one: one.created_unix_s)
         with self._write(self._db) as db:
             db.execute("DELETE FROM keys WHERE id=?", (oldest.id,))
