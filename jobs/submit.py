@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 ADDRESS = "http://127.0.0.1:8265"
 GRACE_S = 30
 """From SIGTERM to SIGKILL; Ray's own default is 3."""
+START_S = 60.0
+"""How long a cluster that has just begun may have no agent that takes a job."""
 PATIENCE_S = 300.0
 """How long a job is followed while nobody tells of it: its cluster's head may be restarting."""
 STOPPED, LEFT = 3, 130
@@ -139,10 +141,16 @@ def _submit(
     if not arguments.in_place:
         runtime_env |= {"working_dir": str(ROOT), "excludes": EXCLUDES}
     metadata = {SPECIFICATION: digest, "job": arguments.name, "tenant": arguments.tenant}
-    try:
-        client.submit_job(entrypoint=entrypoint, submission_id=id_, runtime_env=runtime_env, metadata=metadata)
-    except RuntimeError as error:
-        raise InvalidSettings("address", arguments.address, f"a cluster that takes the job ({_line(error)})") from None
+    give_up_s = time.monotonic() + START_S
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=id_, runtime_env=runtime_env, metadata=metadata)
+            break
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > give_up_s:
+                allowed = f"a cluster that takes the job ({_line(error)})"
+                raise InvalidSettings("address", arguments.address, allowed) from None
+            time.sleep(1.0)
     print(f"{id_}: {entrypoint}", flush=True)
 
 

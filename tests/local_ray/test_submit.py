@@ -138,10 +138,16 @@ def test_ray_job_submit_runs_a_job_as_well(head: Head, tmp_path: Path):
     with serving(Upper()) as upper:
         given = ["--input", str(source), "--output", str(tmp_path / "out.parquet"), "--task", "embed", "--model", "m"]
         words = ["job", "submit", "--address", head.address, "--working-dir", ".", "--", "python", "-m", "jobs.batch"]
-        done = subprocess.run(
-            ["ray", *words, *given, "--url", upper.url],
-            cwd=ROOT, env=head.env, capture_output=True, text=True, timeout=200, check=False,
-        )  # fmt: skip
+        give_up_s = time.monotonic() + 60
+        while True:
+            done = subprocess.run(
+                ["ray", *words, *given, "--url", upper.url],
+                cwd=ROOT, env=head.env, capture_output=True, text=True, timeout=200, check=False,
+            )  # fmt: skip
+            begun = "No available agent" not in done.stderr + done.stdout  # its agents come a little later
+            if begun or time.monotonic() > give_up_s:
+                break
+            time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(tmp_path / "out.parquet").num_rows == 8
 
