@@ -7,6 +7,7 @@ row is a pure function of its message, and `Row.sent` tells the new gang what th
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import itertools
 import json
@@ -103,6 +104,7 @@ class BackboneGroup(AsksRows):
 
     def __init__(self, parts: GangParts, fetch: Fetch | None, resolve: Resolve | None) -> None:
         self._parts, self._settings = parts, parts.settings
+        self._context = contextvars.copy_context()
         self._experts = GangExperts(parts.settings, fetch, resolve)
         self._gang: Gang | None = None
         self._spares: list[RankProcess] = []
@@ -229,7 +231,7 @@ class BackboneGroup(AsksRows):
         if self._gang is None:
             raise self._unavailable()
         try:
-            return await self._gang.rank0.load.remote()
+            return await self._ask_rank(self._gang.rank0.load)
         except RayError:
             raise self._unavailable() from None
 
@@ -257,7 +259,7 @@ class BackboneGroup(AsksRows):
             tracing.record("backbone", row.traceparent, begin, time.time(), backbone=self._settings.id, want=want)
             del self._held[key]
             if not finished and held.gang is not None and held.gang is self._gang:
-                held.gang.rank0.cancel.remote(key)
+                self._ask_rank(held.gang.rank0.cancel, key)
 
     async def _next(self, held: _Held, begin: float) -> Answer:
         deadline = held.row.deadline_unix_s
@@ -279,13 +281,21 @@ class BackboneGroup(AsksRows):
         held.gang = gang
         row = dataclasses.replace(held.row, sent=(*held.row.sent, *held.sent))
         try:
-            refusal: MetasepiaError | None = await gang.rank0.submit.remote(row)
+            refusal: MetasepiaError | None = await self._ask_rank(gang.rank0.submit, row)
         except RayTaskError as error:
             raise cause(error) from None
         except RayError:
             return  # the gang died under us: the supervisor submits every held row to the next
         if refusal is not None:
             raise refusal
+
+    def _ask_rank(self, method: Any, *args: Any) -> Any:
+        """Calls a rank in the name of the group, not of the request that is served.
+
+        Ray cancels with a task whatever that task has called. A call to a rank that is cancelled on its way may stop
+        all later ones, the pulse too: clients that leave together would cost the gang.
+        """
+        return self._context.run(method.remote, *args)
 
     async def _resubmit(self, held: _Held, gang: Gang) -> None:
         while self._gang is gang and held.row.request_id in self._held:
@@ -357,13 +367,18 @@ class BackboneGroup(AsksRows):
                 raise Fault(f"rank 0 died: {type(error).__name__}", by_itself=False) from None
             for moves in news.moves:
                 self._experts.follow(gang, moves)
+            ownerless: set[str] = set()
             for key, answer in news.answers:
                 held = self._held.get(key)
                 if held is None:
+                    if isinstance(answer, TokenChunk) and answer.finish is None:
+                        ownerless.add(key)
                     continue
                 if isinstance(answer, TokenChunk):
                     held.sent.extend(answer.token_ids)
                 held.inbox.put_nowait(answer)
+            for key in ownerless:  # whose caller has gone, and whose cancellation was lost or came before the row
+                self._ask_rank(gang.rank0.cancel, key)
 
     async def _replace(self) -> tuple[Gang, bool]:
         """A new gang, from the spares if they live; tries again until there is one.

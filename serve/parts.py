@@ -22,6 +22,8 @@ from serve.shipped import ModuleCard
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Row | Texts | Media | Classify | Build | Explain)
+ASSIGN_S = 10.0
+"""A call that nobody wants any more waits for a replica for so long, to be cancelled there."""
 Weights = Mapping[str, float | list[float]]
 """Of a mixture by expert; a list has a weight for each factored layer."""
 
@@ -115,9 +117,36 @@ def traced(message: M) -> M:
     return message if span is None or message.traceparent else dataclasses.replace(message, traceparent=span)
 
 
+_assigning: "set[asyncio.Future[Any]]" = set()
+
+
+async def assigned(response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
+    """Returns when a replica has the call. A caller that leaves before cancels it then, or after ASSIGN_S.
+
+    Cancelled in the very moment in which a replica takes it, a call would be lost to Serve (2.60) and run to its end:
+    the router has sent it, and whoever could cancel it has not been given it yet.
+    """
+    assigning = asyncio.ensure_future(response._fetch_future_result_async())
+    try:
+        await asyncio.shield(assigning)
+    except asyncio.CancelledError:
+        timer = asyncio.get_running_loop().call_later(ASSIGN_S, response.cancel)
+
+        def withdraw(done: "asyncio.Future[Any]") -> None:
+            _assigning.discard(done)
+            timer.cancel()
+            if done.cancelled() or done.exception() is None:
+                response.cancel()
+
+        _assigning.add(assigning)  # the loop itself keeps no reference
+        assigning.add_done_callback(withdraw)
+        raise
+
+
 async def answered(response: DeploymentResponse[T] | DeploymentResponseGenerator[T]) -> T:
     """The answer; a caller that stops waiting cancels the call."""
     assert isinstance(response, DeploymentResponse)
+    await assigned(response)
     try:
         return await response
     except asyncio.CancelledError:
@@ -137,6 +166,11 @@ class ServedBackbone:
         while True:
             chunks = self._streaming.generate.remote(dataclasses.replace(traced(row), sent=tuple(sent)))
             assert isinstance(chunks, DeploymentResponseGenerator)
+            try:
+                await assigned(chunks)
+            except Exception as error:
+                await retries.after(error)
+                continue
             try:
                 async for chunk in chunks:
                     yield chunk

@@ -21,6 +21,11 @@ class Chunks(DeploymentResponseGenerator[Any]):
 
     def __init__(self, row: Row, tokens: list[int], error: Exception | None) -> None:
         self.row, self._tokens, self._error, self.cancelled_times = row, tokens, error, 0
+        self.taken = asyncio.Event()
+        self.taken.set()
+
+    async def _fetch_future_result_async(self) -> Any:
+        await self.taken.wait()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._chunks()
@@ -89,6 +94,31 @@ def test_what_the_request_itself_is_refused_for_is_not_asked_again(error: Except
     with pytest.raises(type(error)):
         tokens_of(handle, row())
     assert len(handle.given) == 1
+
+
+def test_a_row_whose_caller_leaves_while_it_is_assigned_is_cancelled_when_a_replica_has_it() -> None:
+    async def talk() -> None:
+        handle = Handle(([7], None))
+        backbone = ServedBackbone("tiny", None, handle)  # pyright: ignore[reportArgumentType]
+        remote, taken = handle.remote, asyncio.Event()
+
+        def slowly(asked: Row) -> Chunks:
+            chunks = remote(asked)
+            chunks.taken = taken
+            return chunks
+
+        handle.remote = slowly  # pyright: ignore[reportAttributeAccessIssue]
+        waiting = asyncio.ensure_future(anext(backbone.generate(row())))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        (chunks,) = handle.given
+        assert chunks.cancelled_times == 0  # Serve would lose it
+        taken.set()
+        await asyncio.sleep(0.01)
+        assert chunks.cancelled_times == 1
+
+    asyncio.run(talk())
 
 
 def test_past_the_deadline_nothing_is_asked_again() -> None:
