@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ MAX_FAILED_STEPS = 2
 REBUILD_S = 20.0
 CHECK_TIMEOUT_S = 10.0
 MAX_PAUSE_S = 30.0
+MAX_DROPPED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class _Held:
     """A row that is not answered to its end."""
 
     row: Row
+    asked: str
+    """The caller's name for it."""
     inbox: "asyncio.Queue[Answer]" = field(default_factory=asyncio.Queue)
     sent: list[int] = field(default_factory=list)
     gang: Gang | None = None
@@ -109,6 +113,8 @@ class BackboneGroup(AsksRows):
         self._gang: Gang | None = None
         self._spares: list[RankProcess] = []
         self._held: dict[str, _Held] = {}
+        self._dropped: OrderedDict[str, None] = OrderedDict()
+        """Requests that nobody waits for, the last of them."""
         self._keys = itertools.count()
         self._rebuilds: list[Rebuild] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -242,7 +248,9 @@ class BackboneGroup(AsksRows):
             raise self._unavailable()
         # Our own name for it: callers may use a request_id twice.
         key = str(next(self._keys))
-        held = self._held[key] = _Held(dataclasses.replace(row, request_id=key, want=want))
+        if row.request_id in self._dropped:
+            raise Unavailable(f"who asked for {row.request_id}", 1.0)
+        held = self._held[key] = _Held(dataclasses.replace(row, request_id=key, want=want), row.request_id)
         begin, finished = time.time(), False
         pace = Pace(self._settings.id, begin)
         try:
@@ -288,6 +296,15 @@ class BackboneGroup(AsksRows):
             return  # the gang died under us: the supervisor submits every held row to the next
         if refusal is not None:
             raise refusal
+
+    def drop(self, request_id: str) -> None:
+        """Ends the rows of a request whose caller has gone, also those that are still on their way here."""
+        self._dropped[request_id] = None
+        if len(self._dropped) > MAX_DROPPED:
+            self._dropped.popitem(last=False)
+        for held in self._held.values():
+            if held.asked == request_id:
+                held.inbox.put_nowait(Unavailable(f"who asked for {request_id}", 1.0))
 
     def _ask_rank(self, method: Any, *args: Any) -> Any:
         """Calls a rank in the name of the group, not of the request that is served.

@@ -52,6 +52,10 @@ class BackboneReplica:
             async for chunk in chunks:
                 yield chunk
 
+    async def drop(self, request_id: str) -> None:
+        """The caller has gone: Serve's own cancellation is a best effort, and a row runs for minutes."""
+        self._group.drop(request_id)
+
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
         return await self._each(rows, self._group.score)
 

@@ -5,6 +5,8 @@ One whose replica ends is asked again (`serve.retries`), a row with the tokens t
 """
 
 import asyncio
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -160,6 +162,8 @@ class ServedBackbone:
     def __init__(self, id_: str, prepared: PreparedBackbone, handle: DeploymentHandle[Any]) -> None:
         self.id, self.prepared, self._handle = id_, prepared, handle
         self._streaming = handle.options(stream=True)
+        self._context = contextvars.copy_context()
+        self._dropping: set[asyncio.Task[None]] = set()
 
     async def generate(self, row: Row) -> AsyncGenerator[TokenChunk]:
         retries, sent = Retries(f"backbone {self.id}", row.deadline_unix_s), list(row.sent)
@@ -168,20 +172,40 @@ class ServedBackbone:
             assert isinstance(chunks, DeploymentResponseGenerator)
             try:
                 await assigned(chunks)
+            except asyncio.CancelledError:
+                self._drop(row.request_id)
+                raise
             except Exception as error:
                 await retries.after(error)
                 continue
+            ended = False
             try:
                 async for chunk in chunks:
+                    ended = chunk.finish is not None
                     yield chunk
-                    if chunk.finish is not None:
+                    if ended:
                         return
                     sent.extend(chunk.token_ids)
                 return
             except Exception as error:
+                ended = True
                 await retries.after(error)
             finally:
                 chunks.cancel()  # nothing happens where the row has ended by itself
+                if not ended:
+                    self._drop(row.request_id)
+
+    def _drop(self, request_id: str) -> None:
+        """Tells the replicas that nobody waits for a row any more: Serve's cancellation does not always arrive."""
+
+        async def tell() -> None:
+            with contextlib.suppress(Exception):  # it is away, and the row with it
+                await self._handle.broadcast("drop", request_id).results_async(timeout_s=ASSIGN_S)
+
+        # Not in this task's name: Ray cancels what a cancelled task has called.
+        task = asyncio.get_running_loop().create_task(tell(), context=self._context)
+        self._dropping.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._dropping.discard)
 
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
         asked = [traced(row) for row in rows]

@@ -12,8 +12,8 @@ from ray.serve.handle import DeploymentResponseGenerator
 
 from metasepia.errors import Overloaded, Unavailable
 from metasepia.rows import Row, TokenChunk
-from serve.parts import ServedBackbone
 from serve.retries import persistently
+from serve.parts import ServedBackbone
 
 
 class Chunks(DeploymentResponseGenerator[Any]):
@@ -48,6 +48,14 @@ class Handle:
     def __init__(self, *replicas: tuple[list[int], Exception | None]) -> None:
         self._replicas = list(replicas)
         self.given: list[Chunks] = []
+        self.dropped: list[str] = []
+
+    def broadcast(self, method: str, request_id: str) -> "Handle":
+        assert method == "drop"
+        self.dropped.append(request_id)
+        return self
+
+    async def results_async(self, *, timeout_s: float) -> None: ...
 
     def options(self, **_: Any) -> "Handle":
         return self
@@ -114,9 +122,26 @@ def test_a_row_whose_caller_leaves_while_it_is_assigned_is_cancelled_when_a_repl
         await asyncio.gather(waiting, return_exceptions=True)
         (chunks,) = handle.given
         assert chunks.cancelled_times == 0  # Serve would lose it
+        assert handle.dropped == ["r"]
         taken.set()
         await asyncio.sleep(0.01)
         assert chunks.cancelled_times == 1
+
+    asyncio.run(talk())
+
+
+def test_replicas_are_told_of_a_row_whose_caller_has_gone_and_of_no_other() -> None:
+    async def talk() -> None:
+        handle = Handle(([7, 8, 9], None), ([7, 8], None))
+        backbone = ServedBackbone("tiny", None, handle)  # pyright: ignore[reportArgumentType]
+        left = backbone.generate(row())
+        await anext(left)
+        await left.aclose()
+        await asyncio.sleep(0.01)
+        assert handle.dropped == ["r"]
+        assert len([chunk async for chunk in backbone.generate(row())]) == 2
+        await asyncio.sleep(0.01)
+        assert handle.dropped == ["r"]
 
     asyncio.run(talk())
 
