@@ -127,7 +127,7 @@ class Encoder:
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve, where the number of replicas is not fixed (`serve.autoscaling`)."""
+        """Called by Serve, where the number of replicas is not fixed (`serve.load.autoscaling`)."""
         tokens_a_text = self._num_counted_tokens / self._num_counted if self._num_counted else 32.0
         return {"queued": self._num_queued * tokens_a_text}
 

@@ -219,7 +219,7 @@ class ReasoningPool:
             raise Unavailable("the reasoning pool", 1.0)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve, where the number of replicas is not fixed (`serve.autoscaling`)."""
+        """Called by Serve, where the number of replicas is not fixed (`serve.load.autoscaling`)."""
         return {"queued": float(self._num_queued)}
 
     def stop(self) -> None:

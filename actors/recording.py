@@ -1,7 +1,8 @@
 """How a metric is kept and told: in this process, and where it is one of Ray's, through `ray.util.metrics` too.
 
-Ray's agent on each node gives what its processes recorded, and `GET /metrics` gathers every node (`serve/metrics.py`).
-What this process recorded itself can be read here at once: `GET /v1/status` and tests do.
+Ray's agent on each node gives what its processes recorded, and `GET /metrics` gathers every node
+(`serve/telemetry/gathering.py`). What this process recorded itself can be read here at once: `GET /v1/status` and
+tests do.
 
 A label value is a series for as long as the process lives, so each label takes a bounded number of values, those that
 come first; any other one is recorded as `other`.
@@ -200,7 +201,7 @@ class Gauge(Meter):
 
 
 class Composed(Meter):
-    """A gauge that nobody records: the page of all nodes says it (`serve/gathering.py`)."""
+    """A gauge that nobody records: the page of all nodes says it (`serve/telemetry/gathering.py`)."""
 
     kind = "gauge"
 

@@ -36,7 +36,7 @@ from metasepia.rows import Adapter
 from metasepia.search.cross_entropy import CrossEntropySearch, SearchSettings
 from metasepia.search.fewshot import Scoring, Shot, search
 from metasepia.training.trainable import twin
-from serve.prompts import Prompts
+from serve.models.prompts import Prompts
 
 NUM_SHOTS = 8
 SEARCH = {"population": 12, "elites": 4, "generations": 6, "patience": 3}

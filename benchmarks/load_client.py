@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import httpx
 
-from serve.deadlines import HEADER
+from serve.requests.deadlines import HEADER
 
 LATE_S = 10.0
 """Beyond a request's deadline: what is not answered then is lost."""

@@ -29,8 +29,8 @@ import psutil
 
 from benchmarks import graph, malformed_grpc, report
 from benchmarks.graph import Graph
-from serve.arrow import MEDIA_TYPE as ARROW
 from serve.contracts import CONTRACTS
+from serve.requests.arrow import MEDIA_TYPE as ARROW
 
 HANGS_S = 60.0
 """Whatever is not at its end by then hangs: requests bring a deadline of 20 s, a head has 15 s."""

@@ -40,7 +40,7 @@ from metasepia.models import checkpoints
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.rows import Adapter, Row, Sampling
 from metasepia.search.fewshot import Asked, Scoring, Shot, common_prefix
-from serve.prompts import Prompts
+from serve.models.prompts import Prompts
 
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 TASKS = (DESK, SENTIMENT, SUPPORT)

@@ -94,7 +94,7 @@ class GatewaySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionSettings:
-    """What waits at the gateway, whose turn it is, and how it ends: `serve/admission.py`, `serve/drain.py`."""
+    """What waits at the gateway, whose turn it is, and how it ends: `serve/load/`."""
 
     max_queued_tokens: int = 262_144
     """Of the requests that wait, prompts and answers; beyond it they are refused with 429. From 256 to 10**9."""

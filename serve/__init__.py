@@ -1,14 +1,13 @@
-"""The Ray Serve graph and its door.
+"""The Ray Serve graph and its doors.
 
-`graph` builds everything on one page; `main` starts it in the foreground, `prepare` makes weights and factors first,
-`processes` sees to it that none outlives it, `stop` ends it, `demo` shows it. The door: `gateway` holds the routes,
-`asked`, `bodies` and `schemas` what may come in, `failures` and `middleware` what goes out when something is wrong,
-`deadlines` how long it may take, `parts` how the other deployments are reached. The adaptations: `names` and `routing`
-(which backbone and experts), `completion` with `prompts`, `embedding`, `classification`; `receipts` says what ran.
-Clients make: `contexts`, `experts` (`uploads` reads, `accepting` checks), `mixtures`, by `searching` too; `shelf` is
-the door's copy of what the registry lists. Who asks: `authentication` is the layer that asks for keys, `principal` the
-tenant of the request at hand, `tenants` what is kept for each, `key_routes` makes and revokes keys. gRPC:
-`protos` has the service, `grpc_door` its methods, which ask the same application (`grpc_exchange`, `grpc_json`,
-`grpc_status`), `grpc_health` the health service; `grpc_proxy` runs in Serve's proxy, as `middleware` does, and
-`grpc_start` starts it.
+`graph` builds everything on one page, from settings alone; `main` starts it in the foreground, `prepare` makes weights
+and factors ready, `processes` sees to it that none outlives it, `stop` ends it, `demo` shows it. `gateway` is the
+ingress: `door` holds what stands behind the calls, `operations` the one table of them, `app` the layers around them;
+`contracts` and `answers` say what each takes and gives, for the document. `parts` is how the other deployments are
+reached; the `*_replica` files are those that are thin classes over `actors`.
+
+A call passes `proxy` (in Serve's own process), `requests` (body, deadline, id, answer), `access` (keys, tenants) and
+`load` (admission, drain, retries), and is told by `telemetry`. `grpc_door` brings gRPC calls to the same application.
+The adaptations: `models` (names, completions, `auto`, vectors), `contexts`, `experts`, `states`, `tasks`. `pages` is what
+a browser sees.
 """

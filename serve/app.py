@@ -1,7 +1,7 @@
 """The ASGI application of a door: routes from the table of operations, layers around them in one order.
 
 From the outside in: measured and logged, key checked, replayed where an Idempotency-Key says so, routed, answered in
-the envelope whatever a handler raises. gRPC calls come in through the same application (`serve/grpc_door.py`).
+the envelope whatever a handler raises. gRPC calls come in through the same application (`serve/grpc_door/methods.py`).
 """
 
 import importlib.metadata
@@ -14,17 +14,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve import failures, principal, request_log
-from serve.authentication import Authenticated
-from serve.console_pages import Console
+from serve.access import principal
+from serve.access.authentication import Authenticated
 from serve.door import Door
-from serve.drain import Draining
-from serve.idempotency import Idempotent, Replays
-from serve.metrics import Measured
-from serve.openapi import document
-from serve.openapi_pages import Documented
+from serve.load.drain import Draining
 from serve.operations import Handler, operations
-from serve.request_ids import Identified
+from serve.pages.console_pages import Console
+from serve.pages.document_pages import Documented
+from serve.pages.openapi import document
+from serve.requests import failures
+from serve.requests.idempotency import Idempotent, Replays
+from serve.requests.ids import Identified
+from serve.telemetry import request_log
+from serve.telemetry.metrics import Measured
 
 
 def create_app(door: Door, replays: Replays) -> ASGIApp:

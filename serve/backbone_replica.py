@@ -17,7 +17,7 @@ from metasepia.errors import Unavailable
 from metasepia.registry.entries import LOCAL
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
 from serve import prepare, shipped
-from serve.autoscaling import QUEUED, WAITING, waiting_tokens
+from serve.load.autoscaling import QUEUED, WAITING, waiting_tokens
 
 
 class BackboneReplica:
@@ -70,7 +70,7 @@ class BackboneReplica:
         return dataclasses.asdict(self._group.info)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """For Serve's autoscaler (`serve.autoscaling`)."""
+        """For Serve's autoscaler (`serve.load.autoscaling`)."""
         return {QUEUED: float(self._group.queued_tokens), WAITING: await waiting_tokens(self._settings.id)}
 
     async def check_health(self) -> None:

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from metasepia.embedding.space import KINDS
 from serve import answers, answers_kept
-from serve.key_routes import KeyRequest
-from serve.schemas import (
+from serve.access.routes import KeyRequest
+from serve.experts.search_bodies import SearchRequest
+from serve.requests.schemas import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
@@ -23,8 +24,7 @@ from serve.schemas import (
     MixtureRequest,
     MoreExamplesRequest,
 )
-from serve.search_bodies import SearchRequest
-from serve.task_bodies import CompareRequest, TaskRequest
+from serve.tasks.bodies import CompareRequest, TaskRequest
 
 Schema = Mapping[str, Any]
 

@@ -15,27 +15,24 @@ from cluster.door_settings import HttpSettings
 from cluster.settings import CentroidSettings, DispatchMargins, TaskSettings
 from metasepia.errors import InvalidRequest, NotSupported, UnknownName
 from metasepia.reasoning.named import PREFIX
-from serve import arrow, completion, failures, streaming
-from serve.accepting import Fits
-from serve.admission import Admission, estimate
-from serve.asked import Asked, deadline_of
-from serve.authentication import Access
-from serve.classification import Classification
-from serve.context_vectors import ContextVectors
-from serve.contexts import Contexts, number_of
-from serve.drain import Drain
-from serve.embedding import Embedding, embeddings_arrow, embeddings_json
-from serve.experts import Experts
-from serve.gathering import CONTENT_TYPE, Gatherer
-from serve.health import Health, probe_backbone
-from serve.hidden_states import HiddenStatesRoute, form_of
+from serve.access.authentication import Access
+from serve.access.principal import current
+from serve.access.routes import KeyRoutes
+from serve.contexts.classification import Classification
+from serve.contexts.named import Contexts, number_of
+from serve.contexts.vectors import ContextVectors
+from serve.experts.accepting import Fits
+from serve.experts.mixtures import Mixtures
+from serve.experts.registered import Experts
+from serve.experts.searching import Searches, Searching
 from serve.job_routes import JobRoutes, submitted_jobs
-from serve.key_routes import KeyRoutes
-from serve.metrics import Metrics
-from serve.mixtures import Mixtures
-from serve.names import AUTO, MIXTURE, Names
-from serve.observed_tasks import ObservedTasks
-from serve.observing import Centroids, Observer
+from serve.load.admission import Admission, estimate
+from serve.load.drain import Drain
+from serve.models import completion
+from serve.models.embedding import Embedding, embeddings_arrow, embeddings_json
+from serve.models.names import AUTO, MIXTURE, Names
+from serve.models.prompts import Prompts
+from serve.models.routing import Routed, Routing
 from serve.parts import (
     Backbone,
     Catalogue,
@@ -43,10 +40,9 @@ from serve.parts import (
     Reasoning,
     TextEncoder,
 )
-from serve.principal import current
-from serve.prompts import Prompts
-from serve.routing import Routed, Routing
-from serve.schemas import (
+from serve.requests import arrow, failures, streaming
+from serve.requests.asked import Asked, deadline_of
+from serve.requests.schemas import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
@@ -55,11 +51,16 @@ from serve.schemas import (
     MixtureRequest,
     MoreExamplesRequest,
 )
-from serve.searching import Searches, Searching
-from serve.status import Status, served_replicas
-from serve.streams import Stream, in_turn
-from serve.task_part import TaskPart
-from serve.tasks import TaskRoutes
+from serve.requests.streams import Stream, in_turn
+from serve.states.hidden_states import HiddenStatesRoute, form_of
+from serve.states.observed_tasks import ObservedTasks
+from serve.states.observing import Centroids, Observer
+from serve.tasks.part import TaskPart
+from serve.tasks.routes import TaskRoutes
+from serve.telemetry.gathering import CONTENT_TYPE, Gatherer
+from serve.telemetry.health import Health, probe_backbone
+from serve.telemetry.metrics import Metrics
+from serve.telemetry.status import Status, served_replicas
 
 _BY_ACCEPT = {"vary": "accept"}
 

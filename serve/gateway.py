@@ -12,18 +12,18 @@ from actors import logs
 from actors.registry import RegistryClient
 from cluster.settings import Settings
 from serve import prepare, shipped
-from serve.accepting import Fits
-from serve.admission import Admission, widths
+from serve.access.authentication import Access
 from serve.app import create_app
-from serve.authentication import Access
 from serve.door import Door
-from serve.grpc_door import Calls, GrpcDoor
-from serve.grpc_health import GrpcHealth
-from serve.observing import ServedCentroids
+from serve.experts.accepting import Fits
+from serve.experts.searching import ServedSearches
+from serve.grpc_door.health import GrpcHealth
+from serve.grpc_door.methods import Calls, GrpcDoor
+from serve.load.admission import Admission, widths
 from serve.operations import operations
 from serve.parts import ServedBackbone, ServedEncoder, ServedMixing, ServedReasoning
-from serve.searching import ServedSearches
-from serve.task_part import ServedTasks
+from serve.states.observing import ServedCentroids
+from serve.tasks.part import ServedTasks
 
 
 class Gateway(GrpcDoor, GrpcHealth):

@@ -28,12 +28,12 @@ from cluster import settings as settings_of
 from cluster.resources import at_home, gang_bundles
 from cluster.scaling_settings import ScalingSettings
 from cluster.settings import BackboneSettings, Settings
-from serve.autoscaling import GATEWAY, ScaledEncoder, replicas, reports
 from serve.backbone_replica import BackboneReplica
 from serve.gateway import Gateway
+from serve.load.autoscaling import GATEWAY, ScaledEncoder, replicas, reports
 from serve.mixing_replica import MixingReplica
-from serve.routing import check_stages
-from serve.schemas import MAX_CHOICES
+from serve.models.routing import check_stages
+from serve.requests.schemas import MAX_CHOICES
 from serve.task_replica import TaskEmbeddingReplica
 
 NAME = "metasepia"

@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from cluster.door_settings import HttpSettings
 from metasepia.errors import InvalidRequest, Unavailable, UnknownName
 from metasepia.registry.entries import LOCAL, Artefact
-from serve.asked import deadline_of
-from serve.contexts import number_of
+from serve.access.principal import current
+from serve.contexts.named import number_of
+from serve.experts.searching import Searches
 from serve.parts import Catalogue
-from serve.principal import current
-from serve.searching import Searches
+from serve.requests.asked import deadline_of
 
 KINDS = ("ray", "search", "task")
 MAX_MESSAGE_CHARS = 500

@@ -42,7 +42,10 @@ from metasepia.digests import is_digest, short
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable, UnknownName
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import LOCAL
-from serve import connections, graph, grpc_start, middleware, prepare, processes, shipped
+from serve import graph, prepare, processes, shipped
+from serve.grpc_door import start as grpc_start
+from serve.proxy import connections
+from serve.proxy import envelope as middleware
 
 READY_TIMEOUT_S = 600.0
 DRAINED_S = 2.0
@@ -65,7 +68,7 @@ class Foreground:
         self._ending = threading.Event()
         self._ready = False
         os.environ[processes.MARK] = self._run
-        # Daemons of a cluster of our own inherit these: the proxy imports `serve.middleware` by name.
+        # Daemons of a cluster of our own inherit these: the proxy imports `serve.proxy.envelope` by name.
         os.environ.update(middleware.ENVIRONMENT | connections.environment(settings.http))
         os.environ.update(grpc_start.environment(settings))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

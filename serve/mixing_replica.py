@@ -28,8 +28,8 @@ from metasepia.rows import Adapter
 from metasepia.search.jobs import SearchJob
 from metasepia.search.warm_start import Nearness
 from serve import prepare
+from serve.models.prompts import Prompts
 from serve.parts import Backbone, ServedBackbone, Weights
-from serve.prompts import Prompts
 from serve.reached import Reached
 
 DRIFT_EVERY_S = 2.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve.access.principal import Scope
 from serve.door import Door
-from serve.principal import Scope
 
 Handler = Callable[[Request], Awaitable[Response]]
 

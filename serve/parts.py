@@ -1,7 +1,7 @@
 """The parts of the graph as the gateway sees them, and how they are reached through Serve's handles.
 
 A request that ends early, whatever ends it (deadline, stop string, client gone), cancels what it asked of other parts.
-One whose replica ends is asked again (`serve.retries`), a row with the tokens that it has already sent.
+One whose replica ends is asked again (`serve.load.retries`), a row with the tokens that it has already sent.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from actors.messages import Build, Built, Classified, Classify, EncoderInfo, Exp
 from metasepia.models.prepared import PreparedBackbone
 from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
-from serve.retries import Retries, persistently
+from serve.load.retries import Retries, persistently
 from serve.shipped import ModuleCard
 
 T = TypeVar("T")

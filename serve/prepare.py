@@ -17,7 +17,7 @@ from cluster.settings import Settings
 from metasepia.errors import InvalidSettings, MetasepiaError, Unavailable
 from metasepia.models import checkpoints
 from metasepia.models.prepared import PreparedBackbone
-from serve.accepting import find_index
+from serve.experts.accepting import find_index
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from metasepia.errors import Unavailable
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
-from serve.failures import unwrap
 from serve.parts import Backbone
+from serve.requests.failures import unwrap
 
 _AWAY = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError)
 

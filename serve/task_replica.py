@@ -27,12 +27,12 @@ from metasepia.errors import Outdated, Overloaded, Unavailable
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
 from serve import prepare
+from serve.models.prompts import Prompts
 from serve.parts import Backbone, ServedBackbone, ServedEncoder, TextEncoder
-from serve.prompts import Prompts
 from serve.reached import Reached, told
-from serve.task_bodies import prompt_of
-from serve.task_index import Nearest, TaskIndex
-from serve.task_part import Near, not_done
+from serve.tasks.bodies import prompt_of
+from serve.tasks.index import Nearest, TaskIndex
+from serve.tasks.part import Near, not_done
 
 if TYPE_CHECKING:
     from metasepia.encoders import TextEncoder as LoadedEncoder

@@ -35,17 +35,17 @@ from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact, Changes, Kind
 from metasepia.registry.replays import Claim, ReplayStore
 from metasepia.rows import Executed, HiddenStates, Row, Scores, TokenChunk
-from serve.accepting import Fits
-from serve.admission import Admission
+from serve.access.authentication import Access
 from serve.app import create_app
-from serve.authentication import Access
 from serve.door import Door
+from serve.experts.accepting import Fits
+from serve.experts.searching import Searches
+from serve.load.admission import Admission
 from serve.mixing_replica import ExpertMixingPart
 from serve.parts import Catalogue, Mixing, Weights
-from serve.searching import Searches
 from serve.shipped import ModuleCard
-from serve.task_part import TaskPart
 from serve.task_replica import TaskEmbeddingPart
+from serve.tasks.part import TaskPart
 
 HTTP = HttpSettings(max_body_mib=0.25)
 DIGEST, EXPERT, OTHER = "b" * 64, "e" * 64, "f" * 64

@@ -16,9 +16,10 @@ from ray.serve._private.proxy_request_response import ResponseStatus, gRPCProxyR
 from ray.serve.config import gRPCOptions
 from ray.serve.grpc_util import gRPCInputStream
 
-from serve import grpc_proxy, grpc_status
-from serve.grpc_door import Calls, GrpcDoor
-from serve.grpc_health import GrpcHealth
+from serve.grpc_door import proxy as grpc_proxy
+from serve.grpc_door import status as grpc_status
+from serve.grpc_door.health import GrpcHealth
+from serve.grpc_door.methods import Calls, GrpcDoor
 from serve.operations import operations
 from serve.protos import metasepia_pb2_grpc
 from tests.doors import Bench

@@ -15,7 +15,7 @@ from cluster.settings import MixingSettings
 from metasepia.access.keys import NewKey, Scope, mint
 from metasepia.access.store import KeyStore
 from metasepia.experts.vectors import index_path
-from serve.authentication import Access
+from serve.access.authentication import Access
 from serve.mixing_replica import ExpertMixingPart
 from serve.task_replica import TaskEmbeddingPart
 from tests.doors import INDEX, Bench, NearSearches, RealCatalogue

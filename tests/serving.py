@@ -20,7 +20,7 @@ from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import SHARED as SHARED_BY_ALL
 from serve import prepare, processes
-from serve.accepting import Fits
+from serve.experts.accepting import Fits
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / ".metasepia"

@@ -15,7 +15,7 @@ from metasepia.errors import WindowExceeded
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry.entries import LOCAL
 from metasepia.rows import Row, Scores
-from serve.prompts import Prompts
+from serve.models.prompts import Prompts
 from tests.doors import DIGEST, INDEX, UP, Bench, FakeBackbone, FakeEncoder
 from tests.unit.test_prompts import write_byte_tokenizer
 

@@ -30,7 +30,7 @@ _BOXED = re.compile(r"\\?boxed\s*\{\s*(?:\\text\s*\{)?([^{}]*)\}")
 
 @runtime_checkable
 class Tokens(Protocol):
-    """Text to tokens and back, as the backbone's chat template wants it; `serve.prompts.Prompts` is one."""
+    """Text to tokens and back, as the backbone's chat template wants it; `serve.models.prompts.Prompts` is one."""
 
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
     def continuation(self, text: str) -> tuple[int, ...]: ...

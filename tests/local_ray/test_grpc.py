@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from benchmarks import malformed_grpc
-from serve.grpc_json import message_of, tree_of
+from serve.grpc_door.messages import message_of, tree_of
 from serve.protos import metasepia_pb2 as pb
 from serve.protos.metasepia_pb2_grpc import MetasepiaStub
 from tests.grpc_doors import details_of

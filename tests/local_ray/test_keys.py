@@ -14,7 +14,7 @@ from cluster import settings
 from cluster.door_settings import KeySettings
 from metasepia.access.keys import Key, NewKey, mint
 from metasepia.errors import Unauthenticated, UnknownName
-from serve.authentication import Access
+from serve.access.authentication import Access
 
 
 @pytest.fixture

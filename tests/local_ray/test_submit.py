@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.upper import Upper, serving
-from serve import middleware, processes
+from serve import processes
+from serve.proxy import envelope as middleware
 from tests.serving import ROOT, free_port
 from tests.unit import test_batch
 

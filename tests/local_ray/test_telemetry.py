@@ -11,7 +11,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors import meters
-from serve.gathering import CONTENT_TYPE
+from serve.telemetry.gathering import CONTENT_TYPE
 from tests.requests import BACKBONE
 from tests.serving import EXAMPLES, INPUTS, Served
 from tests.spans import CLIENT, OTHER_CLIENT, Read, read

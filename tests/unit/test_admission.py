@@ -10,10 +10,10 @@ import pytest
 
 from cluster.door_settings import AdmissionSettings
 from metasepia.errors import DeadlineExceeded, Overloaded, Unavailable
-from serve.admission import Admission, estimate
-from serve.deadlines import Deadline
-from serve.lanes import Width
-from serve.principal import Principal, asking
+from serve.access.principal import Principal, asking
+from serve.load.admission import Admission, estimate
+from serve.load.lanes import Width
+from serve.requests.deadlines import Deadline
 
 NARROW = {"part": Width(tokens=100, rows=10)}
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from metasepia.errors import InvalidRequest
-from serve.arrow import MEDIA_TYPE
-from serve.arrow_bodies import ArrowLimits, parse
+from serve.requests.arrow import MEDIA_TYPE
+from serve.requests.arrow_bodies import ArrowLimits, parse
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

@@ -12,9 +12,9 @@ import pytest
 from cluster.door_settings import KeySettings
 from metasepia.access.keys import Scope, mint
 from metasepia.errors import Overloaded, Unavailable
+from serve.access.principal import ANYONE, current
 from serve.app import create_app
 from serve.operations import operations
-from serve.principal import ANYONE, current
 from tests.doors import Bench
 from tests.keys import Clock, KeyedBench, ask
 from tests.unit.test_prompts import write_byte_tokenizer

@@ -11,7 +11,7 @@ from cluster import resources
 from cluster import settings as settings_of
 from cluster.scaling_settings import ScalingSettings
 from metasepia.errors import CannotPlace, InvalidSettings
-from serve.autoscaling import OnQueued, replicas
+from serve.load.autoscaling import OnQueued, replicas
 
 
 def wanted(policy: Any, now: int, queued: list[float], waiting: float = 0.0) -> int:

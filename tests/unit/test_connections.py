@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 
 from cluster.door_settings import HttpSettings
-from serve import connections
-from serve.connections import BoundedProtocol, Bounds
-from serve.middleware import Envelope
+from serve.proxy import connections
+from serve.proxy.connections import BoundedProtocol, Bounds
+from serve.proxy.envelope import Envelope
 from tests.serving import free_port
 
 BOUNDS = Bounds(max_head_kib=8.0, head_timeout_s=0.6, max_connections=20)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from serve import console_pages
+from serve.pages import console_pages
 from tests.doors import Bench
 from tests.unit.browser import Tab, browser
 from tests.unit.test_prompts import write_byte_tokenizer

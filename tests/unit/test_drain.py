@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from metasepia.errors import Unavailable
-from serve.lanes import Width
+from serve.load.lanes import Width
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

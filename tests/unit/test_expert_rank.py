@@ -17,7 +17,7 @@ from metasepia.experts.svf import attach
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.models import checkpoints
 from metasepia.models.shards import LayerShard
-from serve import accepting
+from serve.experts import accepting
 
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 RANK = 12

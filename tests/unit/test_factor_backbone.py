@@ -8,7 +8,7 @@ import pytest
 from jobs import factor_backbone
 from metasepia.experts.factors import SingularFactors
 from metasepia.models import checkpoints
-from serve.accepting import find_index
+from serve.experts.accepting import find_index
 
 
 def run(directory: Path, home: Path, *more: str) -> int:

@@ -7,7 +7,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from metasepia import errors
-from serve import failures
+from serve.requests import failures
 
 LEAVES = [
     (errors.InvalidRequest("temperature", "too hot"), 400, "temperature"),

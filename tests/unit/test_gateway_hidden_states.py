@@ -24,8 +24,8 @@ from metasepia.errors import Overloaded, Unavailable
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry.entries import LOCAL
 from metasepia.rows import HiddenStates, Row
-from serve import hidden_states
-from serve.arrow import KEY, MEDIA_TYPE
+from serve.requests.arrow import KEY, MEDIA_TYPE
+from serve.states import hidden_states
 from tests.doors import DIGEST, EXPERT, INDEX, OTHER, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 
@@ -114,7 +114,7 @@ def test_no_single_call_turns_more_than_one_vector_into_text(bench: Bench, monke
         longest = max(longest, text.count("7.0"))
         return text
 
-    monkeypatch.setattr("serve.hidden_states.json.dumps", watched)
+    monkeypatch.setattr("serve.states.hidden_states.json.dumps", watched)
     states = answer(bench, input=[[7] * 60] * 3, layers=[0, 1], pooling="none")["data"]
     assert [len(one["states"]) for one in states] == [60] * 6
     assert 0 < longest <= 4  # the hidden size: a call holds the interpreter, and so every other request, to its end
@@ -142,7 +142,7 @@ def test_an_arrow_stream_holds_what_json_does(bench: Bench, pooling: str) -> Non
 
 
 def test_a_long_text_is_cut_into_several_record_batches(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.arrow.PIECE_BYTES", 3 * 4 * 4)
+    monkeypatch.setattr("serve.requests.arrow.PIECE_BYTES", 3 * 4 * 4)
     _, batches = read_stream(ask(bench, ARROW, input=[list(range(1, 9))], layers=[0], pooling="none").content)
     assert [batch.num_rows for batch, _ in batches] == [3, 3, 2, 0]
     assert [state[0] for state in table_of(batches)["state"]] == [*range(1, 9)]
@@ -506,7 +506,7 @@ def soon(check: Callable[[], Awaitable[bool]]) -> Awaitable[None]:
 def test_what_auto_routes_is_told_once_for_many_requests_and_costs_no_forward_more(
     auto: Callable[[CentroidSettings], Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.observing.FLUSH_S", 0.1)
+    monkeypatch.setattr("serve.states.observing.FLUSH_S", 0.1)
     bench = auto(CentroidSettings(reference_count=4))
     put(bench, "maths", 1.5, dispatch=CARD)
     told: list[Seen] = []
@@ -543,7 +543,7 @@ def test_what_auto_routes_is_told_once_for_many_requests_and_costs_no_forward_mo
 def test_only_where_the_operator_wishes_do_requests_move_what_auto_chooses(
     auto: Callable[[CentroidSettings], Bench], monkeypatch: pytest.MonkeyPatch, used: bool
 ) -> None:
-    monkeypatch.setattr("serve.observing.FLUSH_S", 0.05)
+    monkeypatch.setattr("serve.states.observing.FLUSH_S", 0.05)
     bench = auto(CentroidSettings(reference_count=4, min_count=4, used_by_auto=used))
     put(bench, "maths", 1.5, dispatch=CARD)
     sports = put(bench, "sports", 0.5)  # its card says nothing
@@ -576,7 +576,7 @@ def test_only_where_the_operator_wishes_do_requests_move_what_auto_chooses(
 def test_a_card_whose_layer_is_counted_from_the_end_learns_as_well(
     auto: Callable[[CentroidSettings], Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.observing.FLUSH_S", 0.05)
+    monkeypatch.setattr("serve.states.observing.FLUSH_S", 0.05)
     bench = auto(CentroidSettings(reference_count=4, min_count=4, used_by_auto=True))
     maths = put(bench, "maths", 1.5, dispatch=CARD)
     assert CARD["layer"] == -1

@@ -18,8 +18,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from serve import request_ids
 from serve.contracts import CONTRACTS
+from serve.requests import ids as request_ids
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

@@ -9,7 +9,7 @@ from ray.job_submission import JobStatus
 
 from metasepia.errors import Unavailable
 from serve import job_routes
-from serve.principal import Principal, asking
+from serve.access.principal import Principal, asking
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.deadlines import Deadline
-from serve.middleware import Envelope
+from serve.proxy.envelope import Envelope
+from serve.requests.deadlines import Deadline
 
 
 def _get(app: Callable[..., Any], path: str = "/", **headers: str) -> httpx.Response:

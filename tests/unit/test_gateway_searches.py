@@ -11,7 +11,7 @@ import pytest
 from metasepia.experts.lora import LoraAdapter
 from metasepia.experts.vectors import ExpertVectors
 from metasepia.registry.entries import LOCAL
-from serve.search_bodies import SearchRequest
+from serve.experts.search_bodies import SearchRequest
 from tests.doors import DIGEST, HTTP, INDEX, OTHER, UP, Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

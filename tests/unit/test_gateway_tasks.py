@@ -16,7 +16,7 @@ from metasepia.embedding import probes
 from metasepia.errors import Overloaded
 from metasepia.registry.entries import LOCAL
 from serve.task_replica import TaskEmbeddingPart
-from serve.tasks import TaskRoutes
+from serve.tasks.routes import TaskRoutes
 from tests.doors import DIGEST, Bench
 from tests.tasks import PROBES, SETTINGS, TopicModel, WordEncoder, a_task_bench, data_set, topic_of
 

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors import meters
-from serve.gathering import TIMEOUT_S, Gathered, Gatherer, Node
+from serve.telemetry.gathering import TIMEOUT_S, Gathered, Gatherer, Node
 
 COMMON = 'Component="core_worker",NodeAddress="10.0.0.{n}",SessionName="s",Version="2.60.0",otel_scope_name="r"'
 

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from metasepia.errors import DeadlineExceeded, Overloaded, Unavailable
 from metasepia.rows import Row, TokenChunk
-from serve.grpc_json import message_of
+from serve.grpc_door.messages import message_of
 from serve.protos import metasepia_pb2 as pb
 from serve.protos.metasepia_pb2_grpc import MetasepiaStub
 from tests.doors import Bench
@@ -272,8 +272,8 @@ def test_an_upload_that_is_cut_off_registers_nothing(tmp_path: Path, monkeypatch
 
 def test_health_is_checked_listed_and_watched(bench: Bench, door: GrpcBench, monkeypatch: pytest.MonkeyPatch):
     bench.says("x")
-    monkeypatch.setattr("serve.grpc_health.LOOK_S", 0.02)
-    monkeypatch.setattr("serve.health.FRESH_S", 0.0)
+    monkeypatch.setattr("serve.grpc_door.health.LOOK_S", 0.02)
+    monkeypatch.setattr("serve.telemetry.health.FRESH_S", 0.0)
     kinds = health_pb2.HealthCheckResponse
     good, ill, unknown = kinds.SERVING, kinds.NOT_SERVING, kinds.SERVICE_UNKNOWN
 

@@ -12,8 +12,8 @@ import pytest
 from google.protobuf import message_factory
 
 from metasepia.embedding import probes
-from serve.grpc_door import SERVICE, VARIANTS
-from serve.grpc_json import message_of, tree_of
+from serve.grpc_door.messages import message_of, tree_of
+from serve.grpc_door.methods import SERVICE, VARIANTS
 from serve.operations import operations
 from serve.protos import generate
 from serve.protos import metasepia_pb2 as pb

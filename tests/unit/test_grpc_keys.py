@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from cluster.door_settings import KeySettings
-from serve.grpc_json import message_of, tree_of
+from serve.grpc_door.messages import message_of, tree_of
 from serve.protos import metasepia_pb2 as pb
 from serve.protos.metasepia_pb2_grpc import MetasepiaStub
 from tests.grpc_doors import GrpcBench, details_of

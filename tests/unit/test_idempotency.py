@@ -12,8 +12,8 @@ import pytest
 
 from metasepia.errors import Unavailable
 from metasepia.registry.replays import KeptAnswer, ReplayStore
-from serve import idempotency
-from serve.principal import Principal, asking
+from serve.access.principal import Principal, asking
+from serve.requests import idempotency
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

@@ -12,7 +12,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.exposure import exposure
-from serve import graph, grpc_proxy
+from serve import graph
+from serve.grpc_door import proxy as grpc_proxy
 from tests import k8s
 from tests.k8s import FOLDERS, K8S, SERVED, Object
 

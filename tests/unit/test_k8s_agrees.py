@@ -8,7 +8,9 @@ import pytest
 from cluster import connect, pods, resources
 from cluster.door_settings import ENDING_S
 from cluster.pods import Node
-from serve import grpc_proxy, grpc_start, middleware
+from serve.grpc_door import proxy as grpc_proxy
+from serve.grpc_door import start as grpc_start
+from serve.proxy import envelope as middleware
 from tests import k8s
 from tests.k8s import FOLDERS, SERVED, Object, Pod, num_bytes, num_cpus
 

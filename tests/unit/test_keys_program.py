@@ -8,8 +8,8 @@ from actors import keys
 from metasepia.access.keyring import Keyring
 from metasepia.access.store import KeyStore
 from metasepia.registry.catalogue import Registry
-from serve import principal
-from serve.tenants import PerTenant
+from serve.access import principal
+from serve.access.tenants import PerTenant
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors import meters
 from actors.recording import OTHER, Composed, Counter, Distribution, Gauge, Histogram, Sampling
-from serve.gathering import local_text
+from serve.telemetry.gathering import local_text
 
 ROOT = Path(__file__).parents[2]
 UNBOUNDED = {"tenant", "key", "key_id", "request_id", "trace_id", "context", "text", "digest"}

@@ -10,7 +10,7 @@ from actors.centroids import TenantsCentroids
 from cluster.settings import CentroidSettings
 from metasepia.centroids import CentroidKey
 from metasepia.registry.entries import LOCAL
-from serve.observing import Observer
+from serve.states.observing import Observer
 
 
 def key(task: str) -> CentroidKey:
@@ -20,9 +20,9 @@ def key(task: str) -> CentroidKey:
 def test_routed_states_that_find_no_room_are_told_once_and_cost_nobody_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.observing.FLUSH_S", 0.01)
+    monkeypatch.setattr("serve.states.observing.FLUSH_S", 0.01)
     said: list[str] = []
-    monkeypatch.setattr("serve.observing.logger.warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr("serve.states.observing.logger.warning", lambda text, *args: said.append(text % args))
     settings = CentroidSettings(max_tasks=1, max_centroids=1)
     part = TenantsCentroids(settings, tmp_path)
     observer = Observer(part, settings)

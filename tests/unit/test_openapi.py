@@ -10,8 +10,8 @@ import pytest
 
 from cluster.door_settings import HttpSettings
 from serve.contracts import CONTRACTS
-from serve.openapi import document
 from serve.operations import operations
+from serve.pages.openapi import document
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 

@@ -11,10 +11,10 @@ import pytest
 
 from cluster.door_settings import AdmissionSettings
 from metasepia.errors import DeadlineExceeded, Overloaded
-from serve.admission import Admission
-from serve.deadlines import Deadline
-from serve.lanes import Width
-from serve.principal import Principal, asking
+from serve.access.principal import Principal, asking
+from serve.load.admission import Admission
+from serve.load.lanes import Width
+from serve.requests.deadlines import Deadline
 
 ROWS, STEP_S, TOKENS, PROMPT = 16, 0.1, 32, 20
 CAPACITY = ROWS / (TOKENS * STEP_S)

@@ -16,9 +16,9 @@ from metasepia.models.prepared import PreparedBackbone
 from metasepia.reasoning.named import EncoderName, Example, NamedContext
 from metasepia.reasoning.prompted import PromptedEncoder
 from metasepia.rows import HiddenStates, Row, Scores, TokenChunk
-from serve.deadlines import Deadline
-from serve.prompted import Prompted
-from serve.prompts import Prompts
+from serve.contexts.prompted import Prompted
+from serve.models.prompts import Prompts
+from serve.requests.deadlines import Deadline
 from tests import tiny
 
 EXAMPLES = [Example("fine", "good"), Example("dull and long", "bad"), Example("so so", "bad"), Example("a gem", "good")]

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from metasepia.errors import CorruptArtefact, InvalidRequest, NotSupported
-from serve.prompts import Prompts, StopStrings, StreamedText
+from serve.models.prompts import Prompts, StopStrings, StreamedText
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"

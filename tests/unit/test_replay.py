@@ -41,10 +41,10 @@ from metasepia.reasoning.shipped import LoadedModule
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import Artefact
 from metasepia.rows import Adapter, HiddenStates, Row, Scores, TokenChunk
-from serve.admission import Admission
+from serve.access.authentication import Access
 from serve.app import create_app
-from serve.authentication import Access
 from serve.door import Door
+from serve.load.admission import Admission
 from serve.shipped import ModuleCard
 from tests.doors import (
     HTTP,

@@ -13,7 +13,7 @@ import pytest
 
 from actors import logs
 from cluster.meter_settings import LogSettings
-from serve.metrics import Measured, Metrics
+from serve.telemetry.metrics import Measured, Metrics
 from tests.doors import DIGEST, Bench
 from tests.spans import CLIENT, traced
 from tests.unit.test_prompts import write_byte_tokenizer
@@ -77,7 +77,7 @@ def test_our_own_mistake_is_an_error_whose_line_has_the_requests_id(bench: Bench
         **{"x-request-id": "id-1"},
     )
     told, line = lines()
-    assert (told["logger"], told["level"], told["request_id"]) == ("serve.failures", "error", "id-1")
+    assert (told["logger"], told["level"], told["request_id"]) == ("serve.requests.failures", "error", "id-1")
     assert "ZeroDivisionError: our mistake" in told["exception"]
     assert (line["status"], line["level"], line["request_id"]) == (500, "error", "id-1")
 

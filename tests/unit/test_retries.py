@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentResponseGenerator
 
 from metasepia.errors import Overloaded, Unavailable
 from metasepia.rows import Row, TokenChunk
-from serve.retries import persistently
+from serve.load.retries import persistently
 from serve.parts import ServedBackbone
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from cluster.door_settings import HttpSettings
 from metasepia.errors import BodyTooLarge, InvalidRequest
-from serve import bodies, inputs
-from serve.failures import unwrap
-from serve.schemas import ChatRequest, ClassifyRequest, EmbeddingsRequest
+from serve.requests import bodies, inputs
+from serve.requests.failures import unwrap
+from serve.requests.schemas import ChatRequest, ClassifyRequest, EmbeddingsRequest
 
 HTTP = HttpSettings()
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}

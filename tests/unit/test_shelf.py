@@ -10,8 +10,8 @@ import pytest
 
 from metasepia.registry.catalogue import Registry
 from metasepia.registry.entries import LOCAL, SHARED, Artefact, Kind
-from serve import shelf
-from serve.shelf import Shelf, page_of
+from serve.models import shelf
+from serve.models.shelf import Shelf, page_of
 from tests.doors import RealCatalogue
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from metasepia.errors import Unavailable
-from serve import status
-from serve.health import Health
-from serve.status import MAX_DURATIONS, NUM_STEPS, SERIES, Recent, Status
+from serve.telemetry import status
+from serve.telemetry.health import Health
+from serve.telemetry.status import MAX_DURATIONS, NUM_STEPS, SERIES, Recent, Status
 from tests.doors import Bench
 from tests.unit.test_prompts import write_byte_tokenizer
 
@@ -82,7 +82,7 @@ def test_however_many_ask_the_parts_are_asked_once_a_second(monkeypatch: pytest.
 
 def test_a_forward_is_run_only_where_the_last_one_is_old(monkeypatch: pytest.MonkeyPatch):
     part, clock = Part(), Clock()
-    monkeypatch.setattr("serve.health.time.monotonic", clock)
+    monkeypatch.setattr("serve.telemetry.health.time.monotonic", clock)
 
     async def main() -> list[int]:
         one, checked = made(part, clock), []

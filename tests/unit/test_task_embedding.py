@@ -20,8 +20,8 @@ from metasepia.embedding.jobs import TaskJob, TaskProgress, joined, parts_of
 from metasepia.embedding.space import Space, TaskEmbedding
 from metasepia.errors import CorruptArtefact, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from metasepia.registry.entries import LOCAL
-from serve.task_index import TaskIndex
 from serve.task_replica import SurrogateVectors
+from serve.tasks.index import TaskIndex
 from tests.doors import RealCatalogue
 from tests.tasks import PROBES, WordEncoder, data_set
 

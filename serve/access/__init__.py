@@ -1,0 +1,1 @@
+"""Who may ask: keys at the door, tenants, the principal of a request."""

@@ -1,0 +1,1 @@
+"""Experts, mixtures and few-shot searches at the door."""

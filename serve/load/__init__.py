@@ -1,0 +1,1 @@
+"""How much at once: admission with fair turns, drains, retries, replicas by what waits."""

@@ -1,0 +1,1 @@
+"""Names to models, and texts from them: completions, `auto`, vectors."""

@@ -1,0 +1,1 @@
+"""What a browser is shown: the console, the API's document."""

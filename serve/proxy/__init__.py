@@ -1,0 +1,1 @@
+"""What runs inside Ray Serve's own HTTP proxy."""

@@ -1,0 +1,1 @@
+"""One request: its body read and bounded, its deadline, its id; its answer, whole, streamed or refused."""

@@ -1,0 +1,1 @@
+"""Hidden states, and the centroids of tasks that the graph keeps of them."""

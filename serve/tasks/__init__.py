@@ -1,0 +1,1 @@
+"""Task embeddings at the door."""
