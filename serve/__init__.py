@@ -8,6 +8,6 @@ reached; the `*_replica` files are those that are thin classes over `actors`.
 
 A call passes `proxy` (in Serve's own process), `requests` (body, deadline, id, answer), `access` (keys, tenants) and
 `load` (admission, drain, retries), and is told by `telemetry`. `grpc_door` brings gRPC calls to the same application.
-The adaptations: `models` (names, completions, `auto`, vectors), `contexts`, `experts`, `states`, `tasks`. `pages` is what
-a browser sees.
+The adaptations: `models` (names, completions, `auto`, vectors), `contexts`, `experts`, `states`, `tasks`. `pages` is
+what a browser sees.
 """
