@@ -83,13 +83,15 @@ def test_embeddings_in_fewer_dimensions_are_the_first_ones(client: openai.OpenAI
 
 
 def test_refusals_are_the_clients_own_errors(client: openai.OpenAI):
+    nobody: dict[str, Any] = {**ASKED, "model": "nobody"}
+    endless: dict[str, Any] = {**ASKED, "max_tokens": 10**6}
     with pytest.raises(openai.NotFoundError) as unknown:
-        client.chat.completions.create(**ASKED | {"model": "nobody"})
+        client.chat.completions.create(**nobody)
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="leave it out"):
         client.chat.completions.create(**ASKED, tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(openai.BadRequestError) as long:
-        client.chat.completions.create(**ASKED | {"max_tokens": 10**6})
+        client.chat.completions.create(**endless)
     assert long.value.code == "context_length_exceeded"
 
 
