@@ -65,14 +65,24 @@ class Replays(Protocol):
     """Where answers are kept. Calls may be repeated; each raises Unavailable, and the first one Overloaded."""
 
     async def claim_replay(
-        self, tenant: str, key: str, holder: str, lease_s: float, *, timeout_s: float | None = None
+        self, tenant: str, key: str, holder: str, lease_s: float, /, *, timeout_s: float | None = None
     ) -> Claim: ...
 
     async def keep_replay(
-        self, tenant: str, key: str, holder: str, answer: KeptAnswer, durable: bool, *, timeout_s: float | None = None
+        self,
+        tenant: str,
+        key: str,
+        holder: str,
+        answer: KeptAnswer,
+        durable: bool,
+        /,
+        *,
+        timeout_s: float | None = None,
     ) -> bool: ...
 
-    async def let_go_of_replay(self, tenant: str, key: str, holder: str, *, timeout_s: float | None = None) -> None: ...
+    async def let_go_of_replay(
+        self, tenant: str, key: str, holder: str, /, *, timeout_s: float | None = None
+    ) -> None: ...
 
 
 class Idempotent:
