@@ -7,7 +7,6 @@ row is a pure function of its message, and `Row.sent` tells the new gang what th
 
 import asyncio
 import contextlib
-import contextvars
 import dataclasses
 import itertools
 import json
@@ -23,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from actors import meters, tracing
+from actors.apart import apart
 from actors.gang import Fault, Gang, GangParts, PinRefused, Placement, RankProcess, first_of, kill_all
 from actors.gang_experts import Fetch, GangExperts, Resolve, cause
 from actors.messages import News
@@ -108,7 +108,6 @@ class BackboneGroup(AsksRows):
 
     def __init__(self, parts: GangParts, fetch: Fetch | None, resolve: Resolve | None) -> None:
         self._parts, self._settings = parts, parts.settings
-        self._context = contextvars.copy_context()
         self._experts = GangExperts(parts.settings, fetch, resolve)
         self._gang: Gang | None = None
         self._spares: list[RankProcess] = []
@@ -237,7 +236,7 @@ class BackboneGroup(AsksRows):
         if self._gang is None:
             raise self._unavailable()
         try:
-            return await self._ask_rank(self._gang.rank0.load)
+            return await apart(self._gang.rank0.load)
         except RayError:
             raise self._unavailable() from None
 
@@ -266,8 +265,8 @@ class BackboneGroup(AsksRows):
         finally:
             tracing.record("backbone", row.traceparent, begin, time.time(), backbone=self._settings.id, want=want)
             del self._held[key]
-            if not finished and held.gang is not None and held.gang is self._gang:
-                self._ask_rank(held.gang.rank0.cancel, key)
+            if not finished:
+                self._cancel(held)
 
     async def _next(self, held: _Held, begin: float) -> Answer:
         deadline = held.row.deadline_unix_s
@@ -289,7 +288,7 @@ class BackboneGroup(AsksRows):
         held.gang = gang
         row = dataclasses.replace(held.row, sent=(*held.row.sent, *held.sent))
         try:
-            refusal: MetasepiaError | None = await self._ask_rank(gang.rank0.submit, row)
+            refusal: MetasepiaError | None = await apart(gang.rank0.submit, row)
         except RayTaskError as error:
             raise cause(error) from None
         except RayError:
@@ -298,21 +297,21 @@ class BackboneGroup(AsksRows):
             raise refusal
 
     def drop(self, request_id: str) -> None:
-        """Ends the rows of a request whose caller has gone, also those that are still on their way here."""
+        """Ends the rows of a request whose caller has gone, also one that is still on its way here.
+
+        Whoever asks again afterwards takes another name.
+        """
         self._dropped[request_id] = None
         if len(self._dropped) > MAX_DROPPED:
             self._dropped.popitem(last=False)
         for held in self._held.values():
             if held.asked == request_id:
+                self._cancel(held)
                 held.inbox.put_nowait(Unavailable(f"who asked for {request_id}", 1.0))
 
-    def _ask_rank(self, method: Any, *args: Any) -> Any:
-        """Calls a rank in the name of the group, not of the request that is served.
-
-        Ray cancels with a task whatever that task has called. A call to a rank that is cancelled on its way may stop
-        all later ones, the pulse too: clients that leave together would cost the gang.
-        """
-        return self._context.run(method.remote, *args)
+    def _cancel(self, held: _Held) -> None:
+        if held.gang is not None and held.gang is self._gang:
+            apart(held.gang.rank0.cancel, held.row.request_id)
 
     async def _resubmit(self, held: _Held, gang: Gang) -> None:
         while self._gang is gang and held.row.request_id in self._held:
@@ -395,7 +394,7 @@ class BackboneGroup(AsksRows):
                     held.sent.extend(answer.token_ids)
                 held.inbox.put_nowait(answer)
             for key in ownerless:  # whose caller has gone, and whose cancellation was lost or came before the row
-                self._ask_rank(gang.rank0.cancel, key)
+                apart(gang.rank0.cancel, key)
 
     async def _replace(self) -> tuple[Gang, bool]:
         """A new gang, from the spares if they live; tries again until there is one.

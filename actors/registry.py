@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTa
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs, meters, tracing
+from actors.apart import apart
 from actors.messages import RegistryInfo
 from cluster import resources
 from cluster.settings import RegistrySettings, Settings
@@ -346,7 +347,7 @@ class RegistryClient:
             try:
                 writer = self._writer or await asyncio.to_thread(_find, self._place)
                 self._writer = writer
-                answer = asyncio.wrap_future(getattr(writer, method).remote(*args).future())
+                answer = asyncio.wrap_future(apart(getattr(writer, method), *args).future())
                 return await asyncio.wait_for(answer, max(0.01, give_up_s - time.monotonic()))
             except RayTaskError as error:
                 raise _own(error) from None
