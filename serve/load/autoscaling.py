@@ -66,7 +66,7 @@ def replicas(settings: ScalingSettings) -> dict[str, Any]:
     if settings.is_fixed:
         return {"num_replicas": settings.min_replicas}
     policy = AutoscalingPolicy(
-        policy_function="serve.autoscaling:OnQueued", policy_kwargs={"per_replica": settings.queued_per_replica}
+        policy_function=f"{__name__}:{OnQueued.__name__}", policy_kwargs={"per_replica": settings.queued_per_replica}
     )
     return {
         "autoscaling_config": AutoscalingConfig(
