@@ -6,5 +6,6 @@ started, watched and killed together, `gang_experts` brings the experts that its
 gang as one backbone that outlives its ranks, `encoder` a text encoder, `reasoning_pool` the reasoning modules
 (`labelled`: vectors to contexts, `audits`: slow work beside), `expert_mixing` the mixer of expert vectors,
 `mixture_searches` runs few-shot searches, `centroids` keeps those of tasks seen, `registry` the one writer of the
-catalogue and of keys, `keys` the program that makes the first key.
+catalogue and of keys, `keys` the program that makes the first key, `apart` calls that are no part of the
+request which makes them.
 """

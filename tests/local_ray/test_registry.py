@@ -2,13 +2,11 @@
 
 import asyncio
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -112,29 +110,6 @@ def test_a_client_works_in_another_process(client: RegistryClient):
 
     assert ray.get(name_from_there.remote(client)) == "maths"
     assert asyncio.run(RegistryClient().resolve("expert", "maths", "ann")).name == "maths"
-
-
-class Asker:
-    """Asks the registry while it serves requests, as a Serve replica does."""
-
-    def __init__(self, client: RegistryClient) -> None:
-        self._client = client
-
-    async def pid(self) -> int:
-        return (await self._client.info()).pid
-
-
-def test_requests_that_are_cancelled_do_not_keep_the_registry_from_those_that_follow(client: RegistryClient):
-    draw = random.Random(0)
-    asker: Any = ray.remote(Asker).options(num_cpus=0.01).remote(client)
-    pid = ray.get(asker.pid.remote(), timeout=30)
-    for _ in range(30):
-        asked = [asker.pid.remote() for _ in range(8)]
-        time.sleep(draw.uniform(0.0, 0.02))
-        for one in asked:
-            ray.cancel(one)
-        # A gap in the order of this process's calls would hold it for 30 s.
-        assert ray.get(asker.pid.remote(), timeout=10) == pid
 
 
 def test_a_second_home_is_refused_while_the_first_is_open(client: RegistryClient, tmp_path: Path):
