@@ -23,6 +23,7 @@ from serve.contexts.named import number_of
 from serve.experts.searching import Searches
 from serve.parts import Catalogue
 from serve.requests.asked import deadline_of
+from serve.shared import Shared
 
 KINDS = ("ray", "search", "task")
 MAX_MESSAGE_CHARS = 500
@@ -105,14 +106,16 @@ class _Fresh:
 
     def __init__(self, ask: RayJobs, clock: Callable[[], float] = time.monotonic) -> None:
         self._ask, self._clock = ask, clock
-        self._lock = asyncio.Lock()
+        self._asked = Shared(self._listed)  # a dashboard that hangs holds one thread, however many ask
         self._last: tuple[float, Sequence[Json]] = (float("-inf"), ())
 
     async def __call__(self) -> Sequence[Json]:
-        async with self._lock:
-            if self._clock() - self._last[0] > FRESH_S:
-                self._last = (self._clock(), await asyncio.to_thread(self._ask))
-            return self._last[1]
+        return await self._asked() if self._clock() - self._last[0] > FRESH_S else self._last[1]
+
+    async def _listed(self) -> Sequence[Json]:
+        jobs = await asyncio.to_thread(self._ask)
+        self._last = (self._clock(), jobs)
+        return jobs
 
 
 def submitted_jobs() -> list[Json]:

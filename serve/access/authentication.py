@@ -30,6 +30,7 @@ from metasepia.access.keys import Changes, Key, NewKey, Report, Usage
 from metasepia.errors import Forbidden, MetasepiaError, QuotaExceeded, Unauthenticated, Unavailable
 from serve.access.principal import Principal, asking
 from serve.requests import failures
+from serve.shared import Shared
 from serve.telemetry import request_log
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Access:
         self.keyring = Keyring(settings.requests_per_minute, settings.tokens_per_day)
         self._turn = asyncio.Lock()
         self._exchanging: asyncio.Task[None] | None = None
+        self._heard = Shared(self.exchange)
 
     async def identify(self, header: str | None) -> Key:
         """The key of an Authorization header. Raises Unauthenticated, and Unavailable where the registry is silent."""
@@ -89,7 +91,7 @@ class Access:
             # In a context of its own: it is no part of the request that happened to come first, nor of its trace.
             self._exchanging = asyncio.create_task(self._exchange_for_ever(), context=contextvars.Context())
         if self.keyring.revision is None or self.keyring.silence_s > self.settings.max_silence_s:
-            await self.exchange()
+            await self._heard()  # a registry that is away costs all who wait one call's time, not one after another
 
     async def _exchange_for_ever(self) -> None:
         was_silent = False

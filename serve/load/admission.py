@@ -26,6 +26,7 @@ from metasepia.errors import MetasepiaError, Overloaded, Unavailable
 from serve.access.principal import current
 from serve.load.lanes import Lane, Width
 from serve.requests.deadlines import Deadline
+from serve.shared import Shared
 
 logger = logging.getLogger("ray.serve")
 
@@ -58,8 +59,7 @@ class Admission:
         """
         self._settings, self._clock, self._replicas = settings, clock, replicas
         self._widths = dict(widths or {})
-        self._looked_s = -math.inf
-        self._looking: asyncio.Task[None] | None = None
+        self._looked_s, self._looking = -math.inf, Shared(self._widen)
         self._lanes = {name: Lane(name, width, clock) for name, width in (widths or {}).items()}
         self._max_bytes = int(settings.max_queued_mib * 2**20)
         self._tokens = self._bytes = self._requests = 0
@@ -88,11 +88,13 @@ class Admission:
     def _look(self) -> None:
         now = self._clock()
         if self._replicas is not None and now - self._looked_s >= LOOK_S:
-            self._looked_s, self._looking = now, asyncio.create_task(self._widen(self._replicas))
+            self._looked_s = now
+            self._looking.begin()
 
-    async def _widen(self, replicas: Callable[[], Mapping[str, int]]) -> None:
+    async def _widen(self) -> None:
+        assert self._replicas is not None
         try:
-            counted = await asyncio.to_thread(replicas)
+            counted = await asyncio.to_thread(self._replicas)
         except Exception as error:  # Serve's controller is away: what is wide stays so
             logger.warning("replicas are not counted: %s", error)
             return

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from actors import meters
 from actors.recording import REPLICA, Distribution, Meter, replica
+from serve.shared import Shared
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TIMEOUT_S = 0.8
@@ -155,10 +156,15 @@ class Gatherer:
         self._listed_s = float("-inf")
         self._client: httpx.AsyncClient | None = None
         self._totals: tuple[float, Gathered] | None = None
+        self._page = Shared(self._text)
 
     async def text(self) -> bytes:
         """The page: of all nodes, or of this process where there is no Ray."""
-        return (await self.gather()).text() if ray.is_initialized() else local_text()
+        return await self._page() if ray.is_initialized() else local_text()
+
+    async def _text(self) -> bytes:
+        gathered = await self.gather()
+        return await asyncio.to_thread(gathered.text)
 
     async def totals(self) -> dict[str, dict[str, dict[str, float]]]:
         """Of each backbone over all its replicas, at most TOTALS_FRESH_S older than the page; empty without Ray."""
@@ -187,7 +193,7 @@ class Gatherer:
                 gathered.num_silent += 1
             else:
                 gathered.num_answered += 1
-                gathered.add(node.address, text)
+                await asyncio.to_thread(gathered.add, node.address, text)  # a megabyte where a node has many workers
         return gathered
 
     async def _ask(self, node: Node) -> str | None:

@@ -11,6 +11,7 @@ from metasepia.errors import Overloaded
 from metasepia.rows import Row, Sampling
 from serve.parts import Backbone
 from serve.requests.failures import unwrap
+from serve.shared import Shared
 
 PROBE_TIMEOUT_S = 5.0
 FRESH_S = 2.0
@@ -39,7 +40,7 @@ class Health:
     def __init__(self, probes: Mapping[str, Probe], timeout_s: float = PROBE_TIMEOUT_S) -> None:
         self._probes, self._timeout_s = dict(probes), timeout_s
         self._answered: set[str] = set()
-        self._running: asyncio.Task[Report] | None = None
+        self._asked = Shared(self._ask_all)
         self._last: tuple[float, Report] | None = None
 
     def last(self) -> Report:
@@ -56,9 +57,7 @@ class Health:
         """Of a real forward through each part; the last one where it is good and fresh."""
         if self._last is not None and time.monotonic() - self._last[0] < FRESH_S and self._last[1].ready:
             return self._last[1]
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._ask_all())
-        return await asyncio.shield(self._running)  # others may wait for the same report
+        return await self._asked()
 
     async def _ask_all(self) -> Report:
         answers = await asyncio.gather(*(self._ask(name, probe) for name, probe in self._probes.items()))

@@ -7,6 +7,7 @@ However many ask, the parts are asked once in `FRESH_S`; a real forward through 
 
 import asyncio
 import contextlib
+import contextvars
 import importlib.metadata
 import time
 from collections import deque
@@ -17,6 +18,7 @@ import ray
 from ray import serve
 
 from actors.recording import replica
+from serve.shared import Shared
 from serve.telemetry.health import Health, Report
 
 FRESH_S = 1.0
@@ -87,8 +89,7 @@ class Status:
         self._recent, self._health, self._asks, self._replicas, self._clock = recent, health, asks, replicas, clock
         self._begin = clock()
         self._told: tuple[float, Json] | None = None
-        self._telling: asyncio.Task[Json] | None = None
-        self._checking: asyncio.Task[Report] | None = None
+        self._telling, self._checking = Shared(self._tell), Shared(self._health.report)
         self._counted: Mapping[str, Json] = {}
         self._series: dict[str, deque[float | None]] = {name: deque(maxlen=NUM_STEPS) for name in SERIES}
         self._sampling: asyncio.Task[None] | None = None
@@ -96,14 +97,13 @@ class Status:
     def begin(self) -> None:
         """Starts the history, in the loop of whoever calls. Calling it again does nothing."""
         if self._sampling is None:
-            self._sampling = asyncio.create_task(self._sample())
+            # In a context of its own: it is no part of the request that happened to come first.
+            self._sampling = asyncio.create_task(self._sample(), context=contextvars.Context())
 
     async def json(self) -> Json:
         """At most FRESH_S old."""
         if self._told is None or self._clock() - self._told[0] >= FRESH_S:
-            if self._telling is None or self._telling.done():
-                self._telling = asyncio.create_task(self._tell())
-            return await asyncio.shield(self._telling)  # others may wait for the same
+            return await self._telling()
         return self._told[1]
 
     async def _tell(self) -> Json:
@@ -137,8 +137,8 @@ class Status:
     def _report(self) -> tuple[Report, float | None]:
         """The last check of the parts, and its age. Where it is old another one is begun, for who asks next."""
         last, age_s = self._health.last(), self._health.age_s()
-        if (age_s is None or age_s > CHECK_S) and (self._checking is None or self._checking.done()):
-            self._checking = asyncio.create_task(self._health.report())
+        if age_s is None or age_s > CHECK_S:
+            self._checking.begin()
         return last, None if age_s is None else round(age_s, 1)
 
     async def _ask_all(self, asks: Mapping[str, Ask]) -> Json:

@@ -12,6 +12,7 @@ import pytest
 from cluster.door_settings import KeySettings
 from metasepia.access.keys import Scope, mint
 from metasepia.errors import Overloaded, Unavailable
+from serve.access.authentication import Access
 from serve.access.principal import ANYONE, current
 from serve.app import create_app
 from serve.operations import operations
@@ -33,6 +34,25 @@ def bench(tmp_path: Path, clock: Clock) -> Iterator[KeyedBench]:
     with KeyedBench(tmp_path, clock=clock) as made:
         made.says("x")
         yield made
+
+
+def test_a_silent_registry_is_asked_once_for_all_who_wait():
+    asked: list[int] = []
+
+    class Silent:
+        async def exchange_keys(self, *_: object) -> Any:
+            asked.append(1)
+            await asyncio.sleep(0)
+            raise Unavailable("the registry", 1.0)
+
+    async def main() -> list[object]:
+        access = Access(KeySettings(required=True), Silent())  # type: ignore[arg-type]
+        found = await asyncio.gather(*(access.identify("Bearer x") for _ in range(30)), return_exceptions=True)
+        await access.close()
+        return [*found]
+
+    assert {type(one) for one in asyncio.run(main())} == {Unavailable}
+    assert len(asked) == 2  # and once more at the end, with what was not told
 
 
 def refusal(response: httpx.Response) -> tuple[int, str]:
