@@ -95,10 +95,15 @@ async def whole(app: ASGIApp, request: Request) -> tuple[int, Mapping[str, str],
 async def begun(app: ASGIApp, request: Request) -> AsyncIterator[Answer]:
     """An answer that is read as it comes. Leaving ends the application's work."""
     queue: asyncio.Queue[Message | Exception | None] = asyncio.Queue(QUEUED)
+    leaving = False
 
     async def run() -> None:
         try:
             await app(request.scope(), request.receive(), queue.put)
+        except asyncio.CancelledError:
+            if leaving:
+                raise
+            await queue.put(ConnectionError("the call was cancelled behind the door"))  # else its reader waits for ever
         except Exception as error:
             await queue.put(error)
         else:
@@ -121,6 +126,7 @@ async def begun(app: ASGIApp, request: Request) -> AsyncIterator[Answer]:
         assert start is not None  # an application answers or raises
         yield Answer(start["status"], _headers(start), chunks())
     finally:
+        leaving = True
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 

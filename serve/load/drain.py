@@ -42,7 +42,8 @@ class Drain:
 
     async def _ended(self, seconds: float) -> bool:
         try:
-            await asyncio.wait_for(self._idle.wait(), max(0.0, seconds))
+            async with asyncio.timeout(max(0.0, seconds)):  # wait_for would swallow a cancellation now and then
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

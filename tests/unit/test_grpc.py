@@ -10,9 +10,11 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from starlette.types import Send
 
 from metasepia.errors import DeadlineExceeded, Overloaded, Unavailable
 from metasepia.rows import Row, TokenChunk
+from serve.grpc_door.exchange import Request, begun
 from serve.grpc_door.messages import message_of
 from serve.protos import metasepia_pb2 as pb
 from serve.protos.metasepia_pb2_grpc import MetasepiaStub
@@ -305,3 +307,16 @@ def test_health_is_checked_listed_and_watched(bench: Bench, door: GrpcBench, mon
         assert not await watch.read()  # the end
 
     door.run(talk)
+
+
+def test_a_stream_that_is_cancelled_behind_the_door_ends_for_its_reader():
+    async def app(_scope: object, _receive: object, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        async with asyncio.timeout(5), begun(app, Request(method="POST", path="/")) as answer:
+            await anext(answer.chunks)
+
+    with pytest.raises(ConnectionError, match="cancelled behind the door"):
+        asyncio.run(main())
