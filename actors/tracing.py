@@ -103,13 +103,6 @@ def request_span(name: str, traceparent: str | None, **attributes: Value) -> Ope
     return _opened(tracer, name, _context(traceparent), attributes)
 
 
-def continued(name: str, traceparent: str | None, **attributes: Value) -> Opened:
-    """A child of the span that sent a message; nothing where it had none."""
-    if traceparent is None or (tracer := _tracer()) is None:
-        return NOTHING
-    return _opened(tracer, name, _context(traceparent), attributes)
-
-
 def record(
     name: str,
     parent: str | None,

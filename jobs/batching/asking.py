@@ -48,7 +48,6 @@ class Asker:
         self._client = client or httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S + 10, limits=limits)
         self._client.headers.update(headers)
         self._patience_s = patience_s
-        self.num_requests = self.num_again = 0
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -59,7 +58,6 @@ class Asker:
         give_up_s = time.monotonic() + self._patience_s
         headers = {"accept": task.accept, "idempotency-key": key}
         while True:
-            self.num_requests += 1
             asked_s: float | None = None
             try:
                 response = await self._client.post(task.path, json=body, headers=headers)
@@ -79,7 +77,6 @@ class Asker:
             wait_s *= random.uniform(1.0, 1.3)  # not all at once
             if time.monotonic() + wait_s > give_up_s:
                 raise Stopped(f"{reason}; waited for {self._patience_s:g} s")
-            self.num_again += 1
             await asyncio.sleep(wait_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 

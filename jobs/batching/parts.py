@@ -47,10 +47,6 @@ class Parts:
         elif self._whole is not None:
             self._clear()  # a process was killed between the whole file and this
 
-    @property
-    def is_done(self) -> bool:
-        return self._is_done
-
     def done(self) -> set[int]:
         """Parts that are there."""
         if self._is_done:

@@ -7,7 +7,7 @@ other: a client that asks for tools must not get an answer that ignored them.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -54,8 +54,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _IGNORED = ("user", "metadata")
 """Fields that never change an answer."""
-
-Body = TypeVar("Body", bound="_Body")
 
 
 class _Body(BaseModel):

@@ -16,7 +16,6 @@ from metasepia.registry.entries import check_name
 from serve.requests.inputs import check_number
 from serve.requests.schemas import MAX_SEED, Text, _Body
 
-MAX_NAME_LEN = 64
 MAX_REPLY_LEN = 512
 """Tokens that a model may reply with to a probe text."""
 _Number = Annotated[float, Field(allow_inf_nan=False)]
