@@ -89,7 +89,8 @@ def _address(settings: Settings, locked: Locked) -> str:
     try:
         return str(json.loads((settings.home / "serve.json").read_text())["ray"])
     except (OSError, ValueError, KeyError):
-        raise Unavailable(f"the graph that has the keys open ({locked.holder}), as it is not ready yet", 10.0) from None
+        what = f"the registry of the graph that has the keys open ({locked.holder}; it is starting or ending)"
+        raise Unavailable(what, 10.0) from None
 
 
 async def create(keys: Keys, options: argparse.Namespace) -> None:

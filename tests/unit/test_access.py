@@ -390,3 +390,10 @@ def test_a_gateway_is_told_only_what_changed(tmp_path: Path) -> None:
     _, new = a_key(store)
     changes = store.exchange(ring.report(), ring.revision)
     assert [one.key.id for one in changes.keys] == [new.id] and not changes.whole and changes.totals == ()
+
+
+def test_a_key_that_there_is_not_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    _, key = a_key(store)
+    with pytest.raises(UnknownName, match=f"no key named 'zzz'; known: {key.id}"):
+        store.get("zzz")

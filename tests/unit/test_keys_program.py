@@ -51,7 +51,7 @@ def test_a_directory_that_a_graph_is_only_opening_is_said_to_be_so(
 ) -> None:
     with Registry(home / "registry"):
         assert keys.main(["list"]) == 1
-    assert "is not ready yet" in capsys.readouterr().err and not (home / "registry" / "keys.sqlite").exists()
+    assert "it is starting or ending" in capsys.readouterr().err and not (home / "registry" / "keys.sqlite").exists()
 
 
 def test_each_tenant_has_its_own_and_who_asked_least_recently_is_made_anew() -> None:
