@@ -11,3 +11,12 @@ def _forbid_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a unit test started Ray; move it to tests/local_ray")
 
     monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _without_ray() -> None:
+    """The session's cluster (tests/local_ray) ends here: what looks for a running Ray must find none."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
