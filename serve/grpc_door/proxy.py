@@ -124,6 +124,8 @@ class Context:
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        # Asked of a call that has ended, grpc reads freed memory; and Serve's access log asks after clients have left.
+        self._peer: str = context.peer()
         given: list[tuple[str, str]] = list(context.invocation_metadata() or ())
         told = dict(given)
         left_s: float | None = context.time_remaining()
@@ -137,6 +139,9 @@ class Context:
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self._given
+
+    def peer(self) -> str:
+        return self._peer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

@@ -16,6 +16,7 @@ from metasepia.errors import DeadlineExceeded, Overloaded, Unavailable
 from metasepia.rows import Row, TokenChunk
 from serve.grpc_door.exchange import Request, begun
 from serve.grpc_door.messages import message_of
+from serve.grpc_door.proxy import Context
 from serve.protos import metasepia_pb2 as pb
 from serve.protos.metasepia_pb2_grpc import MetasepiaStub
 from tests.doors import Bench
@@ -320,3 +321,26 @@ def test_a_stream_that_is_cancelled_behind_the_door_ends_for_its_reader():
 
     with pytest.raises(ConnectionError, match="cancelled behind the door"):
         asyncio.run(main())
+
+
+class _EndingCall:
+    """A call that must not be asked for its peer once it has ended: grpc itself would read freed memory."""
+
+    ended = False
+
+    def peer(self) -> str:
+        assert not self.ended
+        return "ipv4:127.0.0.1:1"
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+
+def test_a_call_that_has_ended_is_not_asked_for_its_peer():
+    call = _EndingCall()
+    seen = Context(call)
+    call.ended = True
+    assert seen.peer() == "ipv4:127.0.0.1:1"
