@@ -22,6 +22,7 @@ from serve.operations import Handler, operations
 from serve.pages.console_pages import Console
 from serve.pages.document_pages import Documented
 from serve.pages.openapi import document
+from serve.proxy.first_message import Given
 from serve.requests import failures
 from serve.requests.idempotency import Idempotent, Replays
 from serve.requests.ids import Identified
@@ -39,7 +40,8 @@ def create_app(door: Door, replays: Replays) -> ASGIApp:
     keyed = Authenticated(once, [*zip(routes, table, strict=True)], door.access)
     version = importlib.metadata.version("metasepia")
     told = Documented(keyed, lambda: document(table, door.http, version, keys=door.access.settings.required))
-    return Identified(Measured(Draining(Console(told), door.drain), door.metrics, door.status_of_parts.begin))
+    measured = Measured(Draining(Console(told), door.drain), door.metrics, door.status_of_parts.begin)
+    return Given(Identified(measured))
 
 
 def _in_envelope(handler: Handler) -> Handler:

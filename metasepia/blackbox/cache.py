@@ -72,6 +72,7 @@ class AnswerCache:
         self._flying: dict[tuple[str, str], Future[None]] = {}
         self._held: dict[str, tuple[int, int]] = {}
         """Lock files by black box: descriptor, and how many use it."""
+        self._wait_s = wait_s
         self.damaged = 0
         """Rows found whose checksum does not fit; they are asked again."""
         self.path = None if path is None else Path(path).expanduser().resolve()
@@ -94,13 +95,14 @@ class AnswerCache:
             raise
 
     def _open(self) -> None:
-        (found,), (version,) = self._db.execute("PRAGMA application_id"), self._db.execute("PRAGMA user_version")
+        # Tables first: another process that makes them writes the two numbers in the same transaction.
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        (found,), (version,) = self._db.execute("PRAGMA application_id"), self._db.execute("PRAGMA user_version")
         if tables and found[0] != APPLICATION_ID:
             raise CacheFailed(self._name, "is a database of something else; choose another file")
         if tables and version[0] != VERSION:
             raise CacheFailed(self._name, f"is of version {version[0]}, not {VERSION}; choose another file")
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         self._db.execute("PRAGMA synchronous = FULL")
         with self._transaction():
             for statement in _SCHEMA.split(";"):
@@ -108,6 +110,18 @@ class AnswerCache:
             # Written each time: a disk that takes nothing is found before anything is paid for.
             self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._db.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _write_ahead(self) -> None:
+        """Two that open a new file at once: SQLite refuses one of them at once here, whatever its timeout says."""
+        give_up_s = time.monotonic() + self._wait_s
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up_s:
+                    raise
+                time.sleep(_POLL_S)
 
     @property
     def _name(self) -> str:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.grpc_door import proxy as grpc_proxy
 from serve.proxy import connections
+from serve.proxy.first_message import with_first_message
 from serve.requests import ids as request_ids
 from serve.requests.deadlines import HEADER, INNER_HEADER
 
@@ -50,7 +51,8 @@ class Envelope:
             return
         request_id = request_ids.id_of(scope["headers"])
         headers = request_ids.with_id(_give_the_gateway_time(scope["headers"]), request_id)
-        scope, send = {**scope, "headers": headers}, _named(send, request_id)
+        send = _named(send, request_id)
+        scope, receive = await with_first_message({**scope, "headers": headers}, receive)
         started = replaced = False
 
         async def watched(message: Message) -> None:

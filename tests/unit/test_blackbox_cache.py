@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,19 @@ def test_processes_that_ask_the_same_pay_once(tmp_path: Path):
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     assert set(endpoint.answered.values()) == {1}
+
+
+def test_many_that_open_a_new_file_at_once_all_have_it(tmp_path: Path):
+    for attempt in range(10):
+        path, ready = tmp_path / f"answers-{attempt}.sqlite", threading.Barrier(6)
+
+        def opened(path: Path = path, ready: threading.Barrier = ready) -> None:
+            ready.wait(10)
+            AnswerCache(path).close()
+
+        with ThreadPoolExecutor(6) as pool:
+            for one in [pool.submit(opened) for _ in range(6)]:
+                one.result(60)
 
 
 def test_tasks_that_ask_the_same_pay_once(tmp_path: Path):
