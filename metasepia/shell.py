@@ -170,6 +170,8 @@ def cell(value: Any, column: str) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(cell(one, column) for one in value) or "-"
     return str(value)[:12] if column == "digest" else f"{value:,}" if isinstance(value, int) else str(value)
 
 

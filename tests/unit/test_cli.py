@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.door_settings import HttpSettings
-from metasepia import cli
+from metasepia import cli, shell
 from metasepia.embedding import probes
 from metasepia.experts.peft_files import CONFIG, WEIGHTS, write_peft
 from metasepia.experts.vectors import ExpertVectors
@@ -163,3 +163,8 @@ def test_what_the_door_refuses_is_said_in_its_words_with_a_status_of_its_kind(
     with pytest.raises(SystemExit) as misuse:
         say("experts", "fly")
     assert misuse.value.code == 2
+
+
+@pytest.mark.parametrize(("value", "said"), [(["infer", "admin"], "infer, admin"), ([], "-"), ([None, 1200], "-, 1,200")])
+def test_several_values_in_a_cell_are_written_for_people(value: list[Any], said: str):
+    assert shell.cell(value, "scopes") == said
