@@ -165,6 +165,8 @@ def test_what_the_door_refuses_is_said_in_its_words_with_a_status_of_its_kind(
     assert misuse.value.code == 2
 
 
-@pytest.mark.parametrize(("value", "said"), [(["infer", "admin"], "infer, admin"), ([], "-"), ([None, 1200], "-, 1,200")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(["infer", "admin"], "infer, admin"), ([], "-"), ([None, 1200], "-, 1,200")]
+)
 def test_several_values_in_a_cell_are_written_for_people(value: list[Any], said: str):
     assert shell.cell(value, "scopes") == said
