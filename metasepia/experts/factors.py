@@ -27,6 +27,9 @@ from metasepia.models.prepared import PreparedBackbone
 from metasepia.models.shards import LayerShard
 from metasepia.stored import StoredTensors
 
+ONE_THREAD = 1024
+"""Singular values of a matrix up to which one thread factors it."""
+
 
 @dataclass(frozen=True)
 class SingularFactors:
@@ -248,10 +251,11 @@ def _made(
             return cached
         file = FactorFile(factors_path(digest, home, rank), shapes, rank)
         what = "Factoring the expert layers (once)"
-        for name in track(file.missing(), what, disable=not progress, total=len(shapes), completed=file.num_done):
-            with torch.no_grad():
-                exact = SingularFactors.of(weight(name).to(device).double())
-            file.put(name, exact.u.float().cpu(), exact.s.float().cpu(), exact.vh.float().cpu())
+        with _threads(max(lengths.values())):
+            for name in track(file.missing(), what, disable=not progress, total=len(shapes), completed=file.num_done):
+                with torch.no_grad():
+                    exact = SingularFactors.of(weight(name).to(device).double())
+                file.put(name, exact.u.float().cpu(), exact.s.float().cpu(), exact.vh.float().cpu())
         file.finish()
         index = index_path(digest, home)
         scratch = index.with_suffix(".tmp")
@@ -261,6 +265,19 @@ def _made(
     if cached is None:
         raise CorruptArtefact(f"factors {short(digest)}", "they changed on disk while they were read; start again")
     return cached
+
+
+@contextmanager
+def _threads(length: int) -> Iterator[None]:
+    """One where the matrices are small: LAPACK's threads wait for each other all the time, and beside other work two
+    took 20 times as long as one (matrices of 576, two busy cores)."""
+    before = torch.get_num_threads()
+    if length <= ONE_THREAD:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read(digest: str, backbone: str, home: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> FactorSet | None:

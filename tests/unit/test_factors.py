@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from metasepia.errors import CorruptArtefact, InvalidSettings, NotSupported
+from metasepia.experts import factors
 from metasepia.experts.factors import FactorSet, SingularFactors, cut_factors, factors_of, factors_of_backbone
 from metasepia.experts.vectors import FactorIndex, factors_path, found_factors
 from metasepia.models import checkpoints
@@ -144,6 +145,21 @@ def test_factoring_that_was_killed_goes_on_where_it_stopped_and_ends_with_the_sa
     path = factors_path(whole.digest, tmp_path)
     assert path.read_bytes() == factors_path(whole.digest, tmp_path / "other").read_bytes()
     assert sorted(one.suffix for one in path.parent.iterdir()) == [".json", ".lock", ".safetensors"]
+
+
+def test_small_weights_are_factored_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    of = SingularFactors.of
+    monkeypatch.setattr(SingularFactors, "of", lambda weight: used.append(torch.get_num_threads()) or of(weight))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        factored(tmp_path / "small")
+        monkeypatch.setattr(factors, "ONE_THREAD", 4)
+        factored(tmp_path / "large")
+        assert used == [1, 1, 2, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_was_begun_for_other_layers_is_not_gone_on_with(tmp_path: Path) -> None:
