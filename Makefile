@@ -33,7 +33,8 @@ check: setup  ## lint, format, types, import rule
 	$(BIN)/basedpyright
 
 test: check tests/node/node_modules/.ready  ## what .ci/run calls; under 20 minutes on two cores
-	$(BIN)/python -m pytest -m "not soak and not gpu"
+	$(BIN)/python -m pytest -m "not soak and not gpu" -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -m "not soak and not gpu" --ignore tests/unit
 
 test-all: check tests/node/node_modules/.ready  ## repeats, storms and soaks too
 	$(BIN)/python -m pytest -m "not gpu"

@@ -31,7 +31,11 @@ def case(cluster: dict[str, float], run: Run, home: Path, tiny_checkpoint: Calla
     yield from gangs.case_of(tiny_checkpoint("llama"), home, run)
 
 
-@pytest.mark.parametrize(("fault", "rank", "load"), FAULTS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("fault", "rank", "load"),
+    [pytest.param(*one, marks=pytest.mark.soak) if one[2] == "idle" else one for one in FAULTS],
+    ids=NAMES,
+)
 def test_a_dead_or_frozen_rank_costs_time_but_no_row(case: Case, fault: signal.Signals, rank: int, load: str) -> None:
     case.run(gangs.survive(case, fault, rank, load, REBUILT_S))
 

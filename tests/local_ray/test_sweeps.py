@@ -74,7 +74,7 @@ def test_a_killed_trial_is_begun_again_and_leaves_no_trace(tmp_path: Path, expec
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
+    "number", [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.soak) for one in (signal.SIGINT, signal.SIGTERM))]
 )
 def test_after_an_end_of_the_driver_another_cluster_goes_on_in_a_moved_folder(
     tmp_path: Path, expected: bytes, number: signal.Signals, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,9 @@ from tests.unit.test_prompts import write_byte_tokenizer
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
     """The URL under which an ASGI application listens."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     end = time.monotonic() + 30
