@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -59,11 +60,13 @@ class Graph:
         return found
 
 
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as http, socket.socket() as grpc:
-        for one in (http, grpc):
-            one.bind(("127.0.0.1", 0))
-        return http.getsockname()[1], grpc.getsockname()[1]
+def _free_port() -> int:
+    """Below those that the kernel gives to whoever asks for any, as Ray's processes do all the time."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _work_of(process: psutil.Process) -> str | None:
@@ -85,7 +88,7 @@ def running(**environment: str) -> Iterator[Graph]:
         for prepared in ("backbones", "factors"):
             (settings.home / prepared).mkdir(parents=True, exist_ok=True)
             (Path(home) / prepared).symlink_to(settings.home / prepared)
-        port, grpc_port = _free_ports()
+        port, grpc_port = _free_port(), _free_port()
         env = {
             "METASEPIA_HOME": home,
             "METASEPIA_HTTP__PORT": str(port),

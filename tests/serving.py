@@ -1,7 +1,9 @@
 """`python -m serve.main` as tests start it: a real process on a free port, with a home of its own."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -64,9 +66,12 @@ def put_expert(home: Path, backbone: str, name: str, scale: Callable[[int], np.n
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the kernel gives to whoever asks for any, as Ray's processes do all the time."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Served:
