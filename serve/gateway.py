@@ -8,7 +8,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 from starlette.types import ASGIApp
 
-from actors import logs
+from actors import heap, logs
 from actors.registry import RegistryClient
 from cluster.settings import Settings
 from serve import prepare, shipped
@@ -41,6 +41,7 @@ class Gateway(GrpcDoor, GrpcHealth):
     ) -> None:
         """Handles of backbones and encoders by their ids. Raises as `prepare.ready` and `shipped.module_cards` do."""
         logs.begin()
+        heap.give_back_for_ever()
         prepared = prepare.ready(settings)
         self._max_watchers = settings.grpc.max_watchers
         self._registry = registry
