@@ -240,7 +240,7 @@ def mixed(running: Graph, context: str) -> Iterator[Sent]:
     texts, draw, settings = Texts(), np.random.default_rng(0), running.settings
     model, encoder = settings.backbones[0].id, settings.encoders[0].id
     while True:
-        kind, words = draw.random(), int(draw.integers(4, 60))
+        kind, words = draw.random(), int(draw.integers(4, 48))  # below the encoder's 256 tokens
         if kind < 0.40:
             body = {"model": context, "inputs": [texts.one(words) for _ in range(int(draw.integers(1, 5)))]}
             yield Sent("/v1/classify", body, PATIENT_S)

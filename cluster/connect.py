@@ -4,6 +4,7 @@ import os
 import platform
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from metasepia.errors import InvalidSettings, Unavailable
 
 ROOT = Path(__file__).parents[1]
 REMEMBERED_CALLS = 10_000
-"""What our own cluster's gcs keeps of calls that have ended, for `ray list tasks`. Ray keeps 100,000: its memory grows
-for hours, by 5 MiB with 1,000 of our requests."""
+"""What our own cluster's gcs keeps of calls that have ended, for `ray list tasks`. Ray keeps 100,000, and the names of
+a million that it has forgotten: its memory grows for hours, by 5 MiB with 1,000 of our requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ def connect(
     else:
         os.environ.setdefault("RAY_AUTH_MODE", settings.auth_mode)  # a job of a cluster knows that cluster's mode
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if settings.address == "local":  # `python`, as submitted jobs call it, is this one, also where nobody activated it
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     options: dict[str, Any] = {
         "namespace": "metasepia",
         "log_to_driver": log_to_driver,
@@ -76,6 +79,7 @@ def connect(
             "_system_config": {
                 "metrics_report_interval_ms": int(1000 * settings.metrics_every_s),
                 "task_events_max_num_task_in_gcs": REMEMBERED_CALLS,
+                "task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": REMEMBERED_CALLS,
             },
         }
     else:

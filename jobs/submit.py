@@ -16,6 +16,7 @@ status: 0 succeeded (or told to run, with --no-wait), 1 failed, 2 not submitted,
 
 import argparse
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -40,10 +41,11 @@ PATIENCE_S = 300.0
 """How long a job is followed while nobody tells of it: its cluster's head may be restarting."""
 STOPPED, LEFT = 3, 130
 MAX_UPLOAD_MIB = 64.0
-EXCLUDES = ["/*", "!/metasepia", "!/cluster", "!/actors", "!/jobs", "!/serve", "!/benchmarks", "__pycache__"]
-"""As in a .gitignore: what the working directory leaves out."""
+EXCLUDES = ["/*", "!.", "!/metasepia", "!/cluster", "!/actors", "!/jobs", "!/serve", "!/benchmarks", "__pycache__"]
+"""As in a .gitignore: what the working directory leaves out. Ray asks about the directory itself, as `.`, too."""
 SPECIFICATION = "specification"
 """Of the job's metadata: the whole digest."""
+_AGENT = " Two clusters on one machine want the same port 52365 for it: end one, or --dashboard-agent-listen-port"
 _WAITING = ("PENDING", "RUNNING")
 
 
@@ -148,7 +150,7 @@ def _submit(
             break
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > give_up_s:
-                allowed = f"a cluster that takes the job ({_line(error)})"
+                allowed = f"a cluster that takes the job ({_line(error)}{_AGENT if 'agent' in str(error) else ''})"
                 raise InvalidSettings("address", arguments.address, allowed) from None
             time.sleep(1.0)
     print(f"{id_}: {entrypoint}", flush=True)
@@ -213,6 +215,7 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each .gitignore at each try
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -230,7 +233,7 @@ def _find(client: "JobSubmissionClient", id_: str) -> "JobInfo | None":
 
 
 def _upload_mib() -> float:
-    kept = [name.removeprefix("!/") for name in EXCLUDES if name.startswith("!")]
+    kept = [name.removeprefix("!/") for name in EXCLUDES if name.startswith("!/")]
     files = (path for name in kept for path in (ROOT / name).rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in files if "__pycache__" not in path.parts) / 2**20
 

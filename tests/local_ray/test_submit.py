@@ -57,6 +57,7 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Head]:
     if request.param == "token":
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
     words = ["start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    words += [f"--dashboard-agent-listen-port={free_port()}"]
     words += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
     log = (tmp_path / "head.log").open("w")
     process = subprocess.Popen(["ray", *words], env=env, cwd=tmp_path, stdout=log, stderr=log)

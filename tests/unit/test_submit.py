@@ -1,11 +1,13 @@
 """What a submission does with a job of the same id: attach, tell, start again, refuse."""
 
+import zipfile
 from collections.abc import AsyncIterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._private.runtime_env import packaging
 from ray.job_submission import JobStatus
 
 from jobs import submit, submitted
@@ -132,7 +134,13 @@ def test_what_cannot_be_submitted_is_told_in_words(capsys: pytest.CaptureFixture
     assert "dashboard" in capsys.readouterr().err
 
 
-def test_what_goes_along_is_code_and_not_much():
+def test_what_goes_along_is_code_and_not_much(tmp_path: Path):
+    packaging.create_package(str(submit.ROOT), tmp_path / "sent.zip", include_gitignore=True, excludes=submit.EXCLUDES)
+    with zipfile.ZipFile(tmp_path / "sent.zip") as sent:
+        names = {PurePath(name).parts for name in sent.namelist() if not name.endswith("/")}
+    assert {("jobs", "submitted.py"), ("metasepia", "errors.py"), ("cluster", "profiles", "laptop.toml")} <= names
+    assert {parts[0] for parts in names} == {name[2:] for name in submit.EXCLUDES if name.startswith("!/")}
+    assert not any(parts[-1].endswith(".pyc") for parts in names)
     assert {"batch", "sweep_tasks", "embed_tasks", "train_experts"} <= set(submit.names())
     assert 1 < submit._upload_mib() < submit.MAX_UPLOAD_MIB
 
