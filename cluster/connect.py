@@ -17,9 +17,12 @@ from cluster.settings import RaySettings
 from metasepia.errors import InvalidSettings, Unavailable
 
 ROOT = Path(__file__).parents[1]
-REMEMBERED_CALLS = 10_000
-"""What our own cluster's gcs keeps of calls that have ended, for `ray list tasks`. Ray keeps 100,000, and the names of
-a million that it has forgotten: its memory grows for hours, by 5 MiB with 1,000 of our requests."""
+BOUNDS_OF_GCS = {
+    "task_events_max_num_task_in_gcs": 2_000,
+    "task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": 2_000,
+}
+"""Calls that have ended and are kept for `ray list tasks`. Ray keeps 100,000 of them, and the names of a million that it
+has forgotten: its memory grows for hours, by 5 MiB with 1,000 of our requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ def worker_env(threads: int = 1) -> dict[str, str]:
         # oneDNN keeps the kernels of so many shapes of a product; each takes about a third of a MiB, and ranks and
         # encoders meet thousands of shapes.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+        # Ray's threads, and ours, would each leave holes in a heap of their own.
+        "MALLOC_ARENA_MAX": "2",
     }
 
 
@@ -60,6 +65,7 @@ def connect(
         os.environ.setdefault("RAY_AUTH_MODE", settings.auth_mode)  # a job of a cluster knows that cluster's mode
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if settings.address == "local":  # `python`, as submitted jobs call it, is this one, also where nobody activated it
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # Ray's own processes too
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     options: dict[str, Any] = {
         "namespace": "metasepia",
@@ -78,8 +84,7 @@ def connect(
             "_node_ip_address": "127.0.0.1",
             "_system_config": {
                 "metrics_report_interval_ms": int(1000 * settings.metrics_every_s),
-                "task_events_max_num_task_in_gcs": REMEMBERED_CALLS,
-                "task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": REMEMBERED_CALLS,
+                **BOUNDS_OF_GCS,
             },
         }
     else:

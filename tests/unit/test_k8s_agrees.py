@@ -111,6 +111,7 @@ def test_pods_have_the_environment_that_the_graph_counts_on(overlay: str) -> Non
     environ, settings = k8s.environment(overlay), k8s.settings(overlay)
     expected = middleware.ENVIRONMENT | connect.worker_env() | {"PYTHONPATH": "/app"}
     expected |= {name: value for name, value in grpc_start.environment(settings).items() if name != grpc_proxy.HOST}
+    expected |= {f"RAY_{name}": str(bound) for name, bound in connect.BOUNDS_OF_GCS.items()}
     assert expected.items() <= environ.items()
     (application,) = k8s.serve_config(overlay)["applications"]
     assert environ["METASEPIA_PROFILE"] == application["args"]["profile"]
