@@ -21,8 +21,8 @@ BOUNDS_OF_GCS = {
     "task_events_max_num_task_in_gcs": 2_000,
     "task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": 2_000,
 }
-"""Calls that have ended and are kept for `ray list tasks`. Ray keeps 100,000 of them, and the names of a million that it
-has forgotten: its memory grows for hours, by 5 MiB with 1,000 of our requests."""
+"""Calls that have ended and are kept for `ray list tasks`. Ray keeps 100,000 of them, and the names of a million that
+it has forgotten: its memory grows for hours, by 5 MiB with 1,000 of our requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
