@@ -86,6 +86,10 @@ class Known:
         return next((one for one in reversed(self.parts) if self.num_whole(one) == len(self.texts)), None)
 
 
+def _claim(form: Form, text: str) -> str:
+    return digest_of([form.name, dict(form.params()), text])
+
+
 class Run:
     """Asks for what `known` lacks."""
 
@@ -139,19 +143,25 @@ class Run:
         raise NotSupported(what, f"it says {'; '.join(reasons)[:400]}; leave way = 'auto'")
 
     async def _probe(self, form: Form, text: str) -> str | None:
-        """Why this form is not to be used; None: it is."""
-        self.known.load(self._cache, self._box, [text])
-        newest = self.known.newest
-        if newest is not None and not self.known.missing(newest, text):  # asked when the settings said something else
-            return form.fit(text, self.known.parts[newest][text])
-        while True:
-            ask = form.asks(text, range(form.num_parts))[0]
-            told = await self._client.ask(ask, partial(form.read, text, ask), probing=True)
-            if isinstance(told, Answered):
-                await self._keep(form, text, told)
-                return form.fit(text, told.parts)
-            if not _adapt(form, ask, told):
-                return told
+        """Why this form is not to be used; None: it is. Waits for who asks the same already in this process."""
+        claimed = _claim(form, text)
+        while (other := self._cache.begin(self._box, claimed)) is not None:
+            await asyncio.shield(asyncio.wrap_future(other))
+        try:
+            self.known.load(self._cache, self._box, [text])
+            newest = self.known.newest
+            if newest is not None and not self.known.missing(newest, text):  # asked when the settings said otherwise
+                return form.fit(text, self.known.parts[newest][text])
+            while True:
+                ask = form.asks(text, range(form.num_parts))[0]
+                told = await self._client.ask(ask, partial(form.read, text, ask), probing=True)
+                if isinstance(told, Answered):
+                    await self._keep(form, text, told)
+                    return form.fit(text, told.parts)
+                if not _adapt(form, ask, told):
+                    return told
+        finally:
+            self._cache.end(self._box, claimed)
 
     # -- all texts -----------------------------------------------------------------------------------------------------
 
@@ -219,7 +229,7 @@ class Run:
     async def _one(self, text: str) -> None:
         """Asks for a text's missing parts, or waits for who does already in this process."""
         form = self.known.form
-        claimed = digest_of([form.name, dict(form.params()), text])
+        claimed = _claim(form, text)
         other = self._cache.begin(self._box, claimed)
         if other is not None:
             await asyncio.shield(asyncio.wrap_future(other))

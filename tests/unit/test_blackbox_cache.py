@@ -172,6 +172,23 @@ def test_tasks_that_ask_the_same_pay_once(tmp_path: Path):
     assert len(endpoint.requests) == 30
 
 
+def test_what_one_run_tries_the_endpoint_with_another_does_not_pay_for(tmp_path: Path):
+    """The first request of the second run, which finds out how to ask, is the slowest of all."""
+    probed = TEXTS[10]
+
+    def behave(count: int, body: dict[str, Any]) -> None:
+        time.sleep(1.0 if probed in str(body) else 0.0)
+
+    async def both(box: OpenAIEndpoint) -> list[Answers]:
+        return await asyncio.gather(*(box.answer(TEXTS[begin : begin + 20]) for begin in (0, 10)))
+
+    with Endpoint(behave=behave) as endpoint, AnswerCache(tmp_path / "answers.sqlite") as cache:
+        box = OpenAIEndpoint(EndpointSettings(base_url=endpoint.url, model="tiny"), OPEN, cache)
+        first, second = asyncio.run(both(box))
+    assert first.replies[10:] == second.replies[:10]
+    assert len(endpoint.requests) == 30
+
+
 def test_a_run_that_fails_leaves_its_texts_to_whoever_waits_for_them():
     async def run(failing: OpenAIEndpoint, other: OpenAIEndpoint) -> list[Any]:
         return list(await asyncio.gather(failing.answer(TEXTS[:4]), other.answer(TEXTS[:4]), return_exceptions=True))
